@@ -1,0 +1,34 @@
+//! Every type that crosses a boundary of Windlass, and nothing else.
+//!
+//! Without features this is `no_std` and allocates nothing: the BPF program uses it as it is. With
+//! `std` come the HTTP bodies and the pprof messages. In reading order:
+//!
+//! - [`address`]: process address, image address, file offset, return address
+//! - [`build_id`]: the name of an image
+//! - [`rule`] and [`record`]: how to step from a frame to its caller, as meaning and as 8 bytes
+//! - [`page`] and [`table`]: the unwind-table format, its search and its reader
+//! - [`stop`]: why a walk ended
+//! - [`maps`]: layouts and limits of the BPF maps
+//! - `http` and `pprof` (feature `std`): bodies of the service's interfaces
+
+#![cfg_attr(not(any(feature = "std", test)), no_std)]
+
+pub mod address;
+pub mod build_id;
+#[cfg(feature = "std")]
+pub mod http;
+pub mod maps;
+pub mod page;
+#[cfg(feature = "std")]
+pub mod pprof;
+pub mod record;
+pub mod rule;
+pub mod stop;
+pub mod table;
+
+pub use address::{FileOffset, ImageAddress, LoadBias, ProcessAddress, ReturnAddress};
+pub use build_id::{BuildId, BuildIdError};
+pub use record::Record;
+pub use rule::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule, UnsupportedReason};
+pub use stop::StopReason;
+pub use table::{Architecture, Table, TableError};

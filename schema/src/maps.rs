@@ -1,0 +1,237 @@
+//! What the agent and its BPF program agree on: map names, keys, values, limits.
+//!
+//! ```text
+//! PROCESSES  hash          tgid                 -> ProcessEntry (how many segments, where each starts)
+//! MAPPINGS   hash          {tgid, segment}      -> MappingSegment (sorted executable mappings)
+//! CHUNKS     array of maps chunk number         -> array of one 64 KiB value: image headers,
+//!                                                  directories, dictionaries, pages, packed
+//! SAMPLES    ring buffer                        <- SampleHeader, then addresses
+//! SCRATCH    per-CPU array                         one sample under construction
+//! COUNTERS   per-CPU array Counter              -> u64
+//! ```
+//! Everything is plain old data without padding; integers are in the byte order of the machine.
+//!
+//! # Locations
+//! A [`Location`] names a place in the chunks: `chunk << 13 | offset / 8`. Location 0 is nowhere: the
+//! first 8 bytes of chunk 0 stay unused.
+//!
+//! # An image in the chunks
+//! An [`ImageHeader`] names its dictionary and up to [`DIRECTORY_SEGMENTS`] directory segments, each an
+//! array of `u32` locations of pages (0: no page). None of these pieces crosses a chunk's end.
+
+/// Bytes in a chunk: one value of an inner map. A power of two, so that the program can mask an
+/// offset into it, and large, so that little is lost at its end.
+pub const CHUNK_BYTES: u32 = 64 * 1024;
+/// Bytes that one step of a location's offset stands for.
+pub const GRANULE_BYTES: u32 = 8;
+/// log2 of the granules in a chunk.
+pub const CHUNK_GRANULES_SHIFT: u32 = 13;
+/// Most chunks: 64 MiB of tables. Measured: every ELF file of a Debian developer's machine (23
+/// million rows) takes about half.
+pub const MAX_CHUNKS: u32 = 1024;
+/// Pages that one directory segment names: 32 KiB of locations, half a chunk.
+pub const DIRECTORY_SEGMENT_PAGES: u32 = 8192;
+/// log2 of [`DIRECTORY_SEGMENT_PAGES`].
+pub const DIRECTORY_SEGMENT_SHIFT: u32 = 13;
+/// Most directory segments of an image.
+pub const DIRECTORY_SEGMENTS: usize = 8;
+/// Most processes known at once.
+pub const MAX_PROCESSES: u32 = 32 * 1024;
+/// Most mapping segments of all processes together.
+pub const MAX_MAPPING_SEGMENTS: u32 = 64 * 1024;
+/// Most executable mappings in a segment: what 7 probes tell apart.
+pub const SEGMENT_MAPPINGS: usize = 127;
+/// Slots of a segment, one more than it has mappings; unused ones start at `u64::MAX`.
+pub const SEGMENT_SLOTS: usize = 128;
+/// Most segments of a process, and so 1,016 executable mappings.
+pub const PROCESS_SEGMENTS: usize = 8;
+/// Most user frames of a sample.
+pub const MAX_USER_FRAMES: usize = 512;
+/// Most kernel frames of a sample: the kernel's own default (`sysctl kernel.perf_event_max_stack`).
+pub const MAX_KERNEL_FRAMES: usize = 127;
+/// Size of the ring buffer in bytes: at 19 Hz on 128 CPUs it holds the samples of a second even at
+/// 400 bytes each, and it must be a power of two.
+pub const SAMPLES_RING_BYTES: u32 = 1024 * 1024;
+/// Bit of a user address in a sample: set when the address is that of an instruction (the
+/// innermost frame, or one that a signal interrupted), clear when it is a return address.
+pub const EXACT_ADDRESS: u64 = 1 << 63;
+
+const _: () = assert!(CHUNK_BYTES == GRANULE_BYTES << CHUNK_GRANULES_SHIFT);
+const _: () = assert!(crate::table::MAX_RECORDS * 8 <= CHUNK_BYTES);
+const _: () = assert!(crate::table::MAX_PAGE_BYTES <= CHUNK_BYTES);
+const _: () = assert!(DIRECTORY_SEGMENT_PAGES == 1 << DIRECTORY_SEGMENT_SHIFT);
+const _: () = assert!(DIRECTORY_SEGMENT_PAGES * DIRECTORY_SEGMENTS as u32 == crate::table::MAX_PAGES);
+const _: () = assert!(size_of::<MappingSegment>() == 4096);
+const _: () = assert!(MAX_CHUNKS <= 1 << (32 - CHUNK_GRANULES_SHIFT));
+
+/// A place in the chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(transparent)]
+pub struct Location(pub u32);
+
+impl Location {
+    /// No place.
+    pub const NOWHERE: Self = Self(0);
+
+    /// The place `offset` bytes (a multiple of 8) into `chunk`.
+    pub const fn new(chunk: u32, offset: u32) -> Self {
+        Self(chunk << CHUNK_GRANULES_SHIFT | offset / GRANULE_BYTES)
+    }
+
+    /// The chunk's number.
+    #[inline(always)]
+    pub const fn chunk(self) -> u32 {
+        self.0 >> CHUNK_GRANULES_SHIFT
+    }
+
+    /// The offset into the chunk in bytes.
+    #[inline(always)]
+    pub const fn offset(self) -> u32 {
+        (self.0 & ((1 << CHUNK_GRANULES_SHIFT) - 1)) * GRANULE_BYTES
+    }
+}
+
+/// An image's entry point in the chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct ImageHeader {
+    /// Image address of page 0.
+    pub base: u64,
+    /// Pages in the directory.
+    pub pages: u32,
+    /// The dictionary.
+    pub dictionary: Location,
+    /// Directory segments; unused ones are nowhere.
+    pub directory: [Location; DIRECTORY_SEGMENTS],
+}
+
+/// What stands in [`Mapping::image`] of a mapping whose image has no table in the chunks: these
+/// values lie in the unused first granule's range of chunk `MAX_CHUNKS`, which never exists.
+pub mod no_table {
+    use super::{CHUNK_GRANULES_SHIFT, Location, MAX_CHUNKS};
+    use crate::StopReason;
+
+    const BASE: u32 = MAX_CHUNKS << CHUNK_GRANULES_SHIFT;
+
+    /// The location that says why there is no table.
+    pub const fn location(reason: StopReason) -> Location {
+        Location(BASE + reason as u32)
+    }
+
+    /// The stop reason's code, if `location` is one of these.
+    #[inline(always)]
+    pub const fn code(location: Location) -> Option<u8> {
+        if location.0 >= BASE { Some((location.0 - BASE) as u8) } else { None }
+    }
+}
+
+/// A process: where its mapping segments start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct ProcessEntry {
+    /// Changes with every change of the mappings, so that a walk can tell that they changed under it.
+    pub generation: u32,
+    /// Segments in use.
+    pub segments: u32,
+    /// Start of the first mapping of each segment; `u64::MAX` for unused ones.
+    pub first: [u64; PROCESS_SEGMENTS],
+}
+
+/// Key of the map of mappings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct SegmentKey {
+    /// The process.
+    pub tgid: u32,
+    /// 0 to `PROCESS_SEGMENTS` - 1.
+    pub segment: u32,
+}
+
+/// An executable mapping, but for its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Mapping {
+    /// First process address behind it.
+    pub end: u64,
+    /// Process address minus image address.
+    pub bias: u64,
+    /// Its [`ImageHeader`], or a location of [`no_table`].
+    pub image: Location,
+    /// The segment's generation: equal to the process entry's, unless the segment was replaced meanwhile.
+    pub generation: u32,
+}
+
+/// Up to 127 executable mappings of a process, sorted by start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct MappingSegment {
+    /// First process address of each mapping; `u64::MAX` for unused slots.
+    pub starts: [u64; SEGMENT_SLOTS],
+    /// The mappings.
+    pub mappings: [Mapping; SEGMENT_SLOTS],
+}
+
+/// A sample's fixed part; `user_frames`, then `kernel_frames` addresses follow, innermost first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct SampleHeader {
+    /// `CLOCK_MONOTONIC` in nanoseconds.
+    pub time_ns: u64,
+    /// Process.
+    pub tgid: u32,
+    /// Thread.
+    pub tid: u32,
+    /// CPU number.
+    pub cpu: u32,
+    /// Number of user addresses.
+    pub user_frames: u16,
+    /// Number of kernel addresses.
+    pub kernel_frames: u16,
+    /// Code of the [`crate::StopReason`].
+    pub stop: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+    /// The thread's name, zero-padded.
+    pub comm: [u8; 16],
+}
+
+/// A sample under construction.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct SampleBuffer {
+    /// Filled last.
+    pub header: SampleHeader,
+    /// User addresses, then kernel addresses.
+    pub addresses: [u64; MAX_USER_FRAMES + MAX_KERNEL_FRAMES + 1],
+}
+
+/// Counters of the BPF program, one per-CPU slot each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Counter {
+    /// Samples taken.
+    Samples = 0,
+    /// Samples that found the ring buffer full.
+    RingFull = 1,
+}
+
+impl Counter {
+    /// Number of counters.
+    pub const COUNT: u32 = 2;
+}
+
+/// Names of the maps and the program in the BPF object.
+pub mod names {
+    /// See the [module documentation](super).
+    pub const PROCESSES: &str = "PROCESSES";
+    /// See the [module documentation](super).
+    pub const MAPPINGS: &str = "MAPPINGS";
+    /// See the [module documentation](super).
+    pub const CHUNKS: &str = "CHUNKS";
+    /// See the [module documentation](super).
+    pub const SAMPLES: &str = "SAMPLES";
+    /// See the [module documentation](super).
+    pub const COUNTERS: &str = "COUNTERS";
+    /// The perf_event program.
+    pub const PROGRAM: &str = "windlass_sample";
+}

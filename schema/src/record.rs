@@ -1,0 +1,299 @@
+//! The 8-byte record: how to find the caller's frame, for one row or for a run of rows.
+//!
+//! A table's dictionary is an array of records, each a little-endian `u64`. The low four bits of
+//! byte 0 are the kind.
+//!
+//! # Plain records: one row
+//! ```text
+//! byte 0      kind (bits 0-3), frame-pointer rule (bits 4-5), return-address rule (bits 6-7)
+//! byte 1      CFA register (bits 0-3), return-address register (bits 4-7), DWARF numbers;
+//!             for UNSUPPORTED the reason code (all 8 bits)
+//! bytes 2-3   i16 f: the frame-pointer rule's offset
+//! bytes 4-7   i32 offset, or i16 a (bytes 4-5) and i16 b (bytes 6-7)
+//! ```
+//! | kind | name | CFA |
+//! |---|---|---|
+//! | 0 | `RSP` | rsp + offset |
+//! | 1 | `RBP` | rbp + offset |
+//! | 2 | `REGISTER` | register + offset |
+//! | 3 | `DEREF` | *(register + a) + b |
+//! | 4 | `DEREF_INDEXED` | *(rsp + 8 * r9 + a) + b |
+//! | 5 | `PLT` | rsp + b + 8 * ((rip & 15) >= a) |
+//! | 6 | `SIGNAL` | all registers from the `sigcontext` at rsp + a |
+//! | 9 | `END` | none: the return address is undefined, this frame has no caller |
+//! | 10 | `NO_CFI` | none: no FDE covers the address |
+//! | 11 | `UNSUPPORTED` | none: CFI has a rule that no record can state exactly |
+//!
+//! | frame-pointer rule | rbp of the caller |
+//! |---|---|
+//! | 0 `SAME` | unchanged |
+//! | 1 `AT_CFA` | *(CFA + f) |
+//! | 2 `AT_RBP` | *(rbp + f), rbp being that of this frame (a DRAP save) |
+//! | 3 `UNDEFINED` | lost |
+//!
+//! | return-address rule | return address |
+//! |---|---|
+//! | 0 `AT_CFA` | *(CFA - 8) |
+//! | 1 `REGISTER` | the register of byte 1 |
+//!
+//! # Runs: a prologue's pushes or an epilogue's pops
+//! ```text
+//! byte 0      kind 7 PUSH_RUN or 8 POP_RUN (bits 0-3), base frame-pointer rule (bits 4-5: SAME or
+//!             AT_CFA), bit 6: the last change sets CFA = rbp + offset (PUSH_RUN only)
+//! byte 1      base CFA offset / 8: CFA = rsp + 8 * byte at distance 0
+//! bytes 2-3   mask: bit i set means that CFA changes at distance i + 1 from the run's first byte
+//! byte 4      frame-pointer event: bit 7 present, bits 0-3 its distance - 1
+//! byte 5      0
+//! bytes 6-7   i16 f of the base frame-pointer rule
+//! ```
+//! At distance `d`, with `n` = number of set bits among mask bits 0..d: CFA = rsp + 8 * (base + n) in
+//! a push run, rsp + 8 * (base - n) in a pop run. With bit 6, the last set bit does not count but
+//! changes the CFA register to rbp. At and after its event's distance, a push run has saved rbp at
+//! the CFA's own offset (`push rbp` at CFA = rsp + 16 saves it at CFA - 16); a pop run has restored
+//! it (`SAME`).
+//!
+//! # Example
+//! `push rbp; mov rbp, rsp` of every function with a frame pointer, at distances 1 and 4:
+//! `47 01 09 00 80 00 00 00` is a push run with base 1, mask 0b1001, rbp event at distance 1, the
+//! last change setting rbp. Distance 0: CFA = rsp + 8. Distances 1 to 3: CFA = rsp + 16, rbp at
+//! CFA - 16. From distance 4: CFA = rbp + 16, rbp at CFA - 16.
+
+/// DWARF register number of rbx.
+pub const DWARF_RBX: u8 = 3;
+/// DWARF register number of rbp.
+pub const DWARF_RBP: u8 = 6;
+/// DWARF register number of rsp.
+pub const DWARF_RSP: u8 = 7;
+/// DWARF register number of the x86-64 return address column.
+pub const DWARF_RA: u8 = 16;
+/// Number of general-purpose registers, DWARF numbers 0 to 15.
+pub const REGISTERS: usize = 16;
+
+/// Longest distance, in bytes, that a run spans: the bits of its mask.
+pub const MAX_RUN_BYTES: u32 = 16;
+
+/// Kinds of record; see the [module documentation](self).
+#[expect(missing_docs, reason = "the table in the module documentation defines each")]
+pub mod kind {
+    pub const RSP: u8 = 0;
+    pub const RBP: u8 = 1;
+    pub const REGISTER: u8 = 2;
+    pub const DEREF: u8 = 3;
+    pub const DEREF_INDEXED: u8 = 4;
+    pub const PLT: u8 = 5;
+    pub const SIGNAL: u8 = 6;
+    pub const PUSH_RUN: u8 = 7;
+    pub const POP_RUN: u8 = 8;
+    pub const END: u8 = 9;
+    pub const NO_CFI: u8 = 10;
+    pub const UNSUPPORTED: u8 = 11;
+}
+
+/// Frame-pointer rules; see the [module documentation](self).
+#[expect(missing_docs, reason = "the table in the module documentation defines each")]
+pub mod frame_pointer {
+    pub const SAME: u8 = 0;
+    pub const AT_CFA: u8 = 1;
+    pub const AT_RBP: u8 = 2;
+    pub const UNDEFINED: u8 = 3;
+}
+
+/// Return-address rules; see the [module documentation](self).
+#[expect(missing_docs, reason = "the table in the module documentation defines each")]
+pub mod return_address {
+    pub const AT_CFA: u8 = 0;
+    pub const REGISTER: u8 = 1;
+}
+
+/// One record, as it lies in a dictionary. Nothing about it is checked; [`crate::Rule`] is the
+/// checked meaning.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct Record(pub u64);
+
+impl Record {
+    /// No FDE covers the address.
+    pub const NO_CFI: Self = Self(kind::NO_CFI as u64);
+    /// The frame has no caller.
+    pub const END: Self = Self(kind::END as u64);
+
+    /// The kind, byte 0 bits 0-3.
+    #[inline(always)]
+    pub const fn kind(self) -> u8 {
+        self.0 as u8 & 15
+    }
+
+    /// The frame-pointer rule, byte 0 bits 4-5.
+    #[inline(always)]
+    pub const fn frame_pointer(self) -> u8 {
+        self.0 as u8 >> 4 & 3
+    }
+
+    /// The return-address rule, byte 0 bits 6-7.
+    #[inline(always)]
+    pub const fn return_address(self) -> u8 {
+        self.0 as u8 >> 6
+    }
+
+    /// Byte 1.
+    #[inline(always)]
+    pub const fn aux(self) -> u8 {
+        (self.0 >> 8) as u8
+    }
+
+    /// DWARF number of the CFA register, byte 1 bits 0-3.
+    #[inline(always)]
+    pub const fn cfa_register(self) -> u8 {
+        self.aux() & 15
+    }
+
+    /// DWARF number of the return-address register, byte 1 bits 4-7.
+    #[inline(always)]
+    pub const fn return_address_register(self) -> u8 {
+        self.aux() >> 4
+    }
+
+    /// `f` of a plain record.
+    #[inline(always)]
+    pub const fn frame_pointer_offset(self) -> i16 {
+        (self.0 >> 16) as i16
+    }
+
+    /// `offset` of a plain record.
+    #[inline(always)]
+    pub const fn offset(self) -> i32 {
+        (self.0 >> 32) as i32
+    }
+
+    /// `a` of a plain record.
+    #[inline(always)]
+    pub const fn a(self) -> i16 {
+        (self.0 >> 32) as i16
+    }
+
+    /// `b` of a plain record.
+    #[inline(always)]
+    pub const fn b(self) -> i16 {
+        (self.0 >> 48) as i16
+    }
+
+    /// Whether this is a run.
+    #[inline(always)]
+    pub const fn is_run(self) -> bool {
+        self.kind() == kind::PUSH_RUN || self.kind() == kind::POP_RUN
+    }
+
+    /// `mask` of a run.
+    #[inline(always)]
+    pub const fn run_mask(self) -> u32 {
+        (self.0 >> 16) as u16 as u32
+    }
+
+    /// A plain record from its fields.
+    pub const fn plain(
+        kind: u8,
+        frame_pointer: u8,
+        return_address: u8,
+        aux: u8,
+        f: i16,
+        offset: i32,
+    ) -> Self {
+        Self(
+            (kind | frame_pointer << 4 | return_address << 6) as u64
+                | (aux as u64) << 8
+                | (f as u16 as u64) << 16
+                | (offset as u32 as u64) << 32,
+        )
+    }
+
+    /// The `offset` field that holds `a` and `b`.
+    pub const fn pair(a: i16, b: i16) -> i32 {
+        (a as u16 as u32 | (b as u16 as u32) << 16) as i32
+    }
+
+    /// The plain record that holds at `distance` bytes from the first byte of this record's entry.
+    ///
+    /// Plain records hold at any distance.
+    #[inline(always)]
+    pub const fn at(self, distance: u32) -> Self {
+        if !self.is_run() {
+            return self;
+        }
+        // Bits 0..distance of the mask; a distance past the mask takes all of it.
+        let reach = if distance > MAX_RUN_BYTES { MAX_RUN_BYTES } else { distance };
+        let mask = self.run_mask();
+        let changes = ones(mask & ((1 << reach) - 1));
+        let base = self.aux() as u32;
+        let event = (self.0 >> 32) as u8;
+        let event_distance = (event & 15) as u32 + 1;
+        let mut frame_pointer = self.frame_pointer();
+        let mut f = (self.0 >> 48) as u16;
+        let has_event = event & 0x80 != 0 && reach >= event_distance;
+        let mut cfa_kind = kind::RSP;
+        let words;
+        if self.kind() == kind::PUSH_RUN {
+            let mut counted = changes;
+            if self.0 as u8 & 0x40 != 0 && changes == ones(mask) && changes != 0 {
+                cfa_kind = kind::RBP;
+                counted -= 1;
+            }
+            words = base + counted;
+            if has_event {
+                let at_event = base + ones(mask & ((1 << event_distance) - 1));
+                frame_pointer = frame_pointer::AT_CFA;
+                f = 0u16.wrapping_sub((8 * at_event) as u16);
+            }
+        } else {
+            words = base.wrapping_sub(changes);
+            if has_event {
+                frame_pointer = frame_pointer::SAME;
+                f = 0;
+            }
+        }
+        Self(
+            (cfa_kind | frame_pointer << 4) as u64
+                | (f as u64) << 16
+                | ((8u32.wrapping_mul(words)) as u64) << 32,
+        )
+    }
+}
+
+/// Number of set bits in the low 16. BPF has no such instruction, so it is spelled out.
+#[inline(always)]
+const fn ones(mask: u32) -> u32 {
+    let pairs = mask - ((mask >> 1) & 0x5555);
+    let nibbles = (pairs & 0x3333) + ((pairs >> 2) & 0x3333);
+    let bytes = (nibbles + (nibbles >> 4)) & 0x0f0f;
+    (bytes + (bytes >> 8)) & 0x1f
+}
+
+impl core::fmt::Debug for Record {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "Record({:016x})", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ones_counts_bits() {
+        for mask in 0..=0xffffu32 {
+            assert_eq!(ones(mask), mask.count_ones());
+        }
+    }
+
+    #[test]
+    fn worked_example_of_the_module_documentation() {
+        let run = Record(u64::from_le_bytes([0x47, 0x01, 0x09, 0x00, 0x80, 0x00, 0x00, 0x00]));
+        let rsp = |words: i32, fp, f| Record::plain(kind::RSP, fp, 0, 0, f, 8 * words);
+        assert_eq!(run.at(0), rsp(1, frame_pointer::SAME, 0));
+        for distance in 1..4 {
+            assert_eq!(run.at(distance), rsp(2, frame_pointer::AT_CFA, -16));
+        }
+        for distance in [4, 5, 16, 17, u32::MAX] {
+            assert_eq!(run.at(distance), Record::plain(kind::RBP, frame_pointer::AT_CFA, 0, 0, -16, 16));
+        }
+    }
+}
