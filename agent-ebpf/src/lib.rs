@@ -1,1 +1,19 @@
-//! Placeholder.
+//! The unwinder: plain functions over how memory is read, the same code in the kernel and on the host.
+//!
+//! The strongest BPF unwinders keep their step in C inside the program and test it by compiling that
+//! file once more for the host with the helpers stubbed. Here the walk is an ordinary `no_std`
+//! library: the BPF program instantiates it over map lookups and `bpf_probe_read_user`, the host over
+//! chunks in its own memory and captured stack bytes, so that property tests, differential tests and
+//! the unprivileged mode run the very code that runs in the kernel. In reading order:
+//!
+//! - [`memory`]: what a walk reads from: a stack, and the tables' chunks
+//! - [`search`]: address -> mapping -> page -> record
+//! - [`step`]: record and registers -> the caller's registers
+//! - [`walk`]: one frame after the other, until there is a reason to stop
+
+#![cfg_attr(not(test), no_std)]
+
+pub mod memory;
+pub mod search;
+pub mod step;
+pub mod walk;

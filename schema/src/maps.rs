@@ -41,8 +41,11 @@ pub const MAX_PROCESSES: u32 = 32 * 1024;
 pub const MAX_MAPPING_SEGMENTS: u32 = 64 * 1024;
 /// Most executable mappings in a segment: what 7 probes tell apart.
 pub const SEGMENT_MAPPINGS: usize = 127;
-/// Slots of a segment, one more than it has mappings; unused ones start at `u64::MAX`.
+/// Slots of a segment, one more than it has mappings; unused ones start at [`UNUSED_START`].
 pub const SEGMENT_SLOTS: usize = 128;
+/// Start of a mapping that is not there: above any user address, and still positive as a signed
+/// number, so that the sign of a difference compares.
+pub const UNUSED_START: u64 = i64::MAX as u64;
 /// Most segments of a process, and so 1,016 executable mappings.
 pub const PROCESS_SEGMENTS: usize = 8;
 /// Most user frames of a sample.
@@ -105,8 +108,8 @@ pub struct ImageHeader {
     pub directory: [Location; DIRECTORY_SEGMENTS],
 }
 
-/// What stands in [`Mapping::image`] of a mapping whose image has no table in the chunks: these
-/// values lie in the unused first granule's range of chunk `MAX_CHUNKS`, which never exists.
+/// What stands in [`Mapping::image`] of a mapping whose image has no table in the chunks: locations
+/// in chunk `MAX_CHUNKS`, which never exists, whose offset is a stop reason's code.
 pub mod no_table {
     use super::{CHUNK_GRANULES_SHIFT, Location, MAX_CHUNKS};
     use crate::StopReason;
@@ -118,10 +121,19 @@ pub mod no_table {
         Location(BASE + reason as u32)
     }
 
-    /// The stop reason's code, if `location` is one of these.
+    /// The reason, if `location` is one of these.
     #[inline(always)]
-    pub const fn code(location: Location) -> Option<u8> {
-        if location.0 >= BASE { Some((location.0 - BASE) as u8) } else { None }
+    pub const fn reason(location: Location) -> Option<StopReason> {
+        if location.0 < BASE {
+            return None;
+        }
+        // Few enough to spell out, and a `match` is what the BPF verifier follows without a table.
+        Some(match location.0 - BASE {
+            code if code == StopReason::TablePending as u32 => StopReason::TablePending,
+            code if code == StopReason::TableBudget as u32 => StopReason::TableBudget,
+            code if code == StopReason::Jit as u32 => StopReason::Jit,
+            _ => StopReason::TableUnavailable,
+        })
     }
 }
 
@@ -133,7 +145,7 @@ pub struct ProcessEntry {
     pub generation: u32,
     /// Segments in use.
     pub segments: u32,
-    /// Start of the first mapping of each segment; `u64::MAX` for unused ones.
+    /// Start of the first mapping of each segment; [`UNUSED_START`] for unused ones.
     pub first: [u64; PROCESS_SEGMENTS],
 }
 
@@ -165,7 +177,7 @@ pub struct Mapping {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct MappingSegment {
-    /// First process address of each mapping; `u64::MAX` for unused slots.
+    /// First process address of each mapping; [`UNUSED_START`] for unused slots.
     pub starts: [u64; SEGMENT_SLOTS],
     /// The mappings.
     pub mappings: [Mapping; SEGMENT_SLOTS],
@@ -193,6 +205,64 @@ pub struct SampleHeader {
     pub reserved: [u8; 7],
     /// The thread's name, zero-padded.
     pub comm: [u8; 16],
+}
+
+/// Bytes of a chunk, 8-aligned. An offset is masked into the chunk, so that no offset is out of
+/// bounds, to the verifier as to the host.
+#[derive(Clone)]
+#[repr(C, align(8))]
+pub struct Chunk(pub [u8; CHUNK_BYTES as usize]);
+
+const CHUNK_MASK: u32 = CHUNK_BYTES - 1;
+
+impl Chunk {
+    /// The byte at `offset`.
+    #[inline(always)]
+    pub fn byte(&self, offset: u32) -> u8 {
+        self.0[(offset & CHUNK_MASK) as usize]
+    }
+
+    /// The 16-bit value at `offset`, rounded down to its alignment.
+    #[inline(always)]
+    pub fn half(&self, offset: u32) -> u16 {
+        // SAFETY: the masked offset is even and at most CHUNK_BYTES - 2; the chunk is 8-aligned.
+        unsafe { self.0.as_ptr().add((offset & CHUNK_MASK & !1) as usize).cast::<u16>().read() }
+    }
+
+    /// The 32-bit value at `offset`, rounded down to its alignment.
+    #[inline(always)]
+    pub fn word(&self, offset: u32) -> u32 {
+        // SAFETY: as in `half`, with a multiple of 4 and CHUNK_BYTES - 4.
+        unsafe { self.0.as_ptr().add((offset & CHUNK_MASK & !3) as usize).cast::<u32>().read() }
+    }
+
+    /// The 64-bit value at `offset`, rounded down to its alignment.
+    #[inline(always)]
+    pub fn double(&self, offset: u32) -> u64 {
+        // SAFETY: as in `half`, with a multiple of 8 and CHUNK_BYTES - 8.
+        unsafe { self.0.as_ptr().add((offset & CHUNK_MASK & !7) as usize).cast::<u64>().read() }
+    }
+}
+
+/// A page inside a chunk.
+#[derive(Clone, Copy)]
+pub struct ChunkPage<'a> {
+    /// The chunk.
+    pub chunk: &'a Chunk,
+    /// Offset of the page's first byte.
+    pub offset: u32,
+}
+
+impl crate::page::PageBytes for ChunkPage<'_> {
+    #[inline(always)]
+    fn byte(&self, offset: u32) -> u8 {
+        self.chunk.byte(self.offset.wrapping_add(offset))
+    }
+
+    #[inline(always)]
+    fn half(&self, offset: u32) -> u16 {
+        self.chunk.half(self.offset.wrapping_add(offset))
+    }
 }
 
 /// A sample under construction.

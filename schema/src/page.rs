@@ -206,8 +206,8 @@ pub fn search<P: PageBytes>(page: &P, offset: u32) -> Option<Hit> {
     let mut after = start;
     let mut step = 1 << (MAX_PROBES - 1);
     while step != 0 {
-        let candidate = after + step;
-        let byte = u32::from(page.byte(layout.low_bytes_at + candidate - 1));
+        let candidate = after.wrapping_add(step);
+        let byte = u32::from(page.byte(layout.low_bytes_at.wrapping_add(candidate).wrapping_sub(1)));
         // The sign bit of a difference is the comparison.
         let beyond = end.wrapping_sub(candidate) >> 31 | low.wrapping_sub(byte) >> 31;
         after += step & beyond.wrapping_sub(1);

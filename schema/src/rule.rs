@@ -103,6 +103,8 @@ pub enum UnsupportedReason {
     DictionaryFull = 9,
     /// Two FDEs cover the address with different rules.
     Overlap = 10,
+    /// The FDE's instructions are malformed from some point on.
+    Malformed = 11,
 }
 
 impl UnsupportedReason {
@@ -118,6 +120,7 @@ impl UnsupportedReason {
         Self::DenseBlock,
         Self::DictionaryFull,
         Self::Overlap,
+        Self::Malformed,
     ];
 
     /// The name used in JSON.
@@ -133,6 +136,7 @@ impl UnsupportedReason {
             Self::DenseBlock => "dense_block",
             Self::DictionaryFull => "dictionary_full",
             Self::Overlap => "overlap",
+            Self::Malformed => "malformed",
         }
     }
 }

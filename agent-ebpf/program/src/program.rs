@@ -1,0 +1,278 @@
+//! The program and its maps.
+
+use core::ffi::c_void;
+use core::ptr::{addr_of, addr_of_mut};
+
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, bpf_perf_event_data, pt_regs, task_struct};
+use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, RingBuf};
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_get_smp_processor_id,
+    bpf_get_stack, bpf_ktime_get_ns, bpf_loop, bpf_probe_read_kernel, bpf_probe_read_user,
+    bpf_ringbuf_output, bpf_task_pt_regs,
+};
+use aya_ebpf::macros::{btf_map, perf_event};
+use aya_ebpf::programs::PerfEventContext;
+use windlass_agent_ebpf::memory::{SIGNAL_CONTEXT_WORDS, StackMemory, Tables};
+use windlass_agent_ebpf::step::Registers;
+use windlass_agent_ebpf::walk::Walk;
+use windlass_schema::StopReason;
+use windlass_schema::maps::{
+    Chunk, Counter, MAX_CHUNKS, MAX_KERNEL_FRAMES, MAX_MAPPING_SEGMENTS, MAX_PROCESSES, MAX_USER_FRAMES,
+    MappingSegment, ProcessEntry, SAMPLES_RING_BYTES, SampleBuffer, SampleHeader, SegmentKey,
+};
+
+#[btf_map]
+static PROCESSES: HashMap<u32, ProcessEntry, { MAX_PROCESSES as usize }, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
+#[btf_map]
+static MAPPINGS: HashMap<
+    SegmentKey,
+    MappingSegment,
+    { MAX_MAPPING_SEGMENTS as usize },
+    { BPF_F_NO_PREALLOC as usize },
+> = HashMap::new();
+
+#[btf_map]
+static CHUNKS: ArrayOfMaps<Array<Chunk, 1>, { MAX_CHUNKS as usize }> = ArrayOfMaps::new();
+
+#[btf_map]
+static SAMPLES: RingBuf<SampleHeader, { SAMPLES_RING_BYTES as usize }> = RingBuf::new();
+
+#[btf_map]
+static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
+
+/// What one sample needs while it is made.
+#[repr(C)]
+struct Scratch {
+    walk: Walk,
+    sample: SampleBuffer,
+}
+
+/// The maps and the current thread's memory.
+struct Kernel;
+
+impl Tables for Kernel {
+    #[inline(always)]
+    fn chunk(&self, number: u32) -> Option<&Chunk> {
+        CHUNKS.get_value(number, &0)
+    }
+
+    #[inline(always)]
+    fn segment(&self, key: SegmentKey) -> Option<&MappingSegment> {
+        // SAFETY: user space replaces a segment whole and with a new generation, which the walk checks.
+        unsafe { MAPPINGS.get(key) }
+    }
+}
+
+/// Reads `T` from user memory.
+#[inline(always)]
+fn read_user<T: Copy>(address: u64, zero: T) -> Option<T> {
+    let mut value = zero;
+    // SAFETY: the destination is `size_of::<T>()` bytes of this frame; any source address is allowed.
+    let failed = unsafe {
+        bpf_probe_read_user(addr_of_mut!(value).cast(), size_of::<T>() as u32, address as *const c_void)
+    };
+    if failed == 0 { Some(value) } else { None }
+}
+
+impl StackMemory for Kernel {
+    #[inline(always)]
+    fn word(&self, address: u64) -> Option<u64> {
+        read_user(address, 0)
+    }
+
+    #[inline(always)]
+    fn pair(&self, address: u64) -> Option<[u64; 2]> {
+        read_user(address, [0; 2])
+    }
+
+    #[inline(always)]
+    fn signal_context(&self, address: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
+        read_user(address, [0; SIGNAL_CONTEXT_WORDS])
+    }
+
+    #[inline(always)]
+    fn unreadable(&self, _address: u64) -> StopReason {
+        StopReason::StackRead
+    }
+}
+
+#[inline(always)]
+fn count(counter: Counter) {
+    if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the slot is this CPU's own.
+        unsafe { *slot += 1 };
+    }
+}
+
+/// One turn of the walk: records a frame and steps to its caller.
+unsafe extern "C" fn turn(_number: u64, _context: *mut c_void) -> i64 {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return 1 };
+    // SAFETY: the slot is this CPU's own, and the kernel runs one of these programs on a CPU at a time.
+    let scratch = unsafe { &mut *scratch };
+    let frame = scratch.walk.frames as usize;
+    if frame >= MAX_USER_FRAMES {
+        return 1;
+    }
+    scratch.sample.addresses[frame] = scratch.walk.address();
+    scratch.walk.frames = frame as u32 + 1;
+    match scratch.walk.advance(&Kernel, &Kernel) {
+        Ok(()) => 0,
+        Err(reason) => {
+            scratch.sample.header.stop = reason as u8;
+            1
+        }
+    }
+}
+
+/// Whether these are registers of 64-bit or 32-bit user mode: the privilege level is in the low bits of cs.
+#[inline(always)]
+fn is_user(cs: u64) -> bool {
+    cs & 3 == 3
+}
+
+/// Fills the registers of user mode; a reason if there are none.
+#[inline(always)]
+fn user_registers(data: *mut bpf_perf_event_data, into: &mut Registers) -> Result<(), StopReason> {
+    // SAFETY: the context's registers may be read by their fields; `bpf_task_pt_regs` gives the saved
+    // registers of the current task, read with a helper that checks.
+    unsafe {
+        let interrupted = addr_of!((*data).regs);
+        if is_user((*interrupted).cs) {
+            copy_registers(&*interrupted, into);
+            return Ok(());
+        }
+        let saved: *const pt_regs =
+            bpf_task_pt_regs(bpf_get_current_task_btf() as *mut task_struct) as *const pt_regs;
+        let mut registers: pt_regs = core::mem::zeroed();
+        if bpf_probe_read_kernel(addr_of_mut!(registers).cast(), size_of::<pt_regs>() as u32, saved.cast())
+            != 0
+        {
+            return Err(StopReason::RegistersUnavailable);
+        }
+        // A kernel thread's saved registers are zero (copy_thread in arch/x86/kernel/process.c).
+        if !is_user(registers.cs) {
+            return Err(StopReason::KernelThread);
+        }
+        copy_registers(&registers, into);
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn copy_registers(from: &pt_regs, into: &mut Registers) {
+    // In the order of DWARF numbers.
+    into.general[0] = from.rax;
+    into.general[1] = from.rdx;
+    into.general[2] = from.rcx;
+    into.general[3] = from.rbx;
+    into.general[4] = from.rsi;
+    into.general[5] = from.rdi;
+    into.general[6] = from.rbp;
+    into.general[7] = from.rsp;
+    into.general[8] = from.r8;
+    into.general[9] = from.r9;
+    into.general[10] = from.r10;
+    into.general[11] = from.r11;
+    into.general[12] = from.r12;
+    into.general[13] = from.r13;
+    into.general[14] = from.r14;
+    into.general[15] = from.r15;
+    into.rip = from.rip;
+    into.known = 0xffff;
+    into.exact = 1;
+}
+
+/// Walks the user stack; the reason why it ended.
+#[inline(always)]
+fn walk_user(data: *mut bpf_perf_event_data, scratch: *mut Scratch, tgid: u32) -> StopReason {
+    // SAFETY: the slot is this CPU's own; `turn` reborrows it while nothing here holds a reference.
+    unsafe {
+        (*scratch).walk.restart(tgid);
+        if let Err(reason) = user_registers(data, &mut (*scratch).walk.registers) {
+            return reason;
+        }
+        let Some(process) = PROCESSES.get(tgid) else {
+            // Known or not, where the thread stands is worth reporting.
+            (*scratch).sample.addresses[0] = (*scratch).walk.address();
+            (*scratch).walk.frames = 1;
+            return StopReason::ProcessUnknown;
+        };
+        (*scratch).walk.process = *process;
+        (*scratch).sample.header.stop = StopReason::FrameLimit as u8;
+        bpf_loop(MAX_USER_FRAMES as u32, turn as *const () as *mut c_void, core::ptr::null_mut(), 0);
+        // The agent may have replaced the mappings meanwhile; then some frame may be of the old ones.
+        match PROCESSES.get(tgid) {
+            Some(now) if now.generation == (*scratch).walk.process.generation => {}
+            _ => return StopReason::MappingsChanged,
+        }
+        match StopReason::try_from((*scratch).sample.header.stop) {
+            Ok(reason) => reason,
+            Err(_) => StopReason::TableCorrupt,
+        }
+    }
+}
+
+/// Takes one sample. The program's name in the object is `windlass_sample`.
+#[perf_event]
+pub fn windlass_sample(context: PerfEventContext) -> u32 {
+    // SAFETY: helpers are called as their documentation asks; buffers are the per-CPU scratch value.
+    unsafe {
+        let pid_tgid = bpf_get_current_pid_tgid();
+        let tgid = (pid_tgid >> 32) as u32;
+        if tgid == 0 {
+            // The idle task.
+            return 0;
+        }
+        let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return 0 };
+        count(Counter::Samples);
+        let stop = walk_user(context.ctx, scratch, tgid);
+        let user_frames = (*scratch).walk.frames as usize;
+        let user_frames = if user_frames > MAX_USER_FRAMES { MAX_USER_FRAMES } else { user_frames };
+        let mut kernel_frames = 0;
+        if !is_user((*context.ctx).regs.cs) {
+            let at = addr_of_mut!((*scratch).sample.addresses).cast::<u64>().add(user_frames);
+            let bytes = bpf_get_stack(context.ctx.cast(), at.cast(), (8 * MAX_KERNEL_FRAMES) as u32, 0);
+            if bytes > 0 {
+                kernel_frames = bytes as usize / 8;
+            }
+        }
+        let kernel_frames = if kernel_frames > MAX_KERNEL_FRAMES { MAX_KERNEL_FRAMES } else { kernel_frames };
+        let header = addr_of_mut!((*scratch).sample.header);
+        (*header).time_ns = bpf_ktime_get_ns();
+        (*header).tgid = tgid;
+        (*header).tid = pid_tgid as u32;
+        (*header).cpu = bpf_get_smp_processor_id() as u32;
+        (*header).user_frames = user_frames as u16;
+        (*header).kernel_frames = kernel_frames as u16;
+        (*header).stop = stop as u8;
+        (*header).reserved = [0; 7];
+        bpf_get_current_comm(addr_of_mut!((*header).comm).cast(), 16);
+        let bytes = size_of::<SampleHeader>() + 8 * (user_frames + kernel_frames);
+        if bpf_ringbuf_output(
+            addr_of!(SAMPLES).cast_mut().cast(),
+            addr_of_mut!((*scratch).sample).cast(),
+            bytes as u64,
+            0,
+        ) != 0
+        {
+            count(Counter::RingFull);
+        }
+    }
+    0
+}
+
+/// The kernel lets programs use its GPL-only helpers if they declare a compatible licence.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier rejects a program in which this could run.
+    loop {}
+}

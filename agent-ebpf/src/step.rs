@@ -1,0 +1,327 @@
+//! One step: from a frame's registers and its record to the caller's registers.
+//!
+//! A step is exact or it fails with a reason. It never tries a second way: a guess that happens to
+//! look like a frame is worse than a stack that says where it ends.
+
+use windlass_schema::record::{DWARF_RBP, DWARF_RSP, REGISTERS, frame_pointer, kind, return_address};
+use windlass_schema::{Record, StopReason};
+
+use crate::memory::StackMemory;
+
+/// Bit of each register that every frame restores: rsp and rbp.
+const FRAME_REGISTERS: u32 = 1 << DWARF_RSP | 1 << DWARF_RBP;
+/// Number of the sign register of `DEREF_INDEXED`.
+const DWARF_R9: usize = 9;
+/// DWARF number of each word of a `sigcontext`, but for the last, which is rip.
+const SIGNAL_CONTEXT_ORDER: [u8; 16] = [8, 9, 10, 11, 12, 13, 14, 15, 5, 4, 6, 3, 1, 0, 2, 7];
+
+/// The registers of one frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Registers {
+    /// General-purpose registers by DWARF number.
+    pub general: [u64; REGISTERS],
+    /// The instruction pointer: an instruction's address if `exact`, else a return address.
+    pub rip: u64,
+    /// Bit for each general-purpose register that is known.
+    pub known: u32,
+    /// 1 in the innermost frame and in one that a signal interrupted, else 0.
+    pub exact: u32,
+}
+
+impl Registers {
+    /// Registers as the kernel saved them: all known, rip exact.
+    pub const fn innermost(general: [u64; REGISTERS], rip: u64) -> Self {
+        Self { general, rip, known: (1 << REGISTERS) - 1, exact: 1 }
+    }
+
+    #[inline(always)]
+    fn get(&self, register: u8) -> Result<u64, StopReason> {
+        let register = register & 15;
+        if self.known >> register & 1 == 0 {
+            return Err(StopReason::RegisterUnknown);
+        }
+        Ok(self.general[register as usize])
+    }
+}
+
+#[inline(always)]
+fn word<M: StackMemory>(memory: &M, address: u64) -> Result<u64, StopReason> {
+    match memory.word(address) {
+        Some(word) => Ok(word),
+        None => Err(memory.unreadable(address)),
+    }
+}
+
+#[inline(always)]
+fn offset(base: u64, offset: i64) -> u64 {
+    base.wrapping_add(offset as u64)
+}
+
+/// The canonical frame address that `record` states.
+#[inline(always)]
+fn canonical_frame_address<M: StackMemory>(
+    registers: &Registers,
+    record: Record,
+    memory: &M,
+) -> Result<u64, StopReason> {
+    let rsp = registers.general[DWARF_RSP as usize];
+    let (a, b) = (i64::from(record.a()), i64::from(record.b()));
+    match record.kind() {
+        kind::RSP => Ok(offset(rsp, i64::from(record.offset()))),
+        kind::RBP => Ok(offset(registers.get(DWARF_RBP)?, i64::from(record.offset()))),
+        kind::REGISTER => Ok(offset(registers.get(record.cfa_register())?, i64::from(record.offset()))),
+        kind::DEREF => Ok(offset(word(memory, offset(registers.get(record.cfa_register())?, a))?, b)),
+        kind::DEREF_INDEXED => {
+            let index = registers.get(DWARF_R9 as u8)?;
+            Ok(offset(word(memory, offset(rsp.wrapping_add(index.wrapping_mul(8)), a))?, b))
+        }
+        kind::PLT => {
+            let pushed = i64::from((registers.rip & 15) as i64 >= a) * 8;
+            Ok(offset(rsp, b + pushed))
+        }
+        kind::NO_CFI => Err(StopReason::NoCfi),
+        kind::END => Err(StopReason::EndOfStack),
+        kind::UNSUPPORTED => Err(StopReason::UnsupportedRule),
+        _ => Err(StopReason::TableCorrupt),
+    }
+}
+
+/// Replaces `registers` by those of the caller. On an error they are unchanged, and
+/// `EndOfStack` means that there is no caller.
+#[inline(always)]
+pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &M) -> Result<(), StopReason> {
+    if record.kind() == kind::SIGNAL {
+        return leave_signal_frame(registers, record, memory);
+    }
+    let rsp = registers.general[DWARF_RSP as usize];
+    let cfa = canonical_frame_address(registers, record, memory)?;
+    // A call pushes its return address, so the caller's stack pointer lies above the callee's.
+    if cfa <= rsp {
+        return Err(StopReason::NoAdvance);
+    }
+    let mut known = FRAME_REGISTERS & registers.known | 1 << DWARF_RSP;
+    let mut rbp = registers.general[DWARF_RBP as usize];
+    let rip;
+    let f = i64::from(record.frame_pointer_offset());
+    if record.frame_pointer() == frame_pointer::AT_CFA
+        && f == -16
+        && record.return_address() == return_address::AT_CFA
+    {
+        let Some([saved, address]) = memory.pair(cfa.wrapping_sub(16)) else {
+            return Err(memory.unreadable(cfa.wrapping_sub(16)));
+        };
+        known |= 1 << DWARF_RBP;
+        (rbp, rip) = (saved, address);
+    } else {
+        rip = match record.return_address() {
+            return_address::AT_CFA => word(memory, cfa.wrapping_sub(8))?,
+            return_address::REGISTER => registers.get(record.return_address_register())?,
+            _ => return Err(StopReason::TableCorrupt),
+        };
+        match record.frame_pointer() {
+            frame_pointer::SAME => {}
+            frame_pointer::AT_CFA => {
+                rbp = word(memory, offset(cfa, f))?;
+                known |= 1 << DWARF_RBP;
+            }
+            frame_pointer::AT_RBP => rbp = word(memory, offset(registers.get(DWARF_RBP)?, f))?,
+            _ => known &= !(1 << DWARF_RBP),
+        }
+    }
+    if rip == 0 {
+        return Err(StopReason::ZeroReturnAddress);
+    }
+    registers.general[DWARF_RSP as usize] = cfa;
+    registers.general[DWARF_RBP as usize] = rbp;
+    registers.rip = rip;
+    registers.known = known;
+    registers.exact = 0;
+    Ok(())
+}
+
+/// Takes all registers from the context that the kernel pushed when it delivered a signal. The
+/// interrupted stack may be another one, so the stack pointer may move either way.
+#[inline(always)]
+fn leave_signal_frame<M: StackMemory>(
+    registers: &mut Registers,
+    record: Record,
+    memory: &M,
+) -> Result<(), StopReason> {
+    let at = offset(registers.general[DWARF_RSP as usize], i64::from(record.a()));
+    let Some(context) = memory.signal_context(at) else {
+        return Err(memory.unreadable(at));
+    };
+    for (word, number) in context.iter().zip(SIGNAL_CONTEXT_ORDER) {
+        registers.general[number as usize & 15] = *word;
+    }
+    registers.rip = context[16];
+    registers.known = (1 << REGISTERS) - 1;
+    registers.exact = 1;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule};
+
+    use super::*;
+    use crate::memory::SIGNAL_CONTEXT_WORDS;
+
+    /// A stack whose word at `BASE + 8 * n` is `100 + n`.
+    struct Stack;
+
+    const BASE: u64 = 0x7000;
+    const WORDS: u64 = 64;
+
+    impl StackMemory for Stack {
+        fn word(&self, address: u64) -> Option<u64> {
+            let offset = address.checked_sub(BASE)?;
+            if offset < 8 * WORDS { Some(100 + offset / 8) } else { None }
+        }
+
+        fn pair(&self, address: u64) -> Option<[u64; 2]> {
+            Some([self.word(address)?, self.word(address + 8)?])
+        }
+
+        fn signal_context(&self, address: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
+            let mut words = [0; SIGNAL_CONTEXT_WORDS];
+            for (index, word) in words.iter_mut().enumerate() {
+                *word = self.word(address + 8 * index as u64)?;
+            }
+            Some(words)
+        }
+
+        fn unreadable(&self, _address: u64) -> StopReason {
+            StopReason::StackRead
+        }
+    }
+
+    fn frame(cfa: CfaRule, return_address: ReturnAddressRule, frame_pointer: FramePointerRule) -> Rule {
+        Rule::Frame { cfa, return_address, frame_pointer }
+    }
+
+    fn registers() -> Registers {
+        let mut general = [0; REGISTERS];
+        general[7] = BASE + 16;
+        general[6] = BASE + 80;
+        general[9] = 3;
+        general[10] = BASE + 64;
+        general[5] = 0x4242;
+        Registers::innermost(general, 0x40100b)
+    }
+
+    /// `expect`: the caller's (rsp, rbp, rip).
+    #[track_caller]
+    fn check(rule: Rule, expect: Result<(u64, u64, u64), StopReason>) {
+        let mut after = registers();
+        let outcome = step(&mut after, rule.to_record(), &Stack);
+        assert_eq!(outcome.map(|()| (after.general[7], after.general[6], after.rip)), expect, "{rule}");
+        if outcome.is_err() {
+            assert_eq!(after, registers(), "a failed step changes nothing");
+        }
+    }
+
+    const AT_CFA: ReturnAddressRule = ReturnAddressRule::AtCfa;
+    const SAME: FramePointerRule = FramePointerRule::Same;
+
+    #[test]
+    fn each_rule_of_the_closed_set() {
+        let rbp = BASE + 80;
+        check(frame(CfaRule::Offset(Register::RSP, 8), AT_CFA, SAME), Ok((BASE + 24, rbp, 102)));
+        check(
+            frame(CfaRule::Offset(Register::RSP, 32), AT_CFA, FramePointerRule::AtCfa(-16)),
+            Ok((BASE + 48, 104, 105)),
+        );
+        check(
+            frame(CfaRule::Offset(Register::RSP, 48), AT_CFA, FramePointerRule::AtCfa(-32)),
+            Ok((BASE + 64, 104, 107)),
+        );
+        check(
+            frame(CfaRule::Offset(Register::RBP, 16), AT_CFA, FramePointerRule::AtRbp(0)),
+            Ok((BASE + 96, 110, 111)),
+        );
+        let r10 = Register::new(10).unwrap();
+        check(frame(CfaRule::Offset(r10, 8), AT_CFA, SAME), Ok((BASE + 72, rbp, 108)));
+        let rdi = ReturnAddressRule::Register(Register::new(5).unwrap());
+        check(frame(CfaRule::Offset(Register::RSP, 8), rdi, SAME), Ok((BASE + 24, rbp, 0x4242)));
+        // rip & 15 = 11: the PLT entry has pushed its number.
+        let plt = |threshold| frame(CfaRule::Plt { threshold, base: 8 }, AT_CFA, SAME);
+        check(plt(11), Ok((BASE + 32, rbp, 103)));
+        check(plt(12), Ok((BASE + 24, rbp, 102)));
+        check(Rule::End, Err(StopReason::EndOfStack));
+        check(Rule::NoCfi, Err(StopReason::NoCfi));
+        check(
+            Rule::Unsupported(windlass_schema::UnsupportedReason::CfaExpression),
+            Err(StopReason::UnsupportedRule),
+        );
+    }
+
+    #[test]
+    fn dereferenced_frame_addresses() {
+        // *(rbp - 8) is word 9 of the stack, which holds 109; as an address it is below rsp.
+        check(frame(CfaRule::Deref(Register::RBP, -8, 0), AT_CFA, SAME), Err(StopReason::NoAdvance));
+        // With b it is an address in the stack.
+        check(
+            frame(CfaRule::Deref(Register::RBP, -8, 0x7020 - 109), AT_CFA, SAME),
+            Ok((BASE + 32, BASE + 80, 103)),
+        );
+        // rsp + 8 * r9 + 8 is word 2 + 3 + 1 = 6, which holds 106.
+        check(frame(CfaRule::DerefIndexed(8, 0x7028 - 106), AT_CFA, SAME), Ok((BASE + 40, BASE + 80, 104)));
+    }
+
+    #[test]
+    fn a_frame_must_advance_and_be_readable() {
+        check(frame(CfaRule::Offset(Register::RSP, 0), AT_CFA, SAME), Err(StopReason::NoAdvance));
+        check(frame(CfaRule::Offset(Register::RSP, -8), AT_CFA, SAME), Err(StopReason::NoAdvance));
+        check(frame(CfaRule::Offset(Register::RSP, 0x10000), AT_CFA, SAME), Err(StopReason::StackRead));
+    }
+
+    #[test]
+    fn registers_that_frames_do_not_restore_are_unknown_in_the_caller() {
+        let r10 = frame(CfaRule::Offset(Register::new(10).unwrap(), 8), AT_CFA, SAME).to_record();
+        let mut after = registers();
+        step(&mut after, frame(CfaRule::Offset(Register::RSP, 8), AT_CFA, SAME).to_record(), &Stack).unwrap();
+        assert_eq!(after.exact, 0);
+        assert_eq!(step(&mut after, r10, &Stack), Err(StopReason::RegisterUnknown));
+        let lost = frame(CfaRule::Offset(Register::RSP, 8), AT_CFA, FramePointerRule::Undefined).to_record();
+        step(&mut after, lost, &Stack).unwrap();
+        let by_rbp = frame(CfaRule::Offset(Register::RBP, 16), AT_CFA, SAME).to_record();
+        assert_eq!(step(&mut after, by_rbp, &Stack), Err(StopReason::RegisterUnknown));
+        // A signal frame knows them all again.
+        step(&mut after, Rule::Signal(0).to_record(), &Stack).unwrap();
+        assert_eq!((after.exact, after.known), (1, 0xffff));
+    }
+
+    #[test]
+    fn a_signal_frame_restores_every_register_from_its_place() {
+        let mut after = registers();
+        step(&mut after, Rule::Signal(40).to_record(), &Stack).unwrap();
+        // rsp is word 2, so r8 is word 7.
+        let expect = [120, 119, 121, 118, 116, 115, 117, 122, 107, 108, 109, 110, 111, 112, 113, 114];
+        assert_eq!(after.general, expect);
+        assert_eq!((after.rip, after.exact, after.known), (123, 1, 0xffff));
+    }
+
+    #[test]
+    fn a_zero_return_address_is_no_caller_but_no_promise_either() {
+        struct Zero;
+        impl StackMemory for Zero {
+            fn word(&self, _: u64) -> Option<u64> {
+                Some(0)
+            }
+            fn pair(&self, _: u64) -> Option<[u64; 2]> {
+                Some([0; 2])
+            }
+            fn signal_context(&self, _: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
+                None
+            }
+            fn unreadable(&self, _: u64) -> StopReason {
+                StopReason::StackRead
+            }
+        }
+        let rule = frame(CfaRule::Offset(Register::RSP, 8), AT_CFA, SAME).to_record();
+        assert_eq!(step(&mut registers(), rule, &Zero), Err(StopReason::ZeroReturnAddress));
+        assert!(!StopReason::ZeroReturnAddress.is_complete());
+    }
+}

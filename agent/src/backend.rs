@@ -1,0 +1,108 @@
+//! The boundary between the agent and what takes its samples.
+//!
+//! Two things take samples: the BPF program (`kernel`), which walks every process's stacks in the
+//! kernel, and the copied-stack sampler (`copied`), which needs no privilege, covers one process, and
+//! runs the same `search` and `step` in user space. The agent drives both through [`Backend`]: it
+//! places tables, states each process's executable mappings, and drains events.
+
+use std::time::Duration;
+
+use windlass_schema::maps::{Location, Mapping};
+use windlass_schema::{StopReason, Table};
+
+/// An executable mapping of a process, as a backend takes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlacedMapping {
+    /// First process address.
+    pub start: u64,
+    /// The rest; `generation` is the backend's to fill.
+    pub mapping: Mapping,
+}
+
+/// One walked stack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// `CLOCK_MONOTONIC` in nanoseconds.
+    pub time_ns: u64,
+    /// Process.
+    pub tgid: u32,
+    /// Thread.
+    pub tid: u32,
+    /// CPU number.
+    pub cpu: u32,
+    /// Name of the thread.
+    pub comm: String,
+    /// Why the walk ended.
+    pub stop: StopReason,
+    /// User addresses, innermost first; see [`windlass_schema::maps::EXACT_ADDRESS`].
+    pub user: Vec<u64>,
+    /// Kernel addresses, innermost first: the first is exact, the others are return addresses.
+    pub kernel: Vec<u64>,
+}
+
+/// What a backend reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A stack.
+    Sample(Sample),
+    /// A process started to run another executable: nothing known of its mappings holds.
+    Exec {
+        /// Process.
+        tgid: u32,
+    },
+    /// A process mapped executable memory.
+    Mapped {
+        /// Process.
+        tgid: u32,
+    },
+    /// A process was forked and has its parent's mappings.
+    Forked {
+        /// New process.
+        tgid: u32,
+        /// Its parent.
+        parent: u32,
+    },
+    /// A process ended.
+    Exited {
+        /// Process.
+        tgid: u32,
+    },
+    /// Process events were lost: scan `/proc` again.
+    Lost,
+}
+
+/// A table could not be placed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlaceError {
+    /// The budget does not hold it beside those that are there.
+    #[error("unwind tables take {used_bytes} bytes of a budget of {budget_bytes}, {wanted_bytes} more do not fit")]
+    Budget {
+        /// Taken so far.
+        used_bytes: u64,
+        /// The limit.
+        budget_bytes: u64,
+        /// What this table needs.
+        wanted_bytes: u64,
+    },
+    /// The kernel refused a map operation.
+    #[error("the kernel refused to store an unwind table: {0}")]
+    Kernel(String),
+}
+
+/// Takes samples. Methods are called from one thread.
+pub trait Backend: Send {
+    /// Makes a table available to walks; the location goes into [`Mapping::image`].
+    fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError>;
+
+    /// Replaces all that is known of a process's executable mappings. `mappings` is sorted by start.
+    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<()>;
+
+    /// Forgets a process.
+    fn remove_process(&mut self, tgid: u32);
+
+    /// Hands all waiting events to `sink`; waits up to `timeout` for the first.
+    fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()>;
+
+    /// Samples that were taken but lost on the way here (ring buffer full), since the start.
+    fn lost_samples(&self) -> u64;
+}

@@ -1,0 +1,329 @@
+//! Sampling without privilege: copied stacks of one process, walked here.
+//!
+//! Where BPF is not to be had, the kernel still gives a process's owner registers and a copy of the
+//! stack with each sample (`PERF_SAMPLE_REGS_USER | PERF_SAMPLE_STACK_USER`). They are walked by the
+//! same `search` and `step` as in the kernel, over the same packed chunks. A copy is at most
+//! [`STACK_BYTES`]; a walk that leaves it stops with `CopiedStackEnd`.
+
+use std::collections::HashMap;
+use std::io;
+use std::time::Duration;
+
+use windlass_agent_ebpf::memory::{SIGNAL_CONTEXT_WORDS, StackMemory, Tables};
+use windlass_agent_ebpf::step::Registers;
+use windlass_agent_ebpf::walk::Walk;
+use windlass_schema::maps::{
+    CHUNK_BYTES, Chunk, Location, MAX_CHUNKS, MappingSegment, ProcessEntry, SegmentKey,
+};
+use windlass_schema::record::{DWARF_RSP, REGISTERS};
+use windlass_schema::{StopReason, Table};
+
+use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample};
+use crate::chunks::ChunkSpace;
+use crate::kernel::segments_of;
+use crate::perf_ring::{COPIED_REGISTERS, PerfEventAttr, PerfRing, PerfScope, RingRecord};
+
+/// Bytes of stack in each sample: half of what a perf record, whose size is 16 bits, has room for.
+const STACK_BYTES: u32 = 32 * 1024;
+/// Pages of each thread's ring, 256 KiB: seven samples. An unprivileged user may lock 516 KiB for each CPU
+/// and RLIMIT_MEMLOCK beyond.
+const RING_PAGES: usize = 64;
+/// How often new threads are looked for.
+const THREAD_SCAN: Duration = Duration::from_millis(100);
+
+const RECORD_LOST: u32 = 2;
+const RECORD_SAMPLE: u32 = 9;
+
+/// DWARF number of each register in a copied sample, in the order of `enum perf_event_x86_regs`:
+/// ax, bx, cx, dx, si, di, bp, sp; then ip; then r8 to r15.
+const REGISTER_ORDER: [usize; 8] = [0, 3, 2, 1, 4, 5, 6, 7];
+
+/// A process's stacks could not be sampled.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// Permission, or no perf events in this kernel.
+    #[error(
+        "the kernel refused to sample process {pid}: {error} (kernel.perf_event_paranoid must be 2 or less, \
+         and the process be your own)"
+    )]
+    Refused {
+        /// Process.
+        pid: u32,
+        /// What the kernel said.
+        error: io::Error,
+    },
+}
+
+/// The sampler of one process.
+pub struct CopiedStacks {
+    pid: u32,
+    attr: PerfEventAttr,
+    rings: HashMap<u32, PerfRing>,
+    names: HashMap<u32, String>,
+    tables: LocalTables,
+    space: ChunkSpace,
+    processes: HashMap<u32, ProcessEntry>,
+    generation: u32,
+    lost: u64,
+    last_scan: std::time::Instant,
+}
+
+/// What the kernel's maps hold, in this process's memory.
+#[derive(Default)]
+struct LocalTables {
+    chunks: HashMap<u32, Box<Chunk>>,
+    segments: HashMap<SegmentKey, MappingSegment>,
+}
+
+impl Tables for LocalTables {
+    fn chunk(&self, number: u32) -> Option<&Chunk> {
+        self.chunks.get(&number).map(|chunk| &**chunk)
+    }
+
+    fn segment(&self, key: SegmentKey) -> Option<&MappingSegment> {
+        self.segments.get(&key)
+    }
+}
+
+/// The copied part of a stack.
+struct CopiedStack<'a> {
+    start: u64,
+    bytes: &'a [u8],
+}
+
+impl CopiedStack<'_> {
+    fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
+        let at = usize::try_from(address.checked_sub(self.start)?).ok()?;
+        let bytes = self.bytes.get(at..at.checked_add(8 * N)?)?;
+        let mut words = [0; N];
+        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+            *word = u64::from_ne_bytes(bytes.try_into().expect("8 bytes"));
+        }
+        Some(words)
+    }
+}
+
+impl StackMemory for CopiedStack<'_> {
+    fn word(&self, address: u64) -> Option<u64> {
+        self.words::<1>(address).map(|[word]| word)
+    }
+
+    fn pair(&self, address: u64) -> Option<[u64; 2]> {
+        self.words(address)
+    }
+
+    fn signal_context(&self, address: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
+        self.words(address)
+    }
+
+    fn unreadable(&self, address: u64) -> StopReason {
+        if address >= self.start { StopReason::CopiedStackEnd } else { StopReason::StackRead }
+    }
+}
+
+impl CopiedStacks {
+    /// Starts to sample all threads of `pid`.
+    pub fn attach(pid: u32, frequency_hz: u32) -> Result<Self, AttachError> {
+        let mut sampler = Self {
+            pid,
+            attr: PerfEventAttr::copied_stacks(frequency_hz, STACK_BYTES),
+            rings: HashMap::new(),
+            names: HashMap::new(),
+            tables: LocalTables::default(),
+            space: ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES)),
+            processes: HashMap::new(),
+            generation: 0,
+            lost: 0,
+            last_scan: std::time::Instant::now(),
+        };
+        sampler.watch(pid).map_err(|error| AttachError::Refused { pid, error })?;
+        sampler.scan_threads();
+        Ok(sampler)
+    }
+
+    fn watch(&mut self, tid: u32) -> io::Result<()> {
+        let ring = PerfRing::open(&self.attr, PerfScope::Thread(tid), RING_PAGES)?;
+        ring.enable()?;
+        self.rings.insert(tid, ring);
+        Ok(())
+    }
+
+    /// Finds threads started since; a ring of an ended thread is kept until it is drained.
+    fn scan_threads(&mut self) {
+        self.last_scan = std::time::Instant::now();
+        let Ok(entries) = std::fs::read_dir(format!("/proc/{}/task", self.pid)) else { return };
+        for entry in entries.flatten() {
+            let Some(tid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            if !self.rings.contains_key(&tid) {
+                // A thread that just ended is no loss; one that is refused was refused before.
+                let _ = self.watch(tid);
+            }
+            if let Ok(name) = std::fs::read_to_string(entry.path().join("comm")) {
+                self.names.insert(tid, name.trim_end().to_owned());
+            }
+        }
+    }
+
+    /// Walks one sample.
+    fn sample(&self, record: &RingRecord<'_>) -> Option<Sample> {
+        let copied = CopiedSample::parse(record.body)?;
+        let Some(registers) = copied.registers else {
+            return Some(self.stack_of(&copied, StopReason::RegistersUnavailable, Vec::new()));
+        };
+        let mut user = Vec::new();
+        let Some(process) = self.processes.get(&copied.pid) else {
+            user.push(Walk::new(copied.pid, ProcessEntry::default(), registers).address());
+            return Some(self.stack_of(&copied, StopReason::ProcessUnknown, user));
+        };
+        let memory = CopiedStack { start: registers.general[DWARF_RSP as usize], bytes: copied.stack };
+        let stop = Walk::new(copied.pid, *process, registers)
+            .run(&self.tables, &memory, |address| user.push(address));
+        Some(self.stack_of(&copied, stop, user))
+    }
+
+    fn stack_of(&self, copied: &CopiedSample<'_>, stop: StopReason, user: Vec<u64>) -> Sample {
+        Sample {
+            time_ns: copied.time_ns,
+            tgid: copied.pid,
+            tid: copied.tid,
+            cpu: copied.cpu,
+            comm: self.names.get(&copied.tid).cloned().unwrap_or_default(),
+            stop,
+            user,
+            kernel: Vec::new(),
+        }
+    }
+}
+
+/// A `PERF_RECORD_SAMPLE` with the fields that [`PerfEventAttr::copied_stacks`] asks for.
+struct CopiedSample<'a> {
+    pid: u32,
+    tid: u32,
+    time_ns: u64,
+    cpu: u32,
+    /// `None` if the thread was not in user mode.
+    registers: Option<Registers>,
+    stack: &'a [u8],
+}
+
+impl<'a> CopiedSample<'a> {
+    /// Fields in the order of perf_event_open(2): pid tid, time, cpu, abi and registers, stack size,
+    /// stack, size of what was really copied.
+    fn parse(body: &'a [u8]) -> Option<Self> {
+        let mut rest = body;
+        let mut next = |bytes: usize| {
+            let (head, tail) = rest.split_at_checked(bytes)?;
+            rest = tail;
+            Some(head)
+        };
+        let half = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("4 bytes"));
+        let word = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().expect("8 bytes"));
+        let (pid, tid) = (half(next(4)?), half(next(4)?));
+        let time_ns = word(next(8)?);
+        let cpu = half(next(4)?);
+        next(4)?;
+        let abi = word(next(8)?);
+        let mut registers = None;
+        if abi != 0 {
+            let mut general = [0; REGISTERS];
+            for number in REGISTER_ORDER {
+                general[number] = word(next(8)?);
+            }
+            let rip = word(next(8)?);
+            for register in general.iter_mut().skip(8) {
+                *register = word(next(8)?);
+            }
+            const _: () = assert!(COPIED_REGISTERS.count_ones() as usize == REGISTERS + 1);
+            registers = Some(Registers::innermost(general, rip));
+        }
+        let size = usize::try_from(word(next(8)?)).ok()?;
+        let mut stack: &[u8] = &[];
+        if size > 0 {
+            stack = next(size)?;
+            let copied = usize::try_from(word(next(8)?)).ok()?;
+            stack = &stack[..copied.min(stack.len())];
+        }
+        Some(Self { pid, tid, time_ns, cpu, registers, stack })
+    }
+}
+
+impl Backend for CopiedStacks {
+    fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError> {
+        let placed = self.space.place(table)?;
+        let chunks = &mut self.tables.chunks;
+        let Ok(()) = self.space.flush(|number, chunk, _| {
+            chunks.insert(number, Box::new(chunk.clone()));
+            Ok::<(), std::convert::Infallible>(())
+        });
+        Ok(placed.header)
+    }
+
+    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<()> {
+        self.generation = self.generation.wrapping_add(1);
+        let (entry, segments) = segments_of(mappings, self.generation);
+        self.tables.segments.retain(|key, _| key.tgid != tgid);
+        for (number, segment) in segments.into_iter().enumerate() {
+            self.tables.segments.insert(SegmentKey { tgid, segment: number as u32 }, segment);
+        }
+        self.processes.insert(tgid, entry);
+        Ok(())
+    }
+
+    fn remove_process(&mut self, tgid: u32) {
+        self.processes.remove(&tgid);
+        self.tables.segments.retain(|key, _| key.tgid != tgid);
+    }
+
+    fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()> {
+        if self.last_scan.elapsed() >= THREAD_SCAN {
+            self.scan_threads();
+        }
+        let mut descriptors: Vec<libc::pollfd> = self
+            .rings
+            .values()
+            .map(|ring| libc::pollfd { fd: ring.descriptor(), events: libc::POLLIN, revents: 0 })
+            .collect();
+        let timeout_ms = i32::try_from(timeout.min(THREAD_SCAN).as_millis()).unwrap_or(i32::MAX);
+        // SAFETY: the array is valid for its length during the call.
+        let ready =
+            unsafe { libc::poll(descriptors.as_mut_ptr(), descriptors.len() as libc::nfds_t, timeout_ms) };
+        if ready < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error.into());
+            }
+        }
+        let mut rings = std::mem::take(&mut self.rings);
+        for ring in rings.values_mut() {
+            let mut lost = 0;
+            ring.drain(|record| match record.kind {
+                RECORD_SAMPLE => {
+                    if let Some(sample) = self.sample(&record) {
+                        sink(Event::Sample(sample));
+                    }
+                }
+                // id, number lost
+                RECORD_LOST => {
+                    lost += record
+                        .body
+                        .get(8..16)
+                        .map_or(0, |bytes| u64::from_ne_bytes(bytes.try_into().expect("8 bytes")));
+                }
+                _ => {}
+            });
+            self.lost += lost;
+        }
+        // A hang-up says that the thread has ended; its ring was drained just now.
+        let ended: Vec<_> =
+            descriptors.iter().filter(|fd| fd.revents & libc::POLLHUP != 0).map(|fd| fd.fd).collect();
+        rings.retain(|_, ring| !ended.contains(&ring.descriptor()));
+        self.rings = rings;
+        Ok(())
+    }
+
+    fn lost_samples(&self) -> u64 {
+        self.lost
+    }
+}

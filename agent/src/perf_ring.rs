@@ -1,0 +1,234 @@
+//! A perf event with its ring buffer: `perf_event_open(2)` and the records that come out of it.
+//!
+//! Written here because the BPF library opens perf events only to attach programs to them.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// `struct perf_event_attr` up to `sample_max_stack` (PERF_ATTR_SIZE_VER5, Linux 4.1).
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct PerfEventAttr {
+    kind: u32,
+    size: u32,
+    config: u64,
+    sample_period_or_frequency: u64,
+    sample_type: u64,
+    read_format: u64,
+    flags: u64,
+    wakeup_events: u32,
+    bp_type: u32,
+    config1: u64,
+    config2: u64,
+    branch_sample_type: u64,
+    sample_regs_user: u64,
+    sample_stack_user: u32,
+    clockid: i32,
+    sample_regs_intr: u64,
+    aux_watermark: u32,
+    sample_max_stack: u16,
+    reserved: u16,
+}
+
+const TYPE_SOFTWARE: u32 = 1;
+const CONFIG_TASK_CLOCK: u64 = 1;
+const CONFIG_DUMMY: u64 = 9;
+const FLAG_DISABLED: u64 = 1;
+const FLAG_EXCLUDE_KERNEL: u64 = 1 << 5;
+const FLAG_MMAP: u64 = 1 << 8;
+const FLAG_COMM: u64 = 1 << 9;
+const FLAG_FREQUENCY: u64 = 1 << 10;
+const FLAG_TASK: u64 = 1 << 13;
+const FLAG_WATERMARK: u64 = 1 << 14;
+const FLAG_EXCLUDE_CALLCHAIN_KERNEL: u64 = 1 << 21;
+const FLAG_MMAP2: u64 = 1 << 23;
+const FLAG_COMM_EXEC: u64 = 1 << 24;
+const FLAG_USE_CLOCKID: u64 = 1 << 25;
+/// `PERF_SAMPLE_TID | TIME | CPU | REGS_USER | STACK_USER`.
+const SAMPLE_COPIED_STACK: u64 = 1 << 1 | 1 << 2 | 1 << 7 | 1 << 12 | 1 << 13;
+const PERF_FLAG_FD_CLOEXEC: u64 = 8;
+/// `PERF_EVENT_IOC_ENABLE` and `PERF_EVENT_IOC_DISABLE`.
+const IOC_ENABLE: u64 = 0x2400;
+
+/// User registers in a copied sample: bits of `enum perf_event_x86_regs` for ax, bx, cx, dx, si, di,
+/// bp, sp, ip and r8 to r15.
+pub(crate) const COPIED_REGISTERS: u64 = 0x1ff | 0xff << 16;
+
+impl PerfEventAttr {
+    fn software(config: u64, flags: u64) -> Self {
+        Self {
+            kind: TYPE_SOFTWARE,
+            size: size_of::<Self>() as u32,
+            config,
+            flags: flags | FLAG_USE_CLOCKID,
+            clockid: libc::CLOCK_MONOTONIC,
+            wakeup_events: 1,
+            ..Self::default()
+        }
+    }
+
+    /// Counts nothing; carries records of exec, fork, exit and executable mappings.
+    pub(crate) fn sideband() -> Self {
+        Self::software(
+            CONFIG_DUMMY,
+            FLAG_MMAP | FLAG_COMM | FLAG_TASK | FLAG_MMAP2 | FLAG_COMM_EXEC | FLAG_WATERMARK,
+        )
+    }
+
+    /// Samples user registers and `stack_bytes` of the user stack.
+    pub(crate) fn copied_stacks(frequency_hz: u32, stack_bytes: u32) -> Self {
+        let flags = FLAG_DISABLED | FLAG_EXCLUDE_KERNEL | FLAG_EXCLUDE_CALLCHAIN_KERNEL | FLAG_FREQUENCY;
+        Self {
+            sample_period_or_frequency: u64::from(frequency_hz),
+            sample_type: SAMPLE_COPIED_STACK,
+            sample_regs_user: COPIED_REGISTERS,
+            sample_stack_user: stack_bytes,
+            ..Self::software(CONFIG_TASK_CLOCK, flags)
+        }
+    }
+}
+
+/// What an event watches.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum PerfScope {
+    /// All tasks on a CPU.
+    Cpu(u32),
+    /// A thread, on whatever CPU.
+    Thread(u32),
+}
+
+/// One record, in place in the ring or copied when it wraps around.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RingRecord<'a> {
+    pub(crate) kind: u32,
+    pub(crate) misc: u16,
+    pub(crate) body: &'a [u8],
+}
+
+/// An event and its mapped ring.
+pub(crate) struct PerfRing {
+    descriptor: OwnedFd,
+    map: NonNull<u8>,
+    page_bytes: usize,
+    data_bytes: usize,
+    scratch: Vec<u8>,
+}
+
+// SAFETY: the mapping belongs to this value alone and may be used from any one thread.
+unsafe impl Send for PerfRing {}
+
+/// Offsets of `data_head` and `data_tail` in `struct perf_event_mmap_page`.
+const DATA_HEAD: usize = 1024;
+const DATA_TAIL: usize = 1032;
+/// Size of `struct perf_event_header`.
+const RECORD_HEADER_BYTES: usize = 8;
+
+impl PerfRing {
+    /// Opens an event and maps `pages` (a power of two) of ring.
+    pub(crate) fn open(attr: &PerfEventAttr, scope: PerfScope, pages: usize) -> io::Result<Self> {
+        let (pid, cpu) = match scope {
+            PerfScope::Cpu(cpu) => (-1, cpu as i32),
+            PerfScope::Thread(tid) => (tid as i32, -1),
+        };
+        // SAFETY: the attribute is valid for its size; the call returns a new descriptor or -1.
+        let descriptor = unsafe {
+            libc::syscall(
+                libc::SYS_perf_event_open,
+                std::ptr::from_ref(attr),
+                pid,
+                cpu,
+                -1,
+                PERF_FLAG_FD_CLOEXEC,
+            )
+        };
+        if descriptor < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just returned and has no other owner.
+        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor as RawFd) };
+        // SAFETY: no pointers are passed.
+        let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+        let data_bytes = pages * page_bytes;
+        // SAFETY: a new shared mapping of the event; checked below.
+        let map = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                page_bytes + data_bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                descriptor.as_raw_fd(),
+                0,
+            )
+        };
+        if map == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let map = NonNull::new(map.cast()).ok_or_else(|| io::Error::other("mmap returned null"))?;
+        Ok(Self { descriptor, map, page_bytes, data_bytes, scratch: Vec::new() })
+    }
+
+    /// Starts an event that was opened disabled.
+    pub(crate) fn enable(&self) -> io::Result<()> {
+        // SAFETY: the request takes no pointer.
+        if unsafe { libc::ioctl(self.descriptor.as_raw_fd(), IOC_ENABLE, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// For `poll(2)`.
+    pub(crate) fn descriptor(&self) -> RawFd {
+        self.descriptor.as_raw_fd()
+    }
+
+    fn position(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: the first mapped page holds these aligned 64-bit words for the life of the mapping.
+        unsafe { &*self.map.as_ptr().add(offset).cast::<AtomicU64>() }
+    }
+
+    /// Hands all records to `sink` and gives their room back.
+    pub(crate) fn drain(&mut self, mut sink: impl FnMut(RingRecord<'_>)) {
+        let head = self.position(DATA_HEAD).load(Ordering::Acquire);
+        let mut tail = self.position(DATA_TAIL).load(Ordering::Relaxed);
+        let mut scratch = std::mem::take(&mut self.scratch);
+        while tail < head {
+            self.copy_out(tail, RECORD_HEADER_BYTES, &mut scratch);
+            let kind = u32::from_ne_bytes(scratch[0..4].try_into().expect("4 bytes"));
+            let misc = u16::from_ne_bytes(scratch[4..6].try_into().expect("2 bytes"));
+            let size = usize::from(u16::from_ne_bytes(scratch[6..8].try_into().expect("2 bytes")));
+            if size < RECORD_HEADER_BYTES {
+                // Nothing the kernel writes; skip to the head rather than loop for ever.
+                tail = head;
+                break;
+            }
+            self.copy_out(tail, size, &mut scratch);
+            sink(RingRecord { kind, misc, body: &scratch[RECORD_HEADER_BYTES..] });
+            tail += size as u64;
+        }
+        self.scratch = scratch;
+        self.position(DATA_TAIL).store(tail, Ordering::Release);
+    }
+
+    /// Copies `size` bytes at stream position `at`, which may wrap around the ring's end.
+    fn copy_out(&self, at: u64, size: usize, into: &mut Vec<u8>) {
+        into.clear();
+        let size = size.min(self.data_bytes);
+        let start = at as usize & (self.data_bytes - 1);
+        let first = size.min(self.data_bytes - start);
+        // SAFETY: both parts lie in the data pages, which the kernel does not write between tail and head.
+        unsafe {
+            let data = self.map.as_ptr().add(self.page_bytes);
+            into.extend_from_slice(std::slice::from_raw_parts(data.add(start), first));
+            into.extend_from_slice(std::slice::from_raw_parts(data, size - first));
+        }
+    }
+}
+
+impl Drop for PerfRing {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `open` with this length, and no reference to it is left.
+        unsafe { libc::munmap(self.map.as_ptr().cast(), self.page_bytes + self.data_bytes) };
+    }
+}

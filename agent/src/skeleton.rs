@@ -1,0 +1,537 @@
+//! What of an image does the service need to compile its unwind table?
+//!
+//! Other agents compile tables themselves (2.3 s of CPU and 128 MiB of heap for one ClickHouse,
+//! opentelemetry-ebpf-profiler #1009), or upload the whole binary, code included. A skeleton is the
+//! image without its code and data: a valid ELF file of the same type, with the same program headers
+//! and sections in the same order at the same addresses, in which only notes, unwind sections, symbol
+//! tables and the links to debug files have contents.
+//!
+//! ```text
+//! ELF header
+//! program headers        p_offset as in the image, so that file offsets still turn into addresses;
+//!                        only PT_NOTE and PT_GNU_EH_FRAME point at their kept bytes. Segments that
+//!                        readers would follow to bytes that are gone (PT_DYNAMIC, PT_INTERP) are PT_NULL.
+//! kept bytes             each part congruent to its old place modulo 64
+//! identity note          only if the image has no GNU build-ID: its file hash as one, because the hash
+//!                        of the skeleton would be another
+//! section names
+//! section headers        SHT_NOBITS with the size in memory where the contents were left out
+//! ```
+//! An image without section headers (`sstrip`) gets some: `.note` for each `PT_NOTE`, `.eh_frame_hdr`
+//! from `PT_GNU_EH_FRAME`, `.eh_frame` from the pointer in it. Its dynamic symbols are left out.
+
+use std::ops::Range;
+
+use object::LittleEndian as LE;
+use object::elf;
+use object::pod::{bytes_of, bytes_of_slice};
+use object::read::ReadRef;
+use object::read::elf::{FileHeader as _, ProgramHeader as _, SectionHeader as _};
+use windlass_schema::BuildId;
+
+use crate::image::{
+    FileHeader, ImageError, ProgramHeader, SectionHeader, file_hash, file_header, gnu_build_id,
+    program_headers, section_headers,
+};
+
+/// Largest skeleton in bytes. That of an unstripped Chromium, symbol names included, has about 200 MiB.
+pub const MAX_SKELETON_BYTES: u64 = 256 * 1024 * 1024;
+/// Largest section name table read in bytes; they have some hundreds.
+const MAX_SECTION_NAMES_BYTES: u64 = 1024 * 1024;
+/// Kept bytes keep their place modulo this, the largest alignment that a kept section asks for.
+const PART_ALIGNMENT: u64 = 64;
+/// Bytes of an `.eh_frame_hdr` up to the end of an `eh_frame_ptr` of four bytes.
+const EH_FRAME_HDR_BYTES: u64 = 8;
+
+/// Why there is no skeleton of an image.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SkeletonError {
+    /// It is no image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// It is too large.
+    #[error("skeleton of {bytes} bytes, at most {MAX_SKELETON_BYTES} are sent")]
+    Size {
+        /// What it would have.
+        bytes: u64,
+    },
+    /// The file shrank or could not be read.
+    #[error("bytes {0:#x} to {1:#x} of the image cannot be read")]
+    Read(u64, u64),
+}
+
+/// The skeleton of the image `elf`.
+pub fn skeleton<'data, R: ReadRef<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
+    let header = file_header(elf)?;
+    let segments = program_headers(header, elf)?.to_vec();
+    let mut sections = section_headers(header, elf)?.to_vec();
+    let length = elf.len().map_err(|()| SkeletonError::Read(0, 0))?;
+    let (mut names, names_index) = match section_names(header, &sections, elf) {
+        Some(names_and_index) => names_and_index,
+        None => {
+            let mut names = vec![0];
+            if sections.is_empty() {
+                sections = unwind_sections(&segments, elf, &mut names);
+            }
+            sections.push(section(&mut names, b".shstrtab", elf::SHT_STRTAB, 0, 0..0));
+            let index = sections.len() - 1;
+            (names, index)
+        }
+    };
+    let kept: Vec<bool> =
+        sections.iter().map(|section| is_kept(section, &names) && range_of(section).end <= length).collect();
+    let parts = Parts::collect(&segments, &sections, &kept, length);
+    if parts.bytes() > MAX_SKELETON_BYTES {
+        return Err(SkeletonError::Size { bytes: parts.bytes() });
+    }
+    let identity = match gnu_build_id(header, &segments, elf) {
+        Some(_) => None,
+        None => Some(file_hash(elf)?),
+    };
+
+    let mut writer = Writer { header: *header, segments, out: Vec::new() };
+    let moved = writer.parts(&parts, identity.is_some(), elf)?;
+    for (at, section) in sections.iter_mut().enumerate() {
+        place_section(section, kept[at], &moved);
+    }
+    if let Some(id) = identity {
+        sections.push(writer.identity_note(id, &mut names));
+    }
+    writer.finish(sections, names, names_index)
+}
+
+/// The section name table and its index, if it is sound.
+fn section_names<'data, R: ReadRef<'data>>(
+    header: &FileHeader,
+    sections: &[SectionHeader],
+    elf: R,
+) -> Option<(Vec<u8>, usize)> {
+    let index = header.shstrndx(LE, elf).ok()? as usize;
+    let section = sections.get(index)?;
+    if section.sh_type(LE) == elf::SHT_NOBITS || section.sh_size(LE) > MAX_SECTION_NAMES_BYTES {
+        return None;
+    }
+    let mut names = elf.read_bytes_at(section.sh_offset(LE), section.sh_size(LE)).ok()?.to_vec();
+    // Whatever stood last, a name ends before what is appended.
+    names.push(0);
+    Some((names, index))
+}
+
+fn range_of(section: &SectionHeader) -> Range<u64> {
+    let start = section.sh_offset(LE);
+    start..start.saturating_add(section.sh_size(LE))
+}
+
+/// Whether the contents of a section belong into a skeleton.
+fn is_kept(section: &SectionHeader, names: &[u8]) -> bool {
+    let kind = section.sh_type(LE);
+    if kind == elf::SHT_NOBITS || kind == elf::SHT_NULL {
+        return false;
+    }
+    let name = names.get(section.sh_name(LE) as usize..).unwrap_or_default();
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    [elf::SHT_NOTE, elf::SHT_SYMTAB, elf::SHT_DYNSYM, elf::SHT_SYMTAB_SHNDX].contains(&kind)
+        || name.starts_with(b".note")
+        || name.starts_with(b".gnu.version")
+        || [
+            &b".eh_frame"[..],
+            b".eh_frame_hdr",
+            b".debug_frame",
+            b".zdebug_frame",
+            b".dynsym",
+            b".dynstr",
+            b".symtab",
+            b".strtab",
+            b".gnu_debuglink",
+            b".gnu_debugaltlink",
+            b".gnu_debugdata",
+        ]
+        .contains(&name)
+}
+
+/// Points a section at its moved contents, or makes it one without.
+fn place_section(section: &mut SectionHeader, kept: bool, moved: &Moved) {
+    if section.sh_type(LE) == elf::SHT_NULL {
+        return;
+    }
+    let place = kept.then(|| moved.place(section.sh_offset(LE))).flatten();
+    if place.is_none() {
+        section.sh_type.set(LE, elf::SHT_NOBITS);
+    }
+    section.sh_offset.set(LE, place.unwrap_or(0));
+}
+
+/// A section header, its name appended to `names`.
+fn section(names: &mut Vec<u8>, name: &[u8], kind: elf::SectionType, address: u64, file: Range<u64>) -> SectionHeader {
+    let at = names.len() as u32;
+    names.extend_from_slice(name);
+    names.push(0);
+    let flags = if address == 0 { elf::SectionFlags(0) } else { elf::SHF_ALLOC };
+    SectionHeader {
+        sh_name: object::U32::new(LE, at),
+        sh_type: object::U32::new(LE, kind),
+        sh_flags: object::U64::new(LE, flags),
+        sh_addr: object::U64::new(LE, address),
+        sh_offset: object::U64::new(LE, file.start),
+        sh_size: object::U64::new(LE, file.end - file.start),
+        sh_link: object::U32::new(LE, 0),
+        sh_info: object::U32::new(LE, 0),
+        sh_addralign: object::U64::new(LE, 4),
+        sh_entsize: object::U64::new(LE, 0),
+    }
+}
+
+/// For an image without section headers: the null section and those of its unwind information.
+fn unwind_sections<'data, R: ReadRef<'data>>(
+    segments: &[ProgramHeader],
+    elf: R,
+    names: &mut Vec<u8>,
+) -> Vec<SectionHeader> {
+    let mut sections = vec![section(names, b"", elf::SHT_NULL, 0, 0..0)];
+    for note in segments.iter().filter(|segment| segment.p_type(LE) == elf::PT_NOTE) {
+        let file = note.p_offset(LE)..note.p_offset(LE).saturating_add(note.p_filesz(LE));
+        let mut note_section = section(names, b".note", elf::SHT_NOTE, note.p_vaddr(LE), file);
+        note_section.sh_addralign.set(LE, note.p_align(LE));
+        sections.push(note_section);
+    }
+    let Some(hdr) = segments.iter().find(|segment| segment.p_type(LE) == elf::PT_GNU_EH_FRAME) else {
+        return sections;
+    };
+    let (address, offset) = (hdr.p_vaddr(LE), hdr.p_offset(LE));
+    let file = offset..offset.saturating_add(hdr.p_filesz(LE));
+    sections.push(section(names, b".eh_frame_hdr", elf::SHT_PROGBITS, address, file));
+    // LSB Core 5.0, 10.6.2: version 1, encoding of eh_frame_ptr, two more encodings, eh_frame_ptr.
+    // Linkers write it relative to itself in four signed bytes (DW_EH_PE_pcrel | DW_EH_PE_sdata4).
+    if let Ok(&[1, 0x1b, _, _, a, b, c, d]) = elf.read_bytes_at(offset, EH_FRAME_HDR_BYTES) {
+        let distance = i64::from(i32::from_le_bytes([a, b, c, d]));
+        let frames = address.wrapping_add(4).wrapping_add_signed(distance);
+        if let Some(file) = eh_frame_range(segments, elf, frames) {
+            sections.push(section(names, b".eh_frame", elf::SHT_PROGBITS, frames, file));
+        }
+    }
+    sections
+}
+
+/// The file range of the `.eh_frame` at `address`: its records up to the terminating zero length, or
+/// to the end of its segment.
+fn eh_frame_range<'data, R: ReadRef<'data>>(
+    segments: &[ProgramHeader],
+    elf: R,
+    address: u64,
+) -> Option<Range<u64>> {
+    let segment = segments.iter().find(|segment| {
+        let into = address.wrapping_sub(segment.p_vaddr(LE));
+        segment.p_type(LE) == elf::PT_LOAD && into < segment.p_filesz(LE)
+    })?;
+    let into = address - segment.p_vaddr(LE);
+    let start = segment.p_offset(LE).checked_add(into)?;
+    let left = (segment.p_filesz(LE) - into).min(MAX_SKELETON_BYTES);
+    let bytes = elf.read_bytes_at(start, left).ok()?;
+    let mut at = 0usize;
+    while let Some(&[a, b, c, d]) = bytes.get(at..at.saturating_add(4)) {
+        let record = u32::from_le_bytes([a, b, c, d]) as usize;
+        at = at.saturating_add(4).saturating_add(record);
+        if record == 0 {
+            break;
+        }
+    }
+    Some(start..start + (at as u64).min(left))
+}
+
+/// The parts of the file that are kept, in order, none touching another.
+struct Parts(Vec<Range<u64>>);
+
+impl Parts {
+    fn collect(segments: &[ProgramHeader], sections: &[SectionHeader], kept: &[bool], length: u64) -> Self {
+        let of_segments = segments.iter().filter(|segment| is_segment_kept(segment)).map(|segment| {
+            let start = segment.p_offset(LE);
+            start..start.saturating_add(segment.p_filesz(LE))
+        });
+        let of_sections =
+            sections.iter().zip(kept).filter(|(_, kept)| **kept).map(|(section, _)| range_of(section));
+        let mut ranges: Vec<_> = of_segments
+            .chain(of_sections)
+            .filter(|range| range.start < range.end && range.end <= length)
+            .collect();
+        ranges.sort_by_key(|range| range.start);
+        let mut parts: Vec<Range<u64>> = Vec::new();
+        for range in ranges {
+            match parts.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => parts.push(range),
+            }
+        }
+        Self(parts)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.iter().map(|part| part.end - part.start + PART_ALIGNMENT).sum()
+    }
+}
+
+/// Whether the bytes of a segment are kept.
+fn is_segment_kept(segment: &ProgramHeader) -> bool {
+    segment.p_type(LE) == elf::PT_NOTE || segment.p_type(LE) == elf::PT_GNU_EH_FRAME
+}
+
+/// Where each part of the image went.
+struct Moved(Vec<(Range<u64>, u64)>);
+
+impl Moved {
+    /// The new offset of the kept byte at `offset`, or behind the last of a part (an empty section).
+    fn place(&self, offset: u64) -> Option<u64> {
+        let (part, place) = self.0.iter().find(|(part, _)| part.start <= offset && offset <= part.end)?;
+        Some(place + (offset - part.start))
+    }
+}
+
+/// The skeleton as it grows.
+struct Writer {
+    header: FileHeader,
+    segments: Vec<ProgramHeader>,
+    out: Vec<u8>,
+}
+
+impl Writer {
+    /// Leaves room for the headers, copies the kept parts, and mends the program headers.
+    fn parts<'data, R: ReadRef<'data>>(
+        &mut self,
+        parts: &Parts,
+        with_identity: bool,
+        elf: R,
+    ) -> Result<Moved, SkeletonError> {
+        let headers = self.segments.len() + usize::from(with_identity);
+        self.out = vec![0; size_of::<FileHeader>() + headers * size_of::<ProgramHeader>()];
+        let mut moved = Vec::with_capacity(parts.0.len());
+        for part in &parts.0 {
+            let bytes = elf
+                .read_bytes_at(part.start, part.end - part.start)
+                .map_err(|()| SkeletonError::Read(part.start, part.end))?;
+            self.align(part.start % PART_ALIGNMENT);
+            moved.push((part.clone(), self.out.len() as u64));
+            self.out.extend_from_slice(bytes);
+        }
+        let moved = Moved(moved);
+        for segment in &mut self.segments {
+            let place = moved.place(segment.p_offset(LE));
+            match (is_segment_kept(segment), place) {
+                (true, Some(place)) => segment.p_offset.set(LE, place),
+                (true, None) => segment.p_filesz.set(LE, 0),
+                (false, _) if [elf::PT_DYNAMIC, elf::PT_INTERP].contains(&segment.p_type(LE)) => {
+                    segment.p_type.set(LE, elf::PT_NULL);
+                }
+                (false, _) => {}
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Pads with zeros until the length is `remainder` modulo [`PART_ALIGNMENT`].
+    fn align(&mut self, remainder: u64) {
+        let now = self.out.len() as u64 % PART_ALIGNMENT;
+        let padding = (PART_ALIGNMENT + remainder - now) % PART_ALIGNMENT;
+        self.out.resize(self.out.len() + padding as usize, 0);
+    }
+
+    /// Writes `id` as a GNU build-ID note, and says so in a program header and a section header.
+    fn identity_note(&mut self, id: BuildId, names: &mut Vec<u8>) -> SectionHeader {
+        self.align(0);
+        let start = self.out.len() as u64;
+        for word in [4, id.as_bytes().len() as u32, elf::NT_GNU_BUILD_ID.0] {
+            self.out.extend(word.to_le_bytes());
+        }
+        self.out.extend(b"GNU\0");
+        self.out.extend(id.as_bytes());
+        let size = self.out.len() as u64 - start;
+        self.segments.push(ProgramHeader {
+            p_type: object::U32::new(LE, elf::PT_NOTE),
+            p_flags: object::U32::new(LE, elf::PF_R),
+            p_offset: object::U64::new(LE, start),
+            p_vaddr: object::U64::new(LE, 0),
+            p_paddr: object::U64::new(LE, 0),
+            p_filesz: object::U64::new(LE, size),
+            p_memsz: object::U64::new(LE, 0),
+            p_align: object::U64::new(LE, 4),
+        });
+        section(names, b".note.gnu.build-id", elf::SHT_NOTE, 0, start..start + size)
+    }
+
+    /// Writes names and section headers, and fills in the headers at the start.
+    fn finish(
+        mut self,
+        mut sections: Vec<SectionHeader>,
+        names: Vec<u8>,
+        names_index: usize,
+    ) -> Result<Vec<u8>, SkeletonError> {
+        self.align(0);
+        let names_section = &mut sections[names_index];
+        names_section.sh_type.set(LE, elf::SHT_STRTAB);
+        names_section.sh_offset.set(LE, self.out.len() as u64);
+        names_section.sh_size.set(LE, names.len() as u64);
+        self.out.extend_from_slice(&names);
+        self.align(0);
+        let header = &mut self.header;
+        let headers_at = size_of::<FileHeader>();
+        header.e_phoff.set(LE, if self.segments.is_empty() { 0 } else { headers_at as u64 });
+        header.e_phentsize.set(LE, size_of::<ProgramHeader>() as u16);
+        header.e_phnum.set(LE, self.segments.len() as u16);
+        header.e_shoff.set(LE, self.out.len() as u64);
+        header.e_shentsize.set(LE, size_of::<SectionHeader>() as u16);
+        header.e_shnum.set(LE, sections.len() as u16);
+        header.e_shstrndx.set(LE, elf::SymbolSection(names_index as u16));
+        self.out.extend_from_slice(bytes_of_slice(&sections));
+        let segments = bytes_of_slice(&self.segments);
+        self.out[..headers_at].copy_from_slice(bytes_of(&self.header));
+        self.out[headers_at..headers_at + segments.len()].copy_from_slice(segments);
+        if self.out.len() as u64 > MAX_SKELETON_BYTES {
+            return Err(SkeletonError::Size { bytes: self.out.len() as u64 });
+        }
+        Ok(self.out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::identify;
+    use object::read::elf::ElfFile64;
+    use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+    use std::process::Command;
+
+    type Elf<'a> = ElfFile64<'a, LE>;
+
+    fn system_binaries() -> Vec<(String, Vec<u8>)> {
+        let own = std::env::current_exe().unwrap().to_string_lossy().into_owned();
+        ["/bin/ls", "/bin/bash", "/lib/x86_64-linux-gnu/libc.so.6", "/usr/bin/gdb", "/usr/bin/readelf", &own]
+            .into_iter()
+            .filter_map(|path| Some((path.to_owned(), std::fs::read(path).ok()?)))
+            .collect()
+    }
+
+    /// Everything that a consumer reads out of a skeleton is what it reads out of the image.
+    #[track_caller]
+    fn check(path: &str, image: &[u8], skeleton: &[u8]) {
+        let (whole, bare) = (Elf::parse(image).unwrap(), Elf::parse(skeleton).unwrap());
+        assert_eq!(whole.architecture(), bare.architecture());
+        let mut with_contents = 0;
+        for (section, copy) in whole.sections().zip(bare.sections()) {
+            let name = section.name().unwrap();
+            let flags = |section: &object::read::elf::ElfSection64<'_, '_, LE>| section.elf_section_header().sh_flags(LE);
+            assert_eq!(
+                (name, section.address(), section.align(), flags(&section)),
+                (copy.name().unwrap(), copy.address(), copy.align(), flags(&copy)),
+                "{path}"
+            );
+            if name == ".shstrtab" {
+                continue;
+            }
+            assert_eq!(section.size(), copy.size(), "{path} {name}");
+            if !copy.data().unwrap().is_empty() {
+                with_contents += 1;
+                assert_eq!(section.data().unwrap(), copy.data().unwrap(), "{path} {name}");
+            }
+        }
+        assert!(with_contents > 3, "{path}: {with_contents} sections with contents");
+        for name in [".text", ".rodata", ".data"] {
+            let data = bare.section_by_name(name).map(|section| section.data().unwrap());
+            assert!(data.unwrap_or_default().is_empty(), "{path} {name}");
+        }
+        let symbols = |elf: &Elf<'_>| -> Vec<(u64, String)> {
+            elf.symbols()
+                .chain(elf.dynamic_symbols())
+                .map(|symbol| (symbol.address(), symbol.name().unwrap_or_default().to_owned()))
+                .collect()
+        };
+        assert_eq!(symbols(&whole), symbols(&bare), "{path}");
+        // Identity and bias, and so what the agent computes from either.
+        let (image, copy) = (identify(image).unwrap(), identify(skeleton).unwrap());
+        assert_eq!(image.id.build_id(), copy.id.build_id(), "{path}");
+        let bias = |image: &crate::image::Image| {
+            (0..0x10_0000u64).step_by(4096).map(|offset| {
+                image.bias(windlass_schema::ProcessAddress::new(0x7000_0000), windlass_schema::FileOffset::new(offset), 4096)
+            }).collect::<Vec<_>>()
+        };
+        assert_eq!(bias(&image), bias(&copy), "{path}");
+        assert_eq!(bare.build_id().unwrap().unwrap(), image.id.build_id().as_bytes(), "{path}");
+    }
+
+    #[test]
+    fn skeletons_of_system_binaries() {
+        let binaries = system_binaries();
+        assert!(binaries.len() > 3);
+        for (path, image) in binaries {
+            let skeleton = skeleton(&image[..]).unwrap();
+            assert!(skeleton.len() < image.len(), "{path}: {} of {}", skeleton.len(), image.len());
+            check(&path, &image, &skeleton);
+            // A skeleton is an image, and has itself as a skeleton.
+            check(&path, &skeleton, &super::skeleton(&skeleton[..]).unwrap());
+        }
+    }
+
+    #[test]
+    fn readelf_has_nothing_to_complain_of() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("skeleton");
+        for (path, image) in system_binaries() {
+            std::fs::write(&file, skeleton(&image[..]).unwrap()).unwrap();
+            let output = Command::new("readelf").args(["-h", "-l", "-S", "-s", "-n"]).arg(&file).output().unwrap();
+            let complaints = String::from_utf8_lossy(&output.stderr);
+            assert!(complaints.is_empty(), "{path}: {complaints}");
+            let frames = |file: &std::path::Path| {
+                // Without following links to debug files, and without the line that names the file.
+                let output = Command::new("readelf").args(["-wf", "-wN"]).arg(file).output().unwrap();
+                let text = String::from_utf8_lossy(&output.stdout).into_owned();
+                text.trim_start().split_once('\n').map(|(_, rest)| rest.to_owned())
+            };
+            let expect = frames(path.as_ref()).filter(|text| text.len() > 1000);
+            assert!(expect.is_some() && frames(&file) == expect, "{path}: other frames");
+        }
+    }
+
+    /// An image that was stripped of its section headers still gives its frames.
+    #[test]
+    fn image_without_section_headers() {
+        let whole = std::fs::read("/bin/ls").unwrap();
+        let mut image = whole.clone();
+        image[0x28..0x30].fill(0); // e_shoff
+        image[0x3c..0x40].fill(0); // e_shnum, e_shstrndx
+        let skeleton = skeleton(&image[..]).unwrap();
+        let (expect, found) = (Elf::parse(&whole[..]).unwrap(), Elf::parse(&skeleton[..]).unwrap());
+        for name in [".eh_frame", ".eh_frame_hdr"] {
+            let expect = expect.section_by_name(name).unwrap();
+            let found = found.section_by_name(name).unwrap();
+            assert_eq!((expect.address(), expect.size()), (found.address(), found.size()), "{name}");
+            assert_eq!(expect.data(), found.data(), "{name}");
+        }
+        assert_eq!(found.build_id(), expect.build_id());
+    }
+
+    #[test]
+    fn image_without_build_id_says_its_file_hash() {
+        let mut image = std::fs::read("/bin/ls").unwrap();
+        let at = image.windows(8).position(|bytes| bytes == b"\x03\0\0\0GNU\0").expect("a build-ID note");
+        image[at] = 0x77; // Another type of note.
+        let id = identify(&image[..]).unwrap().id;
+        assert!(matches!(id, crate::image::ImageId::FileHash(_)));
+        check("/bin/ls without build-ID", &image, &skeleton(&image[..]).unwrap());
+    }
+
+    #[test]
+    fn no_input_panics_or_grows() {
+        let image = std::fs::read("/bin/ls").unwrap();
+        for length in (0..4096).step_by(3).chain((4096..image.len()).step_by(1009)) {
+            let _ = skeleton(&image[..length]);
+        }
+        // Headers at the start, section headers at the end, with the bytes that hurt most.
+        let tail = image.len() - 32 * size_of::<SectionHeader>();
+        for at in (0..1024).chain(tail..image.len()) {
+            for value in [0, 0x7f, 0xff] {
+                let mut broken = image.clone();
+                broken[at] = value;
+                if let Ok(skeleton) = skeleton(&broken[..]) {
+                    assert!(skeleton.len() < 2 * image.len(), "byte {at}: {} bytes", skeleton.len());
+                }
+            }
+        }
+    }
+}
