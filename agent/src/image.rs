@@ -267,7 +267,8 @@ mod tests {
     fn file_hash_is_that_of_opentelemetry() {
         // The definition, written out: sha256(head || tail || length)[..16].
         let long: Vec<u8> = (0..10_000u32).map(|at| at as u8).collect();
-        for (file, head, tail) in [(&long[..], &long[..4096], &long[10_000 - 4096..]), (b"ab", b"ab", b"ab")] {
+        for (file, head, tail) in [(&long[..], &long[..4096], &long[10_000 - 4096..]), (b"ab", b"ab", b"ab")]
+        {
             let mut whole = [head, tail].concat();
             whole.extend((file.len() as u64).to_be_bytes());
             assert_eq!(file_hash(file).unwrap().as_bytes(), &Sha256::digest(&whole)[..16]);
@@ -297,7 +298,8 @@ mod tests {
     #[test]
     fn bias_of_mappings() {
         // As lld lays files out: text neither starts at a page nor at its address modulo the file's.
-        let lld = image(&[(0, 0x1240, 0, false), (0x1240, 0x5000, 0x2240, true), (0x6240, 0x100, 0x8240, false)]);
+        let lld =
+            image(&[(0, 0x1240, 0, false), (0x1240, 0x5000, 0x2240, true), (0x6240, 0x100, 0x8240, false)]);
         check(&lld, 0x7000_0000_2000, 0x1000, 0x6000, Some(0x7000_0000_0000));
         // A part of the text, as after an mprotect in its middle.
         check(&lld, 0x7000_0000_4000, 0x3000, 0x1000, Some(0x7000_0000_0000));

@@ -1,10 +1,43 @@
-//! Agent
+//! The agent: samples the stacks of every process of a host in the kernel, and ships raw addresses.
+//!
+//! It compiles no DWARF and knows no symbols: unwind tables come compiled from the service, by build-ID,
+//! and addresses go back to it. In reading order:
+//!
+//! - [`agent`]: starting and stopping one
+//! - `sampling`: the loop
+//! - [`backend`]: the boundary to what takes samples: [`kernel`] (BPF) or [`copied`] (no privilege)
+//! - [`processes`]: which processes there are; [`selection`], [`scan_schedule`]
+//! - [`process`]: what one maps; [`proc_maps`], [`mapped_file`]
+//! - [`images`] and [`image`]: what is mapped
+//! - [`tables`]: how an image gets its table; [`table_cache`], [`skeleton`]
+//! - [`otlp`], [`shipper`], [`spool`]: how samples become profiles and reach the service
+//! - [`kallsyms`]: the kernel's own addresses
+//! - [`service`]: what is asked of the service
+//! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory
+
+pub mod agent;
 pub mod backend;
-pub mod image;
-pub mod proc_maps;
-pub mod skeleton;
 pub mod chunks;
 pub mod copied;
+pub mod image;
+pub mod images;
+pub mod kallsyms;
 pub mod kernel;
 pub mod kernel_memory;
+pub mod mapped_file;
+pub mod otlp;
 mod perf_ring;
+pub mod proc_maps;
+pub mod process;
+pub mod processes;
+mod sampling;
+pub mod scan_schedule;
+pub mod selection;
+pub mod service;
+pub mod shipper;
+pub mod skeleton;
+pub mod spool;
+pub mod table_cache;
+pub mod tables;
+
+pub use agent::{Agent, BackendChoice, Config, StartError, StopError, Summary};

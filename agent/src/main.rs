@@ -1,2 +1,110 @@
-//! Placeholder.
-fn main() {}
+//! The agent as a program.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use windlass_agent::agent::{DEFAULT_FREQUENCY_HZ, DEFAULT_SHIP_INTERVAL};
+use windlass_agent::{Agent, Config, Summary};
+
+/// Samples the stacks of every process of this host, and ships addresses to a windlassd.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "\
+Examples:
+  windlass-agent --server http://localhost:8002
+  windlass-agent --server https://windlass.example.org --token-file /etc/windlass/token
+  windlass-agent --server http://localhost:8002 --pid 4711 --frequency 97 --seconds 30
+
+Log output follows RUST_LOG (default: info)."
+)]
+struct Arguments {
+    /// Address of the service
+    #[arg(long, env = "WINDLASS_SERVER", value_name = "URL")]
+    server: String,
+    /// Samples a second on each CPU
+    #[arg(long, value_name = "HZ", default_value_t = DEFAULT_FREQUENCY_HZ)]
+    frequency: u32,
+    /// Where unwind tables and unsent profiles are kept [default: /var/cache/windlass-agent]
+    #[arg(
+        long,
+        env = "WINDLASS_CACHE_DIR",
+        value_name = "DIR",
+        default_value = "/var/cache/windlass-agent",
+        hide_default_value = true
+    )]
+    cache_dir: PathBuf,
+    /// Only this process and its descendants
+    #[arg(long, value_name = "PID")]
+    pid: Option<u32>,
+    /// File with the token for the service
+    #[arg(long, env = "WINDLASS_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Stop after this time; otherwise at SIGINT or SIGTERM
+    #[arg(long, value_name = "N")]
+    seconds: Option<u64>,
+    /// Seconds between two batches of profiles
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_SHIP_INTERVAL.as_secs(), value_parser = clap::value_parser!(u64).range(1..))]
+    ship_interval: u64,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+
+    let mut config = Config::new(arguments.server, arguments.cache_dir);
+    config.frequency_hz = arguments.frequency;
+    config.only_pid = arguments.pid;
+    config.ship_interval = Duration::from_secs(arguments.ship_interval);
+    if let Some(file) = arguments.token_file {
+        let token = std::fs::read_to_string(&file)
+            .with_context(|| format!("failed to read token file {}", file.display()))?;
+        config.token = Some(token.trim().to_owned());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let seconds = arguments.seconds.map(Duration::from_secs);
+    let agent = Agent::start(config).context("failed to start")?;
+    tracing::info!("sampling");
+    runtime.block_on(end(seconds)).context("failed to wait for signals")?;
+    report(&agent.stop()?);
+    Ok(())
+}
+
+/// Waits for SIGINT, SIGTERM or the end of the time.
+async fn end(seconds: Option<Duration>) -> std::io::Result<()> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let time = async {
+        match seconds {
+            Some(seconds) => tokio::time::sleep(seconds).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+        () = time => {}
+    }
+    Ok(())
+}
+
+fn report(summary: &Summary) {
+    tracing::info!(
+        samples = summary.samples,
+        complete = summary.complete,
+        lost_samples = summary.lost_samples,
+        sent_batches = summary.sent_batches,
+        spooled_batches = summary.spooled_batches,
+        dropped_batches = summary.dropped_batches,
+        tables_loaded = summary.tables_loaded,
+        tables_unavailable = summary.tables_unavailable.len(),
+        "stopped"
+    );
+    for (reason, samples) in &summary.stop_reasons {
+        tracing::info!(samples, "walks ended with {}", reason.as_str());
+    }
+}

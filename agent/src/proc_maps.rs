@@ -156,7 +156,14 @@ mod tests {
 
     #[test]
     fn nonsense_is_left_out() {
-        for line in ["", "-", "1000-2000", "2000-1000 r-xp 0 0:0 0", "1000-2000 r-xp zz 0:0 0 /x", "1000-2000 r 0 0:0 0"] {
+        for line in [
+            "",
+            "-",
+            "1000-2000",
+            "2000-1000 r-xp 0 0:0 0",
+            "1000-2000 r-xp zz 0:0 0 /x",
+            "1000-2000 r 0 0:0 0",
+        ] {
             check(line, None);
         }
         check("1000-2000 rw-p 00000000 fe:00 12 /x", None);

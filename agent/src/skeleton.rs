@@ -162,7 +162,13 @@ fn place_section(section: &mut SectionHeader, kept: bool, moved: &Moved) {
 }
 
 /// A section header, its name appended to `names`.
-fn section(names: &mut Vec<u8>, name: &[u8], kind: elf::SectionType, address: u64, file: Range<u64>) -> SectionHeader {
+fn section(
+    names: &mut Vec<u8>,
+    name: &[u8],
+    kind: elf::SectionType,
+    address: u64,
+    file: Range<u64>,
+) -> SectionHeader {
     let at = names.len() as u32;
     names.extend_from_slice(name);
     names.push(0);
@@ -416,7 +422,9 @@ mod tests {
         let mut with_contents = 0;
         for (section, copy) in whole.sections().zip(bare.sections()) {
             let name = section.name().unwrap();
-            let flags = |section: &object::read::elf::ElfSection64<'_, '_, LE>| section.elf_section_header().sh_flags(LE);
+            let flags = |section: &object::read::elf::ElfSection64<'_, '_, LE>| {
+                section.elf_section_header().sh_flags(LE)
+            };
             assert_eq!(
                 (name, section.address(), section.align(), flags(&section)),
                 (copy.name().unwrap(), copy.address(), copy.align(), flags(&copy)),
@@ -447,9 +455,16 @@ mod tests {
         let (image, copy) = (identify(image).unwrap(), identify(skeleton).unwrap());
         assert_eq!(image.id.build_id(), copy.id.build_id(), "{path}");
         let bias = |image: &crate::image::Image| {
-            (0..0x10_0000u64).step_by(4096).map(|offset| {
-                image.bias(windlass_schema::ProcessAddress::new(0x7000_0000), windlass_schema::FileOffset::new(offset), 4096)
-            }).collect::<Vec<_>>()
+            (0..0x10_0000u64)
+                .step_by(4096)
+                .map(|offset| {
+                    image.bias(
+                        windlass_schema::ProcessAddress::new(0x7000_0000),
+                        windlass_schema::FileOffset::new(offset),
+                        4096,
+                    )
+                })
+                .collect::<Vec<_>>()
         };
         assert_eq!(bias(&image), bias(&copy), "{path}");
         assert_eq!(bare.build_id().unwrap().unwrap(), image.id.build_id().as_bytes(), "{path}");
@@ -474,7 +489,8 @@ mod tests {
         let file = directory.path().join("skeleton");
         for (path, image) in system_binaries() {
             std::fs::write(&file, skeleton(&image[..]).unwrap()).unwrap();
-            let output = Command::new("readelf").args(["-h", "-l", "-S", "-s", "-n"]).arg(&file).output().unwrap();
+            let output =
+                Command::new("readelf").args(["-h", "-l", "-S", "-s", "-n"]).arg(&file).output().unwrap();
             let complaints = String::from_utf8_lossy(&output.stderr);
             assert!(complaints.is_empty(), "{path}: {complaints}");
             let frames = |file: &std::path::Path| {

@@ -1,1 +1,56 @@
-//! Placeholder.
+//! The service: takes in what builds produce, keeps it, and serves debuggers, agents and people from it.
+//!
+//! One binary, no other server needed: contents in a folder or object store, the catalog in SQLite. In reading
+//! order:
+//!
+//! - [`config`], [`service`]: what it is started with; its parts, start and stop
+//! - [`routes`](self): every route; `connection`: how connections are accepted and end
+//! - [`error`]: from what went wrong to what the client is told; `access`: who may write
+//! - `intake`, [`elf`], `upload`, `missing`: how contents come in
+//! - [`content_hash`], [`seekable`], [`blob`], [`catalog`]: how they are kept
+//! - `protocol`, `metadata`, `delivery`: how debuginfod clients are served; `upstream`: what others have
+//! - `derive`, `flight`: what is made from contents, once; `unwind`, `symbols`, `symbolize`: what for
+//! - [`profiles`]: stacks of addresses in, named profiles out
+//! - `status`, `metrics`, [`check`](mod@check): operations
+//!
+//! ```no_run
+//! # async fn run() -> Result<(), windlass_debuginfod::StartError> {
+//! let config = windlass_debuginfod::Config::new("windlass-data".into());
+//! let service = windlass_debuginfod::start(config).await?;
+//! println!("{}", service.url());
+//! service.stop().await;
+//! # Ok(())
+//! # }
+//! ```
+
+mod access;
+pub mod blob;
+pub mod catalog;
+pub mod check;
+pub mod config;
+mod connection;
+pub mod content_hash;
+mod delivery;
+mod derive;
+pub mod elf;
+pub mod error;
+mod flight;
+mod intake;
+mod metadata;
+mod metrics;
+mod missing;
+pub mod profiles;
+mod protocol;
+mod routes;
+pub mod seekable;
+pub mod service;
+mod status;
+mod symbolize;
+mod symbols;
+mod unwind;
+mod upload;
+mod upstream;
+
+pub use check::{CheckReport, check};
+pub use config::Config;
+pub use service::{Service, StartError, start};

@@ -1,1 +1,31 @@
-//! Placeholder.
+//! From ELF and DWARF to a symbol index, and from an address to its frames. Bytes in, bytes or values
+//! out: no file, socket or clock.
+//!
+//! An index is built once for a build-ID, kept as bytes, and read in place. In reading order:
+//!
+//! - [`build`]: what the inputs bring, put together ([`Input`], [`BuildError`])
+//! - `elf`: opening an ELF file, and what it holds ([`describe`], [`Contents`])
+//! - `dwarf`: functions, inlined calls and lines; `die_tree`: what has to hold before; `line_only`: lines of code
+//!   that no function describes
+//! - `elf_symbols`, `kallsyms`: functions by name only; `symbol`: which of several names counts
+//! - `symbol_table`: those names as a sorted table of bytes
+//! - `container`: the format of an index, around both
+//! - `index`: the lookup ([`Index`], [`Frame`])
+
+mod build;
+mod container;
+mod die_tree;
+mod dwarf;
+mod elf;
+mod elf_symbols;
+mod index;
+mod kallsyms;
+mod line_only;
+mod name;
+mod symbol;
+mod symbol_table;
+
+pub use build::{BuildError, Input, build};
+pub use container::{FORMAT_VERSION, IndexError};
+pub use elf::{Contents, ElfError, describe};
+pub use index::{Frame, Index};

@@ -1,2 +1,79 @@
-//! Placeholder.
-fn main() {}
+//! The project's chores, in Rust: `cargo xtask COMMAND`.
+//!
+//! A Makefile or a CI file grows a second truth that nobody can run at home (the complaint about
+//! most profilers' build systems), so what CI runs, what the README says and what a contributor runs
+//! are the same command here, as in rust-analyzer. Nothing of Windlass depends on this crate.
+
+mod bench;
+mod checkout;
+mod ebpf;
+mod fixtures;
+mod fuzz;
+mod licence;
+mod programs;
+mod suite;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// The project's chores.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs every check and test: what CI runs
+    Test {
+        /// Nothing may be skipped; also in force when the environment says CI=true
+        #[arg(long)]
+        ci: bool,
+        /// Leave out what takes other programs or long: their installation, docs, the BPF build
+        #[arg(long)]
+        fast: bool,
+    },
+    /// Builds the BPF program into agent/bpf/windlass.bpf.o
+    BuildEbpf {
+        /// Build elsewhere and compare with the committed object
+        #[arg(long)]
+        check: bool,
+    },
+    /// Checks the licences of all dependencies against deny.toml
+    Licences,
+    /// Measures, and writes the tables of docs/benchmarks.md
+    Bench {
+        /// Which table
+        #[arg(default_value = "unwind", value_parser = bench::NAMES)]
+        name: String,
+    },
+    /// Rebuilds the ELF files under fixtures/elf as fixtures/MANIFEST.md says, and their hashes in it
+    Fixtures {
+        /// Only compare the committed files with the manifest
+        #[arg(long)]
+        check: bool,
+    },
+    /// Fuzzes the decoders with cargo-fuzz
+    Fuzz {
+        /// One target; all in turn if none is named
+        target: Option<String>,
+        /// For how long, each
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().command {
+        Command::Test { ci, fast } => suite::run(ci || checkout::is_ci(), fast),
+        Command::BuildEbpf { check: true } => ebpf::check(),
+        Command::BuildEbpf { check: false } => ebpf::update(),
+        Command::Licences => licence::check(),
+        Command::Bench { name } => bench::run(&name),
+        Command::Fixtures { check: true } => fixtures::check(),
+        Command::Fixtures { check: false } => fixtures::rebuild(),
+        Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
+    }
+}

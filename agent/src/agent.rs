@@ -1,0 +1,309 @@
+//! Starting and stopping an agent.
+//!
+//! An agent is a thread that samples ([`Sampling`]) and a runtime of two threads for the network. It can
+//! live in any process, with or without a runtime of its own: `windlass-agent` runs one for a host,
+//! `windlass profile` one for some seconds.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use windlass_schema::StopReason;
+
+use crate::backend::Backend;
+use crate::copied::{AttachError, CopiedStacks};
+use crate::kallsyms::KernelImage;
+use crate::kernel::{Kernel, LoadError, Options};
+use crate::processes::Processes;
+use crate::sampling::{OpenBatch, Sampling};
+use crate::selection::Selection;
+use crate::service::{Service, ServiceError};
+use crate::shipper::{SPOOL_BUDGET_BYTES, Shipped, Shipper};
+use crate::spool::Spool;
+use crate::table_cache::{TableCache, TableCacheError};
+use crate::tables::Tables;
+
+/// Samples a second on each CPU, unless said otherwise: odd, so as not to beat with timers.
+pub const DEFAULT_FREQUENCY_HZ: u32 = 19;
+/// Highest sampling frequency; the kernel's own limit is higher (`kernel.perf_event_max_sample_rate`).
+pub const MAX_FREQUENCY_HZ: u32 = 10_000;
+/// How often a batch is shipped, unless said otherwise.
+pub const DEFAULT_SHIP_INTERVAL: Duration = Duration::from_secs(5);
+/// Most bytes of tables on disk, unless said otherwise: those of about ten thousand images.
+pub const DEFAULT_TABLE_CACHE_BYTES: u64 = 256 * 1024 * 1024;
+/// Threads of the runtime: one may be busy compressing while the other answers.
+const RUNTIME_THREADS: usize = 2;
+
+/// What an agent is to do.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Address of the service, without a path.
+    pub server: String,
+    /// Samples a second on each CPU.
+    pub frequency_hz: u32,
+    /// Where tables and unsent profiles are kept.
+    pub cache_dir: PathBuf,
+    /// Only this process and its descendants.
+    pub only_pid: Option<u32>,
+    /// What takes the samples.
+    pub backend: BackendChoice,
+    /// How often a batch is shipped.
+    pub ship_interval: Duration,
+    /// Bearer token for the service.
+    pub token: Option<String>,
+    /// Most bytes of tables on disk.
+    pub table_cache_bytes: u64,
+    /// Most bytes of unsent profiles on disk.
+    pub spool_bytes: u64,
+}
+
+impl Config {
+    /// The whole host through BPF, at the defaults.
+    pub fn new(server: impl Into<String>, cache_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            server: server.into(),
+            frequency_hz: DEFAULT_FREQUENCY_HZ,
+            cache_dir: cache_dir.into(),
+            only_pid: None,
+            backend: BackendChoice::Bpf,
+            ship_interval: DEFAULT_SHIP_INTERVAL,
+            token: None,
+            table_cache_bytes: DEFAULT_TABLE_CACHE_BYTES,
+            spool_bytes: SPOOL_BUDGET_BYTES,
+        }
+    }
+
+    fn selection(&self) -> Selection {
+        Selection::new(self.only_pid.or(match self.backend {
+            BackendChoice::Bpf => None,
+            BackendChoice::CopiedStacks { pid } => Some(pid),
+        }))
+    }
+}
+
+/// What takes the samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// The BPF program: every process of the host. Takes privilege.
+    Bpf,
+    /// Copies of the stacks of one process, walked in user space. Takes none.
+    CopiedStacks {
+        /// The process.
+        pid: u32,
+    },
+}
+
+/// An agent did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// BPF.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Copied stacks.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The service's address.
+    #[error("service address {0}")]
+    Service(#[from] ServiceError),
+    /// The frequency.
+    #[error("sampling frequency of {0} Hz, expected 1 to {MAX_FREQUENCY_HZ}")]
+    Frequency(u32),
+    /// The cache directory.
+    #[error(transparent)]
+    Cache(#[from] TableCacheError),
+    /// The spool.
+    #[error("spool directory {0}: {1}")]
+    Spool(PathBuf, std::io::Error),
+    /// A thread.
+    #[error("no thread can be started: {0}")]
+    Thread(std::io::Error),
+    /// The agent's thread ended before it answered.
+    #[error("agent ended while it started")]
+    Ended,
+}
+
+/// An agent's thread did not end as it should.
+#[derive(Debug, thiserror::Error)]
+#[error("agent thread panicked")]
+pub struct StopError;
+
+/// What an agent saw and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Samples taken of the selected processes.
+    pub samples: u64,
+    /// Those whose walk reached the end of the stack.
+    pub complete: u64,
+    /// Samples by the reason at which their walk ended.
+    pub stop_reasons: BTreeMap<StopReason, u64>,
+    /// Samples that the backend lost before the agent could read them.
+    pub lost_samples: u64,
+    /// Batches that the service took.
+    pub sent_batches: u64,
+    /// Batches that wait on disk for the next agent.
+    pub spooled_batches: u64,
+    /// Batches that are lost.
+    pub dropped_batches: u64,
+    /// Tables placed.
+    pub tables_loaded: u64,
+    /// Images without a table: path and reason.
+    pub tables_unavailable: Vec<(String, String)>,
+}
+
+impl Summary {
+    pub(crate) fn count(&mut self, stop: StopReason) {
+        self.samples += 1;
+        self.complete += u64::from(stop.is_complete());
+        *self.stop_reasons.entry(stop).or_default() += 1;
+    }
+}
+
+/// A running agent. Dropped without [`Agent::stop`], it ends by itself soon after.
+pub struct Agent {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Summary>>,
+}
+
+impl Agent {
+    /// Starts an agent. Returns when samples are being taken and every process has been read.
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        Self::spawn(config, |config| {
+            Ok(match config.backend {
+                BackendChoice::Bpf => {
+                    let options = Options { frequency_hz: config.frequency_hz, ..Options::default() };
+                    Box::new(Kernel::load(&options)?)
+                }
+                BackendChoice::CopiedStacks { pid } => {
+                    Box::new(CopiedStacks::attach(pid, config.frequency_hz)?)
+                }
+            })
+        })
+    }
+
+    /// Starts an agent that drives `backend`.
+    pub fn start_with_backend(config: Config, backend: Box<dyn Backend>) -> Result<Self, StartError> {
+        Self::spawn(config, |_| Ok(backend))
+    }
+
+    fn spawn(
+        config: Config,
+        backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError> + Send + 'static,
+    ) -> Result<Self, StartError> {
+        if !(1..=MAX_FREQUENCY_HZ).contains(&config.frequency_hz) {
+            return Err(StartError::Frequency(config.frequency_hz));
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let (started, starting) = mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("windlass-agent".to_owned())
+            .spawn({
+                let stop = stop.clone();
+                move || run(&config, backend, &stop, &started)
+            })
+            .map_err(StartError::Thread)?;
+        starting.recv().map_err(|_| StartError::Ended)??;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+
+    /// Stops sampling, sends what is left, and ends the agent's threads. Takes up to ten seconds if the
+    /// service does not answer.
+    pub fn stop(mut self) -> Result<Summary, StopError> {
+        self.stop.store(true, Ordering::Release);
+        let thread = self.thread.take().expect("only stop takes the thread, and it consumes the agent");
+        thread.join().map_err(|_| StopError)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+    }
+}
+
+/// The agent's thread.
+fn run(
+    config: &Config,
+    backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError>,
+    stop: &AtomicBool,
+    started: &mpsc::SyncSender<Result<(), StartError>>,
+) -> Summary {
+    // The runtime lives and dies on this thread: the caller may be on one of another runtime, where
+    // it could not be dropped.
+    let prepared = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(RUNTIME_THREADS)
+        .thread_name("windlass-net")
+        .enable_all()
+        .build()
+        .map_err(StartError::Thread)
+        .and_then(|runtime| Ok((prepare(config, backend, runtime.handle())?, runtime)));
+    let (mut sampling, runtime) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            // Whoever waited gave up, if this fails.
+            let _ = started.send(Err(error));
+            return Summary::default();
+        }
+    };
+    let _ = started.send(Ok(()));
+    sampling.run(stop);
+    let Sampling { backend, shipper, mut summary, .. } = sampling;
+    summary.lost_samples = backend.lost_samples();
+    // Sampling ends before the last batches go out.
+    drop(backend);
+    let Shipped { sent, spooled, dropped } = runtime.block_on(shipper.finish());
+    summary.sent_batches = sent;
+    summary.spooled_batches = spooled;
+    summary.dropped_batches += dropped;
+    runtime.shutdown_background();
+    summary
+}
+
+fn prepare(
+    config: &Config,
+    backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError>,
+    runtime: &tokio::runtime::Handle,
+) -> Result<Sampling, StartError> {
+    let service = Service::new(&config.server, config.token.clone())?;
+    let cache = TableCache::open(&config.cache_dir.join("tables"), config.table_cache_bytes)?;
+    let spool_dir = config.cache_dir.join("spool");
+    let spool =
+        Spool::open(&spool_dir, config.spool_bytes).map_err(|error| StartError::Spool(spool_dir, error))?;
+    // First the backend, then the scan: what happens in between is then an event.
+    let mut backend = backend(config)?;
+    let now = Instant::now();
+    let mut processes = Processes::new(config.selection(), now);
+    processes.scan_all(&mut *backend, now);
+    let tables = Tables::start(runtime, &service, cache);
+    let shipper = Shipper::start(runtime, service.clone(), spool);
+    let kernel = match KernelImage::read() {
+        Ok(kernel) => {
+            runtime.spawn(kernel.clone().upload(service));
+            Some(kernel)
+        }
+        Err(error) => {
+            tracing::warn!(%error, "kernel addresses are shipped as they are, and cannot be named later");
+            None
+        }
+    };
+    Ok(Sampling {
+        backend,
+        processes,
+        tables,
+        shipper,
+        kernel,
+        frequency_hz: config.frequency_hz,
+        ship_interval: config.ship_interval,
+        host_name: host_name(),
+        batch: OpenBatch::new(0),
+        summary: Summary::default(),
+    })
+}
+
+/// The host's name, as the kernel has it.
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+}

@@ -1,0 +1,171 @@
+//! Which images are there, and how far is each with its unwind table?
+//!
+//! An image is identified once for each file contents (device, inode, time, size), however many
+//! processes map it; its table is requested once for each build-ID, however many files carry it. The
+//! state of a table turns into the location that a walk finds in a mapping: the table, or the reason
+//! why there is none.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use windlass_schema::maps::{Location, no_table};
+use windlass_schema::{BuildId, StopReason};
+
+use crate::image::{Image, ImageError, identify};
+use crate::mapped_file::{FileKey, ImageSource, SourceError};
+
+/// Most files whose identity is remembered, about 10 MiB. Beyond it, all that no process maps are
+/// forgotten.
+pub const MAX_FILES: usize = 50_000;
+/// How long a table that was not to be had is left alone, before a sample may ask for it again:
+/// debuginfo is uploaded late, services are mended.
+pub const UNAVAILABLE_RETRY: Duration = Duration::from_secs(300);
+
+/// How far an image is with its table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TableState {
+    /// Asked for, not yet here.
+    Pending {
+        /// Whether samples wait for it.
+        urgent: bool,
+    },
+    /// In the kernel.
+    Placed(Location),
+    /// Not to be had.
+    Unavailable {
+        /// Since when.
+        since: Instant,
+    },
+    /// It did not fit.
+    OverBudget,
+}
+
+/// What identifying a file came to.
+type Identified = Result<Arc<Image>, StopReason>;
+
+/// All images.
+#[derive(Default)]
+pub struct Images {
+    files: HashMap<FileKey, Identified>,
+    vdsos: Vec<(Arc<[u8]>, Identified)>,
+    tables: HashMap<BuildId, TableState>,
+}
+
+impl Images {
+    /// The image behind `source`, or the reason that a walk through it is to stop with.
+    pub fn identify(&mut self, source: &ImageSource) -> Identified {
+        let known = match source {
+            ImageSource::File { key, .. } => self.files.get(key),
+            ImageSource::Memory(bytes) => {
+                self.vdsos.iter().find(|(known, _)| known == bytes).map(|(_, identified)| identified)
+            }
+        };
+        if let Some(identified) = known {
+            return identified.clone();
+        }
+        let identified = match source.read(|image| identify(image)) {
+            Ok(Ok(image)) => Ok(Arc::new(image)),
+            // Executable memory of a file that is no image: a JIT's memfd or cache.
+            Ok(Err(ImageError::NotElf)) => Err(StopReason::Jit),
+            Ok(Err(error)) => {
+                tracing::info!(?source, %error, "image cannot be used");
+                Err(StopReason::TableUnavailable)
+            }
+            // Not remembered: the next process that maps it may open it.
+            Err(error) => return Err(unreadable(&error)),
+        };
+        match source {
+            ImageSource::File { key, .. } => {
+                self.forget_unmapped();
+                self.files.insert(*key, identified.clone());
+            }
+            ImageSource::Memory(bytes) => self.vdsos.push((bytes.clone(), identified.clone())),
+        }
+        identified
+    }
+
+    /// Keeps the registry under its limit.
+    fn forget_unmapped(&mut self) {
+        if self.files.len() >= MAX_FILES {
+            self.files
+                .retain(|_, identified| identified.as_ref().is_ok_and(|image| Arc::strong_count(image) > 1));
+        }
+    }
+
+    /// What the mappings of this image hold in the kernel.
+    pub fn location(&self, id: BuildId) -> Location {
+        match self.tables.get(&id) {
+            None | Some(TableState::Pending { .. }) => no_table::location(StopReason::TablePending),
+            Some(TableState::Placed(location)) => *location,
+            Some(TableState::Unavailable { .. }) => no_table::location(StopReason::TableUnavailable),
+            Some(TableState::OverBudget) => no_table::location(StopReason::TableBudget),
+        }
+    }
+
+    /// Notes a wish for the image's table, because samples touch it (`urgent`) or may. True if
+    /// something is to be requested now.
+    pub fn want_table(&mut self, id: BuildId, urgent: bool, now: Instant) -> bool {
+        let due = match self.tables.get(&id) {
+            None => true,
+            Some(TableState::Pending { urgent: already }) => urgent && !already,
+            Some(TableState::Unavailable { since }) => {
+                urgent && now.duration_since(*since) >= UNAVAILABLE_RETRY
+            }
+            Some(TableState::Placed(_) | TableState::OverBudget) => false,
+        };
+        if due {
+            self.tables.insert(id, TableState::Pending { urgent });
+        }
+        due
+    }
+
+    /// Notes what came of a request; `None` if the image was gone before it could be sent, so that
+    /// the next process that maps it asks again.
+    pub fn set_table(&mut self, id: BuildId, state: Option<TableState>) {
+        match state {
+            Some(state) => self.tables.insert(id, state),
+            None => self.tables.remove(&id),
+        };
+    }
+}
+
+/// The reason to stop in a mapping whose file cannot be read.
+pub(crate) fn unreadable(error: &SourceError) -> StopReason {
+    match error {
+        SourceError::NotRegular(_) => StopReason::Jit,
+        SourceError::Open(..) | SourceError::Replaced(_) => StopReason::TableUnavailable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_requested_once_and_sooner_when_samples_wait() {
+        let (mut images, now) = (Images::default(), Instant::now());
+        let id = "abcd".parse().unwrap();
+        assert_eq!(images.location(id), no_table::location(StopReason::TablePending));
+        assert!(images.want_table(id, false, now));
+        assert!(!images.want_table(id, false, now));
+        assert!(images.want_table(id, true, now));
+        assert!(!images.want_table(id, true, now));
+        images.set_table(id, Some(TableState::Placed(Location::new(1, 8))));
+        assert_eq!(images.location(id), Location::new(1, 8));
+        assert!(!images.want_table(id, true, now));
+    }
+
+    #[test]
+    fn an_unavailable_table_is_asked_for_again_later() {
+        let (mut images, now) = (Images::default(), Instant::now());
+        let id = "abcd".parse().unwrap();
+        images.set_table(id, Some(TableState::Unavailable { since: now }));
+        assert_eq!(images.location(id), no_table::location(StopReason::TableUnavailable));
+        assert!(!images.want_table(id, true, now));
+        assert!(!images.want_table(id, false, now + UNAVAILABLE_RETRY));
+        assert!(images.want_table(id, true, now + UNAVAILABLE_RETRY));
+        images.set_table(id, None);
+        assert!(images.want_table(id, false, now));
+    }
+}

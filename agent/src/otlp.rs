@@ -1,0 +1,439 @@
+//! How do samples become an OTLP profile?
+//!
+//! The wire form is OpenTelemetry's Profiles signal, so that any collector takes it and our service
+//! takes any agent's. Samples are merged as they come: same stack, process, thread and stop reason are
+//! one sample with a count, and everything named twice is in the dictionary once, so a batch grows
+//! with what is different in it. Addresses are ELF virtual addresses, return addresses already lowered
+//! into the call: peers disagree on who does that, and functions that end in a call get their
+//! successor's name when nobody does.
+//!
+//! A sample carries the attributes `process.pid`, `thread.id`, `thread.name`, `windlass.stop_reason`;
+//! a mapping `process.executable.build_id.gnu` or `.htlhash`. Entry 0 of each table is its zero value.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest;
+use opentelemetry_proto::tonic::common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value};
+use opentelemetry_proto::tonic::profiles::v1development::{
+    Function, KeyValueAndUnit, Link, Location, Mapping, Profile, ProfilesDictionary, ResourceProfiles,
+    Sample, ScopeProfiles, Stack, ValueType,
+};
+use opentelemetry_proto::tonic::resource::v1::Resource;
+use windlass_schema::StopReason;
+
+use crate::image::ImageId;
+
+/// What a profile shows of a mapping. Addresses are ELF virtual addresses if there is an id.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Module {
+    /// First address.
+    pub start: u64,
+    /// First address behind it.
+    pub limit: u64,
+    /// Where in the file it starts, in bytes.
+    pub file_offset: u64,
+    /// As the process sees it.
+    pub path: Arc<str>,
+    /// The image's identity.
+    pub id: Option<ImageId>,
+}
+
+/// A frame of a stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame<'a> {
+    /// Where it is; `None` for an address that lies in nothing known.
+    pub module: Option<&'a Module>,
+    /// The address to look up: in the module's addresses, or as the process or kernel has it.
+    pub address: u64,
+}
+
+/// What is said of a sample beside its stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Labels<'a> {
+    /// Process.
+    pub tgid: u32,
+    /// Thread.
+    pub tid: u32,
+    /// Name of the thread.
+    pub comm: &'a str,
+    /// Why the walk ended.
+    pub stop: StopReason,
+}
+
+/// What is said of a whole batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recording {
+    /// The host's name.
+    pub host_name: String,
+    /// Samples a second on each CPU.
+    pub frequency_hz: u32,
+    /// Start, in nanoseconds since 1970.
+    pub start_unix_ns: u64,
+    /// Length in nanoseconds.
+    pub duration_ns: u64,
+    /// Names the batch, so that one sent twice can be told.
+    pub profile_id: [u8; 16],
+}
+
+/// Samples on their way into one request.
+pub struct Batch {
+    strings: Interner<String>,
+    attributes: Interner<(i32, AttributeValue)>,
+    mappings: Interner<Option<Module>>,
+    locations: Interner<(i32, u64)>,
+    stacks: Interner<Vec<i32>>,
+    samples: HashMap<(i32, [i32; 4]), i64>,
+}
+
+/// The value of an attribute.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum AttributeValue {
+    Text(String),
+    Number(i64),
+}
+
+/// Values in the order of their first use, each once, from index 0.
+struct Interner<T> {
+    values: Vec<T>,
+    indices: HashMap<T, i32>,
+}
+
+impl<T: Clone + Eq + Hash> Interner<T> {
+    fn with_zero(zero: T) -> Self {
+        Self { values: vec![zero.clone()], indices: HashMap::from([(zero, 0)]) }
+    }
+
+    /// The index of `value`; indices are OTLP's 32 bits, far above a batch's limit.
+    fn index<Q>(&mut self, value: &Q) -> i32
+    where
+        Q: Eq + Hash + ToOwned<Owned = T> + ?Sized,
+        T: std::borrow::Borrow<Q>,
+    {
+        if let Some(index) = self.indices.get(value) {
+            return *index;
+        }
+        let index = self.values.len() as i32;
+        self.values.push(value.to_owned());
+        self.indices.insert(value.to_owned(), index);
+        index
+    }
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self {
+            strings: Interner::with_zero(String::new()),
+            attributes: Interner::with_zero((0, AttributeValue::Text(String::new()))),
+            mappings: Interner::with_zero(None),
+            locations: Interner::with_zero((0, 0)),
+            stacks: Interner::with_zero(Vec::new()),
+            samples: HashMap::new(),
+        }
+    }
+}
+
+impl Batch {
+    /// Adds a sample. `frames` are innermost first: those of the kernel, then those of the process.
+    pub fn add<'a>(&mut self, labels: &Labels<'_>, frames: impl IntoIterator<Item = Frame<'a>>) {
+        let stack: Vec<i32> = frames
+            .into_iter()
+            .map(|frame| {
+                let mapping = match frame.module {
+                    Some(module) => self.mappings.index(&Some(module.clone())),
+                    None => 0,
+                };
+                self.locations.index(&(mapping, frame.address))
+            })
+            .collect();
+        let stack = self.stacks.index(&stack[..]);
+        let attributes = [
+            self.attribute("process.pid", AttributeValue::Number(labels.tgid.into())),
+            self.attribute("thread.id", AttributeValue::Number(labels.tid.into())),
+            self.attribute("thread.name", AttributeValue::Text(labels.comm.to_owned())),
+            self.attribute("windlass.stop_reason", AttributeValue::Text(labels.stop.as_str().to_owned())),
+        ];
+        *self.samples.entry((stack, attributes)).or_default() += 1;
+    }
+
+    /// Samples that differ.
+    pub fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.samples.is_empty()
+    }
+
+    fn attribute(&mut self, key: &str, value: AttributeValue) -> i32 {
+        let key = self.strings.index(key);
+        self.attributes.index(&(key, value))
+    }
+
+    /// The request that ships the batch.
+    pub fn into_request(mut self, recording: &Recording) -> ExportProfilesServiceRequest {
+        let mapping_table = self.mapping_table();
+        let [samples, count, cpu, nanoseconds] =
+            ["samples", "count", "cpu", "nanoseconds"].map(|text| self.strings.index(text));
+        let mut merged: Vec<_> = self.samples.into_iter().collect();
+        // Like batches give like bytes, which compress and compare.
+        merged.sort_unstable();
+        let profile = Profile {
+            sample_type: Some(ValueType { type_strindex: samples, unit_strindex: count }),
+            samples: merged
+                .into_iter()
+                .map(|((stack_index, attributes), count)| Sample {
+                    stack_index,
+                    attribute_indices: attributes.to_vec(),
+                    values: vec![count],
+                    ..Sample::default()
+                })
+                .collect(),
+            time_unix_nano: recording.start_unix_ns,
+            duration_nano: recording.duration_ns,
+            period_type: Some(ValueType { type_strindex: cpu, unit_strindex: nanoseconds }),
+            period: 1_000_000_000 / i64::from(recording.frequency_hz.max(1)),
+            profile_id: recording.profile_id.to_vec(),
+            ..Profile::default()
+        };
+        let dictionary = ProfilesDictionary {
+            mapping_table,
+            location_table: (self.locations.values.into_iter())
+                .map(|(mapping_index, address)| Location { mapping_index, address, ..Location::default() })
+                .collect(),
+            function_table: vec![Function::default()],
+            link_table: vec![Link::default()],
+            attribute_table: (self.attributes.values.into_iter().enumerate())
+                .map(|(index, (key_strindex, value))| KeyValueAndUnit {
+                    key_strindex,
+                    value: (index > 0).then(|| value.into()),
+                    unit_strindex: 0,
+                })
+                .collect(),
+            stack_table: (self.stacks.values.into_iter())
+                .map(|location_indices| Stack { location_indices })
+                .collect(),
+            string_table: self.strings.values,
+        };
+        ExportProfilesServiceRequest {
+            resource_profiles: vec![ResourceProfiles {
+                resource: Some(resource(&recording.host_name)),
+                scope_profiles: vec![ScopeProfiles {
+                    scope: Some(InstrumentationScope {
+                        name: "windlass-agent".to_owned(),
+                        version: env!("CARGO_PKG_VERSION").to_owned(),
+                        ..InstrumentationScope::default()
+                    }),
+                    profiles: vec![profile],
+                    ..ScopeProfiles::default()
+                }],
+                ..ResourceProfiles::default()
+            }],
+            dictionary: Some(dictionary),
+        }
+    }
+
+    fn mapping_table(&mut self) -> Vec<Mapping> {
+        let modules = std::mem::take(&mut self.mappings.values);
+        modules
+            .into_iter()
+            .map(|module| {
+                let Some(module) = module else { return Mapping::default() };
+                let id = module.id.map(|id| {
+                    let key = match id {
+                        ImageId::Gnu(_) => "process.executable.build_id.gnu",
+                        ImageId::FileHash(_) => "process.executable.build_id.htlhash",
+                    };
+                    self.attribute(key, AttributeValue::Text(id.build_id().to_string()))
+                });
+                Mapping {
+                    memory_start: module.start,
+                    memory_limit: module.limit,
+                    file_offset: module.file_offset,
+                    filename_strindex: self.strings.index(&*module.path),
+                    attribute_indices: id.into_iter().collect(),
+                }
+            })
+            .collect()
+    }
+}
+
+impl From<AttributeValue> for AnyValue {
+    fn from(value: AttributeValue) -> Self {
+        Self {
+            value: Some(match value {
+                AttributeValue::Text(text) => any_value::Value::StringValue(text),
+                AttributeValue::Number(number) => any_value::Value::IntValue(number),
+            }),
+        }
+    }
+}
+
+fn resource(host_name: &str) -> Resource {
+    let attribute = |(key, text): (&str, &str)| KeyValue {
+        key: key.to_owned(),
+        value: Some(AttributeValue::Text(text.to_owned()).into()),
+        ..KeyValue::default()
+    };
+    let attributes = [
+        ("service.name", "windlass-agent"),
+        ("host.name", host_name),
+        ("host.arch", host_architecture()),
+        ("os.type", "linux"),
+    ];
+    Resource { attributes: attributes.map(attribute).to_vec(), ..Resource::default() }
+}
+
+/// The name that the OpenTelemetry conventions give this machine's instruction set.
+fn host_architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+
+    fn module(path: &str, id: Option<ImageId>) -> Module {
+        Module { start: 0x1000, limit: 0x9000, file_offset: 0x1000, path: path.into(), id }
+    }
+
+    fn recording() -> Recording {
+        Recording {
+            host_name: "alpha".to_owned(),
+            frequency_hz: 19,
+            start_unix_ns: 1_700_000_000_000_000_000,
+            duration_ns: 5_000_000_000,
+            profile_id: [7; 16],
+        }
+    }
+
+    fn encoded(batch: Batch) -> ExportProfilesServiceRequest {
+        let bytes = batch.into_request(&recording()).encode_to_vec();
+        ExportProfilesServiceRequest::decode(&bytes[..]).unwrap()
+    }
+
+    /// A request as text: each sample as count, labels, frames.
+    fn print(request: &ExportProfilesServiceRequest) -> Vec<String> {
+        let dictionary = request.dictionary.as_ref().unwrap();
+        let string = |index: i32| dictionary.string_table[index as usize].as_str();
+        let attribute = |index: &i32| {
+            let attribute = &dictionary.attribute_table[*index as usize];
+            let value = match attribute.value.as_ref().unwrap().value.as_ref().unwrap() {
+                any_value::Value::StringValue(text) => text.clone(),
+                any_value::Value::IntValue(number) => number.to_string(),
+                other => panic!("{other:?}"),
+            };
+            format!("{}={value}", string(attribute.key_strindex))
+        };
+        let frame = |index: &i32| {
+            let location = &dictionary.location_table[*index as usize];
+            let mapping = &dictionary.mapping_table[location.mapping_index as usize];
+            let ids: Vec<_> = mapping.attribute_indices.iter().map(attribute).collect();
+            format!("{:#x}@{}[{}]", location.address, string(mapping.filename_strindex), ids.join(","))
+        };
+        let mut lines: Vec<String> = request.resource_profiles[0].scope_profiles[0].profiles[0]
+            .samples
+            .iter()
+            .map(|sample| {
+                let labels: Vec<_> = sample.attribute_indices.iter().map(attribute).collect();
+                let stack = &dictionary.stack_table[sample.stack_index as usize];
+                let frames: Vec<_> = stack.location_indices.iter().map(frame).collect();
+                format!("{:?} {} {}", sample.values, labels.join(" "), frames.join(" "))
+            })
+            .collect();
+        lines.sort();
+        lines
+    }
+
+    #[test]
+    fn samples_merge_and_come_back() {
+        let app = module("/opt/app", Some(ImageId::Gnu("abcd".parse().unwrap())));
+        let hashed = module("/opt/go", Some(ImageId::FileHash("0123".parse().unwrap())));
+        let labels = Labels { tgid: 7, tid: 8, comm: "worker", stop: StopReason::EndOfStack };
+        let cut = Labels { stop: StopReason::NoCfi, ..labels };
+        let frames = [
+            Frame { module: Some(&app), address: 0x1234 },
+            Frame { module: Some(&hashed), address: 0x2000 },
+            Frame { module: None, address: 0x7f00_0000_0000 },
+        ];
+        let mut batch = Batch::default();
+        for labels in [&labels, &cut, &labels] {
+            batch.add(labels, frames);
+        }
+        batch.add(&labels, []);
+        assert_eq!(batch.len(), 3);
+        let request = encoded(batch);
+        let stack = "0x1234@/opt/app[process.executable.build_id.gnu=abcd] \
+                     0x2000@/opt/go[process.executable.build_id.htlhash=0123] 0x7f0000000000@[]";
+        let thread = "process.pid=7 thread.id=8 thread.name=worker windlass.stop_reason";
+        assert_eq!(
+            print(&request),
+            [
+                format!("[1] {thread}=end_of_stack "),
+                format!("[1] {thread}=no_cfi {stack}"),
+                format!("[2] {thread}=end_of_stack {stack}"),
+            ]
+        );
+    }
+
+    #[test]
+    fn tables_start_with_zero_and_hold_nothing_twice() {
+        let app = module("/opt/app", None);
+        let mut batch = Batch::default();
+        for tid in 0..50 {
+            let labels = Labels { tgid: 7, tid, comm: "worker", stop: StopReason::EndOfStack };
+            batch.add(&labels, (0..20).map(|address| Frame { module: Some(&app), address }));
+        }
+        let request = encoded(batch);
+        let dictionary = request.dictionary.unwrap();
+        assert_eq!(dictionary.mapping_table[0], Mapping::default());
+        assert_eq!(dictionary.location_table[0], Location::default());
+        assert_eq!(dictionary.function_table, [Function::default()]);
+        assert_eq!(dictionary.link_table, [Link::default()]);
+        assert_eq!(dictionary.string_table[0], "");
+        assert_eq!(dictionary.attribute_table[0], KeyValueAndUnit::default());
+        assert_eq!(dictionary.stack_table[0], Stack::default());
+        assert_eq!(dictionary.location_table.len(), 21);
+        assert_eq!(dictionary.stack_table.len(), 2);
+        assert_eq!(dictionary.mapping_table.len(), 2);
+        // Zero, pid, 50 thread ids, name, stop reason.
+        assert_eq!(dictionary.attribute_table.len(), 54);
+        let mut strings = dictionary.string_table.clone();
+        strings.sort();
+        strings.dedup();
+        assert_eq!(strings.len(), dictionary.string_table.len());
+    }
+
+    #[test]
+    fn profile_says_what_it_counts() {
+        let mut batch = Batch::default();
+        batch.add(&Labels { tgid: 1, tid: 1, comm: "a", stop: StopReason::EndOfStack }, []);
+        let request = encoded(batch);
+        let dictionary = request.dictionary.as_ref().unwrap();
+        let profile = &request.resource_profiles[0].scope_profiles[0].profiles[0];
+        let value_type = |value: Option<ValueType>| {
+            let value = value.unwrap();
+            [value.type_strindex, value.unit_strindex].map(|at| dictionary.string_table[at as usize].as_str())
+        };
+        assert_eq!(value_type(profile.sample_type), ["samples", "count"]);
+        assert_eq!(value_type(profile.period_type), ["cpu", "nanoseconds"]);
+        assert_eq!(profile.period, 52_631_578);
+        assert_eq!(
+            (profile.time_unix_nano, profile.duration_nano),
+            (1_700_000_000_000_000_000, 5_000_000_000)
+        );
+        assert_eq!(profile.profile_id, [7; 16]);
+        let resource = request.resource_profiles[0].resource.as_ref().unwrap();
+        assert!(resource.attributes.iter().any(|attribute| {
+            attribute.key == "host.name"
+                && attribute.value == Some(AttributeValue::Text("alpha".to_owned()).into())
+        }));
+    }
+}

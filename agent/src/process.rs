@@ -1,0 +1,258 @@
+//! What executable memory does a process have, and what is placed for it?
+//!
+//! Mapping lists are read from `/proc` and planned here without I/O: the plan turns each mapping into
+//! what a walk needs, the address turns into what a profile shows. Peers ship process addresses with a
+//! mapping each and leave the arithmetic, and the question of return addresses, to every reader; here
+//! both are answered once.
+
+use std::sync::Arc;
+
+use windlass_schema::maps::{EXACT_ADDRESS, Mapping, PROCESS_SEGMENTS, SEGMENT_MAPPINGS, no_table};
+use windlass_schema::{FileOffset, LoadBias, ProcessAddress, ReturnAddress, StopReason};
+
+use crate::backend::PlacedMapping;
+use crate::image::Image;
+use crate::images::{Images, unreadable};
+use crate::mapped_file::{ImageSource, shown_path};
+use crate::otlp::{Frame, Module};
+use crate::proc_maps::{Backing, MapsEntry, executable_mappings};
+
+/// Most mappings that a backend takes of a process.
+pub const MAX_PLACED_MAPPINGS: usize = SEGMENT_MAPPINGS * PROCESS_SEGMENTS;
+/// Largest `/proc/PID/maps` read in bytes: the 65,530 mappings that the kernel allows by default, at
+/// 256 bytes each.
+const MAX_MAPS_BYTES: u64 = 16 * 1024 * 1024;
+
+/// An executable mapping.
+#[derive(Clone, Debug)]
+pub struct ExecutableMapping {
+    /// First process address.
+    pub start: u64,
+    /// First process address behind it.
+    pub end: u64,
+    /// What is mapped.
+    pub content: Content,
+    /// What profiles show of it.
+    pub module: Module,
+}
+
+/// What a mapping maps.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// A part of an image.
+    Image {
+        /// The image.
+        image: Arc<Image>,
+        /// Process address minus image address.
+        bias: LoadBias,
+        /// Where to read it.
+        source: ImageSource,
+    },
+    /// Something that has no table, and why walks stop there.
+    NoTable(StopReason),
+}
+
+/// Reads the executable mappings of process `pid`, sorted by start.
+pub fn read_mappings(pid: u32, images: &mut Images) -> std::io::Result<Vec<ExecutableMapping>> {
+    use std::io::Read as _;
+    let mut maps = Vec::new();
+    std::fs::File::open(format!("/proc/{pid}/maps"))?.take(MAX_MAPS_BYTES).read_to_end(&mut maps)?;
+    Ok(executable_mappings(&maps).iter().map(|entry| mapping(pid, entry, images)).collect())
+}
+
+fn mapping(pid: u32, entry: &MapsEntry, images: &mut Images) -> ExecutableMapping {
+    let source = match &entry.backing {
+        Backing::File { path, .. } => ImageSource::of_mapping(pid, entry, path),
+        Backing::Vdso => ImageSource::of_vdso(pid, entry),
+        // Kernel-made, and gone before a walk could see it: calls into it trap.
+        Backing::Vsyscall => return without_table(entry, StopReason::NoCfi),
+        Backing::Anonymous => return without_table(entry, StopReason::Jit),
+    };
+    let source = match source {
+        Ok(source) => source,
+        Err(error) => {
+            tracing::debug!(pid, %error, "mapped file cannot be read");
+            return without_table(entry, unreadable(&error));
+        }
+    };
+    let image = match images.identify(&source) {
+        Ok(image) => image,
+        Err(reason) => return without_table(entry, reason),
+    };
+    let start = ProcessAddress::new(entry.start);
+    match image.bias(start, FileOffset::new(entry.file_offset), entry.end - entry.start) {
+        None => without_table(entry, StopReason::NoCfi),
+        Some(bias) => ExecutableMapping {
+            start: entry.start,
+            end: entry.end,
+            module: Module {
+                start: start.to_image(bias).get(),
+                limit: ProcessAddress::new(entry.end).to_image(bias).get(),
+                file_offset: entry.file_offset,
+                path: shown_path(entry),
+                id: Some(image.id),
+            },
+            content: Content::Image { image, bias, source },
+        },
+    }
+}
+
+fn without_table(entry: &MapsEntry, reason: StopReason) -> ExecutableMapping {
+    ExecutableMapping {
+        start: entry.start,
+        end: entry.end,
+        content: Content::NoTable(reason),
+        module: Module {
+            start: entry.start,
+            limit: entry.end,
+            file_offset: entry.file_offset,
+            path: shown_path(entry),
+            id: None,
+        },
+    }
+}
+
+/// What a backend is told of `mappings`, with the tables there are now. Of more than it takes, the
+/// images stay.
+pub fn plan(mappings: &[ExecutableMapping], images: &Images) -> Vec<PlacedMapping> {
+    let is_image = |mapping: &&ExecutableMapping| matches!(mapping.content, Content::Image { .. });
+    let spare = MAX_PLACED_MAPPINGS.saturating_sub(mappings.iter().filter(is_image).count());
+    let mut others = 0;
+    mappings
+        .iter()
+        .filter(|mapping| {
+            is_image(mapping) || {
+                others += 1;
+                others <= spare
+            }
+        })
+        .take(MAX_PLACED_MAPPINGS)
+        .map(|mapping| {
+            let (image, bias) = match &mapping.content {
+                Content::Image { image, bias, .. } => (images.location(image.id.build_id()), bias.get()),
+                Content::NoTable(reason) => (no_table::location(*reason), 0),
+            };
+            PlacedMapping {
+                start: mapping.start,
+                mapping: Mapping { end: mapping.end, bias, image, generation: 0 },
+            }
+        })
+        .collect()
+}
+
+/// The mapping that holds a process address.
+pub fn find(mappings: &[ExecutableMapping], address: ProcessAddress) -> Option<&ExecutableMapping> {
+    let behind = mappings.partition_point(|mapping| mapping.start <= address.get());
+    let mapping = &mappings[behind.checked_sub(1)?];
+    (address.get() < mapping.end).then_some(mapping)
+}
+
+/// The process address to look up for a user address of a sample: itself if exact, else inside the
+/// call before it.
+pub fn lookup_address(sampled: u64) -> ProcessAddress {
+    if sampled & EXACT_ADDRESS != 0 {
+        ProcessAddress::new(sampled & !EXACT_ADDRESS)
+    } else {
+        ReturnAddress::new(sampled).lookup_address()
+    }
+}
+
+/// What a profile shows for a process address.
+pub fn frame(mappings: &[ExecutableMapping], address: ProcessAddress) -> Frame<'_> {
+    match find(mappings, address) {
+        Some(ExecutableMapping { content: Content::Image { bias, .. }, module, .. }) => {
+            Frame { module: Some(module), address: address.to_image(*bias).get() }
+        }
+        Some(mapping) if mapping.module.path.starts_with('/') => {
+            Frame { module: Some(&mapping.module), address: address.get() }
+        }
+        _ => Frame { module: None, address: address.get() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::images::TableState;
+    use windlass_schema::maps::Location;
+
+    #[test]
+    fn own_process() {
+        let mut images = Images::default();
+        let mappings = read_mappings(std::process::id(), &mut images).unwrap();
+        let here = ProcessAddress::new(own_process as *const () as u64);
+        let mapping = find(&mappings, here).expect("this function is mapped");
+        let Content::Image { image, bias, .. } = &mapping.content else {
+            panic!("no image: {mapping:?}");
+        };
+        let id = image.id.build_id();
+        // The symbol table says the same image address.
+        let exe = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let elf = object::File::parse(&exe[..]).unwrap();
+        use object::{Object as _, ObjectSymbol as _};
+        let symbol = elf
+            .symbols()
+            .find(|symbol| symbol.address() == here.to_image(*bias).get() && symbol.size() > 0)
+            .expect("a symbol at the image address");
+        assert!(symbol.name().unwrap().contains("own_process"), "{symbol:?}");
+        let shown = frame(&mappings, here);
+        assert_eq!(shown.address, symbol.address());
+        assert_eq!(shown.module.unwrap().id, Some(image.id));
+
+        let placed = |images: &Images| {
+            let plan = plan(&mappings, images);
+            assert!(plan.is_sorted_by_key(|mapping| mapping.start));
+            plan.into_iter().find(|placed| placed.start == mapping.start).unwrap().mapping
+        };
+        assert_eq!(placed(&images).image, no_table::location(StopReason::TablePending));
+        images.set_table(id, Some(TableState::Placed(Location::new(2, 16))));
+        assert_eq!(placed(&images).image, Location::new(2, 16));
+        assert_eq!(placed(&images).bias, bias.get());
+    }
+
+    #[test]
+    fn addresses_outside_of_mappings() {
+        let entry = MapsEntry {
+            start: 0x1000,
+            end: 0x2000,
+            file_offset: 0,
+            device: (0, 0),
+            inode: 0,
+            backing: Backing::Anonymous,
+        };
+        let mappings = [without_table(&entry, StopReason::Jit)];
+        for (address, inside) in [(0, false), (0xfff, false), (0x1000, true), (0x1fff, true), (0x2000, false)]
+        {
+            assert_eq!(find(&mappings, ProcessAddress::new(address)).is_some(), inside, "{address:#x}");
+            assert_eq!(frame(&mappings, ProcessAddress::new(address)), Frame { module: None, address });
+        }
+        assert!(find(&[], ProcessAddress::new(0x1000)).is_none());
+    }
+
+    #[test]
+    fn images_stay_when_there_are_too_many_mappings() {
+        let mut images = Images::default();
+        let own = read_mappings(std::process::id(), &mut images).unwrap();
+        let image = own.iter().find(|mapping| matches!(mapping.content, Content::Image { .. })).unwrap();
+        let entry = |number: u64| MapsEntry {
+            start: number << 12,
+            end: (number + 1) << 12,
+            file_offset: 0,
+            device: (0, 0),
+            inode: 0,
+            backing: Backing::Anonymous,
+        };
+        let mut mappings: Vec<_> =
+            (1..3000).map(|number| without_table(&entry(number), StopReason::Jit)).collect();
+        mappings.push(image.clone());
+        let plan = plan(&mappings, &images);
+        assert_eq!(plan.len(), MAX_PLACED_MAPPINGS);
+        assert_eq!(plan.last().unwrap().start, image.start);
+    }
+
+    #[test]
+    fn return_addresses_are_looked_up_inside_the_call() {
+        assert_eq!(lookup_address(0x1005), ProcessAddress::new(0x1004));
+        assert_eq!(lookup_address(0x1005 | EXACT_ADDRESS), ProcessAddress::new(0x1005));
+    }
+}

@@ -1,0 +1,185 @@
+//! What does the agent do all day?
+//!
+//! One thread owns the backend and everything about processes, and turns in a loop: drain events, read
+//! what is due, record samples, place tables, ship. It asks the network for nothing itself: tables and
+//! batches pass through queues to the runtime beside it.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+use windlass_schema::ReturnAddress;
+
+use crate::agent::Summary;
+use crate::backend::{Backend, Event, Sample};
+use crate::kallsyms::KernelImage;
+use crate::otlp::{Batch, Frame, Labels, Recording};
+use crate::process::{frame, lookup_address};
+use crate::processes::{Placement, Processes};
+use crate::service::compressed;
+use crate::shipper::Shipper;
+use crate::tables::Tables;
+
+/// Longest wait for events: within it a table that arrived is placed, and a stop is noticed.
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
+/// Distinct samples in a batch, at which it is shipped early: some 10 MiB.
+const MAX_BATCH_SAMPLES: usize = 50_000;
+/// Most tables that the summary names as unavailable.
+const MAX_NAMED_UNAVAILABLE: usize = 1000;
+
+/// The loop and what it owns.
+pub(crate) struct Sampling {
+    pub(crate) backend: Box<dyn Backend>,
+    pub(crate) processes: Processes,
+    pub(crate) tables: Tables,
+    pub(crate) shipper: Shipper,
+    pub(crate) kernel: Option<KernelImage>,
+    pub(crate) frequency_hz: u32,
+    pub(crate) ship_interval: Duration,
+    pub(crate) host_name: String,
+    pub(crate) batch: OpenBatch,
+    pub(crate) summary: Summary,
+}
+
+/// The batch being filled.
+pub(crate) struct OpenBatch {
+    batch: Batch,
+    started: Instant,
+    started_unix: SystemTime,
+    number: u64,
+}
+
+impl OpenBatch {
+    pub(crate) fn new(number: u64) -> Self {
+        Self { batch: Batch::default(), started: Instant::now(), started_unix: SystemTime::now(), number }
+    }
+}
+
+impl Sampling {
+    /// Runs until `stop` is set.
+    pub(crate) fn run(&mut self, stop: &AtomicBool) {
+        while !stop.load(Ordering::Acquire) {
+            let now = Instant::now();
+            let until_ship = self.ship_interval.saturating_sub(now.duration_since(self.batch.started));
+            let until_scan = self.processes.next_due(now).unwrap_or(LONGEST_WAIT);
+            self.turn(LONGEST_WAIT.min(until_ship).min(until_scan));
+        }
+        self.turn(Duration::ZERO);
+        self.ship();
+    }
+
+    fn turn(&mut self, wait: Duration) {
+        let mut events = Vec::new();
+        if let Err(error) = self.backend.poll(wait, &mut |event| events.push(event)) {
+            tracing::warn!(error = format!("{error:#}"), "events cannot be read");
+            std::thread::sleep(LONGEST_WAIT);
+        }
+        let now = Instant::now();
+        for event in &events {
+            self.processes.note(event, &mut *self.backend, now);
+        }
+        // Before the samples: the first sample of a process is what has it read.
+        self.processes.scan_due(&mut *self.backend, now);
+        for wish in self.processes.prefetch(now) {
+            self.tables.request(wish);
+        }
+        for event in events {
+            if let Event::Sample(sample) = event {
+                self.record(&sample, now);
+            }
+        }
+        self.place_tables(now);
+        self.processes.expire(&mut *self.backend, now);
+        if self.batch.started.elapsed() >= self.ship_interval || self.batch.batch.len() >= MAX_BATCH_SAMPLES {
+            self.ship();
+        }
+    }
+
+    fn record(&mut self, sample: &Sample, now: Instant) {
+        if !self.processes.includes(sample.tgid) {
+            return;
+        }
+        for wish in self.processes.touch(sample, now) {
+            self.tables.request(wish);
+        }
+        self.summary.count(sample.stop);
+        if sample.stop == windlass_schema::StopReason::TableUnavailable {
+            eprintln!("DBG {:?} {} {} last={:x?} {:x?}", now, sample.tgid, sample.comm, sample.user.last(), self.processes.debug(sample));
+        }
+        let mappings = self.processes.mappings(sample.tgid);
+        let kernel = sample.kernel.iter().enumerate().map(|(depth, address)| {
+            // Only the innermost kernel address is that of an instruction.
+            let address = match depth {
+                0 => *address,
+                _ => ReturnAddress::new(*address).lookup_address().get(),
+            };
+            self.kernel.as_ref().map_or(Frame { module: None, address }, |kernel| kernel.frame(address))
+        });
+        let user = sample.user.iter().map(|address| frame(mappings, lookup_address(*address)));
+        let labels = Labels { tgid: sample.tgid, tid: sample.tid, comm: &sample.comm, stop: sample.stop };
+        self.batch.batch.add(&labels, kernel.chain(user));
+    }
+
+    fn place_tables(&mut self, now: Instant) {
+        let mut changed = HashSet::new();
+        while let Some(result) = self.tables.try_result() {
+            match self.processes.place(&result, &mut *self.backend, now) {
+                Placement::Placed => {
+                    self.summary.tables_loaded += 1;
+                    tracing::debug!(path = %result.path, id = %result.id, "unwind table placed");
+                }
+                Placement::Unavailable(reason) => {
+                    tracing::warn!(path = %result.path, id = %result.id, reason, "no unwind table");
+                    if self.summary.tables_unavailable.len() < MAX_NAMED_UNAVAILABLE {
+                        self.summary.tables_unavailable.push((result.path.to_string(), reason));
+                    }
+                }
+                Placement::Postponed => {
+                    tracing::debug!(path = %result.path, id = %result.id, "image is gone");
+                }
+            }
+            changed.insert(result.id);
+        }
+        if !changed.is_empty() {
+            self.processes.set_again(&changed, &mut *self.backend);
+        }
+    }
+
+    /// Hands the batch to the shipper and opens the next.
+    fn ship(&mut self) {
+        let next = OpenBatch::new(self.batch.number + 1);
+        let open = std::mem::replace(&mut self.batch, next);
+        if open.batch.is_empty() {
+            return;
+        }
+        let start = open.started_unix.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let recording = Recording {
+            host_name: self.host_name.clone(),
+            frequency_hz: self.frequency_hz,
+            start_unix_ns: u64::try_from(start.as_nanos()).unwrap_or(u64::MAX),
+            duration_ns: u64::try_from(open.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            profile_id: profile_id(&self.host_name, start, open.number),
+        };
+        let request = open.batch.into_request(&recording).encode_to_vec();
+        match compressed(&request) {
+            Ok(request) => self.shipper.ship(request),
+            Err(error) => {
+                tracing::error!(%error, "batch is lost");
+                self.summary.dropped_batches += 1;
+            }
+        }
+    }
+}
+
+/// A name that no other batch has: of its host, its agent's process, its start and its number.
+fn profile_id(host_name: &str, start: Duration, number: u64) -> [u8; 16] {
+    let mut hash = Sha256::new();
+    hash.update(host_name);
+    hash.update(std::process::id().to_le_bytes());
+    hash.update(start.as_nanos().to_le_bytes());
+    hash.update(number.to_le_bytes());
+    let hash = hash.finalize();
+    std::array::from_fn(|at| hash[at])
+}

@@ -1,0 +1,167 @@
+//! When is a process's mapping list to be read?
+//!
+//! At exec, at a new mapping, at a sample that found no mapping; but a JIT maps memory a thousand times
+//! a second, and a build starts processes as fast. So a process is read a few milliseconds after the
+//! event, when its dynamic linker is done, each time with twice the pause before the next, and all of
+//! them share a budget.
+//!
+//! ```text
+//! exec                       due after SETTLE
+//! first mapping or sample    due now
+//! next ones                  due at last scan + pause;  pause = 10 ms, 20 ms, ... 2 s
+//! none wanted for 10 s       pause = 10 ms
+//! ```
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+/// How long a dynamic linker is given to map its libraries after exec.
+const SETTLE: Duration = Duration::from_millis(10);
+/// First pause between two scans of a process.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+/// Longest pause between two scans of a process. A library loaded meanwhile is walked within it.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A process quiet for this long starts from the first pause again.
+const QUIET: Duration = Duration::from_secs(10);
+/// Scans a second over all processes; at some 100 microseconds each, 2% of a CPU at the worst.
+const SCANS_PER_SECOND: f64 = 200.0;
+/// Scans that may come at once.
+const BURST: f64 = 50.0;
+
+/// When each process is to be read.
+#[derive(Debug)]
+pub struct ScanSchedule {
+    processes: HashMap<u32, Scan>,
+    budget: f64,
+    budget_at: Instant,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Scan {
+    due: Option<Instant>,
+    last: Option<Instant>,
+    pause: Duration,
+}
+
+const NEVER_SCANNED: Scan = Scan { due: None, last: None, pause: FIRST_PAUSE };
+
+impl ScanSchedule {
+    /// Nothing is due.
+    pub fn new(now: Instant) -> Self {
+        Self { processes: HashMap::new(), budget: BURST, budget_at: now }
+    }
+
+    /// A process's mappings may have changed, or samples found them wanting.
+    pub fn want(&mut self, tgid: u32, now: Instant) {
+        let scan = self.processes.entry(tgid).or_insert(NEVER_SCANNED);
+        if scan.due.is_some() {
+            return;
+        }
+        if scan.last.is_some_and(|last| now.duration_since(last) >= QUIET) {
+            scan.pause = FIRST_PAUSE;
+        }
+        scan.due = Some(scan.last.map_or(now, |last| now.max(last + scan.pause)));
+    }
+
+    /// A process runs another executable.
+    pub fn exec(&mut self, tgid: u32, now: Instant) {
+        self.processes.insert(tgid, Scan { due: Some(now + SETTLE), ..NEVER_SCANNED });
+    }
+
+    /// A process is gone.
+    pub fn forget(&mut self, tgid: u32) {
+        self.processes.remove(&tgid);
+    }
+
+    /// The processes to read now, those that wait longest first, as many as the budget has.
+    pub fn take_due(&mut self, now: Instant) -> Vec<u32> {
+        let passed = now.duration_since(self.budget_at).as_secs_f64();
+        self.budget = (self.budget + passed * SCANS_PER_SECOND).min(BURST);
+        self.budget_at = now;
+        let mut due: Vec<(Instant, u32)> = self
+            .processes
+            .iter()
+            .filter_map(|(tgid, scan)| scan.due.filter(|due| *due <= now).map(|due| (due, *tgid)))
+            .collect();
+        due.sort_unstable();
+        due.truncate(self.budget as usize);
+        self.budget -= due.len() as f64;
+        for (_, tgid) in &due {
+            if let Some(scan) = self.processes.get_mut(tgid) {
+                let pause =
+                    if scan.last.is_none() { FIRST_PAUSE } else { (scan.pause * 2).min(LONGEST_PAUSE) };
+                *scan = Scan { due: None, last: Some(now), pause };
+            }
+        }
+        due.into_iter().map(|(_, tgid)| tgid).collect()
+    }
+
+    /// How long until the next one is due.
+    pub fn next_due(&self, now: Instant) -> Option<Duration> {
+        let due = self.processes.values().filter_map(|scan| scan.due).min()?;
+        Some(due.saturating_duration_since(now))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn first_at_once_then_ever_more_seldom() {
+        let start = Instant::now();
+        let mut schedule = ScanSchedule::new(start);
+        let mut scans = Vec::new();
+        for elapsed in 0..10_000 {
+            let now = start + elapsed * MS;
+            schedule.want(7, now);
+            if !schedule.take_due(now).is_empty() {
+                scans.push(elapsed);
+            }
+        }
+        assert_eq!(scans, [0, 10, 30, 70, 150, 310, 630, 1270, 2550, 4550, 6550, 8550]);
+        let quiet = start + 10_000 * MS + QUIET;
+        schedule.take_due(quiet);
+        schedule.want(7, quiet + QUIET);
+        assert_eq!(schedule.take_due(quiet + QUIET), [7]);
+        schedule.want(7, quiet + QUIET);
+        assert!(schedule.next_due(quiet + QUIET).unwrap() <= 20 * MS);
+    }
+
+    #[test]
+    fn exec_waits_for_the_dynamic_linker_and_starts_over() {
+        let start = Instant::now();
+        let mut schedule = ScanSchedule::new(start);
+        for elapsed in [0, 100, 200, 300] {
+            schedule.want(7, start + elapsed * MS);
+            schedule.take_due(start + elapsed * MS);
+        }
+        let exec = start + 400 * MS;
+        schedule.exec(7, exec);
+        schedule.want(7, exec + MS);
+        assert_eq!(schedule.next_due(exec), Some(SETTLE));
+        assert!(schedule.take_due(exec + MS).is_empty());
+        assert_eq!(schedule.take_due(exec + SETTLE), [7]);
+        assert_eq!(schedule.next_due(exec), None);
+        schedule.exec(7, exec);
+        schedule.forget(7);
+        assert!(schedule.take_due(exec + SETTLE).is_empty());
+    }
+
+    #[test]
+    fn all_share_a_budget() {
+        let start = Instant::now();
+        let mut schedule = ScanSchedule::new(start);
+        for tgid in 0..1000 {
+            schedule.want(tgid, start);
+        }
+        let mut scanned = schedule.take_due(start).len();
+        assert_eq!(scanned, BURST as usize);
+        for elapsed in (0..=1000).step_by(10) {
+            scanned += schedule.take_due(start + elapsed * MS).len();
+        }
+        assert!((200..=260).contains(&scanned), "{scanned}");
+    }
+}

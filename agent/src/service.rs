@@ -1,0 +1,247 @@
+//! What does the agent ask of the service, and what may the answers be?
+//!
+//! Each interface is one function with a closed set of answers. A failure is either transient (the
+//! network, an overloaded or restarting server: try again later) or a refusal (try never), and that is
+//! decided here alone: peers that retry refusals flood their servers, those that give up on a timeout
+//! lose data.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use reqwest::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
+use reqwest::{RequestBuilder, Response, StatusCode};
+use sha2::{Digest as _, Sha256};
+use windlass_schema::BuildId;
+use windlass_schema::http::{
+    ArtefactKind, ArtefactName, ErrorBody, MissingRequest, MissingResponse, SHA256_HEADER,
+};
+
+/// Largest table taken, in bytes: as much as the chunks in the kernel hold.
+pub const MAX_TABLE_BYTES: usize = 64 * 1024 * 1024;
+/// How long a connection may take to come up.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an answer may take.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a large upload may take: 256 MiB at 2 MiB/s.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(128);
+/// Longest part of an error text that is kept.
+const MAX_REASON_BYTES: usize = 500;
+/// zstd level of what is sent: the default, a good ratio at some 200 MB/s.
+const ZSTD_LEVEL: i32 = 3;
+
+/// The service.
+#[derive(Clone)]
+pub struct Service {
+    base: String,
+    http: reqwest::Client,
+    token: Option<String>,
+}
+
+/// Answer to a request for a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TableAnswer {
+    /// Its bytes, unchecked.
+    Table(Vec<u8>),
+    /// It is being made.
+    Making {
+        /// When to ask again.
+        retry_after: Option<Duration>,
+    },
+    /// Nothing is known of the image.
+    UnknownImage,
+}
+
+/// The service did not do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ServiceError {
+    /// No answer.
+    #[error("service cannot be reached: {0}")]
+    Unreachable(String),
+    /// An answer that may be another later.
+    #[error("service is not able to answer (status {status})")]
+    Busy {
+        /// HTTP status.
+        status: u16,
+        /// When to ask again.
+        retry_after: Option<Duration>,
+    },
+    /// An answer that stands.
+    #[error("service refused with status {status}: {reason}")]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// What it said.
+        reason: String,
+    },
+    /// The address is no HTTP URL, or TLS cannot be set up.
+    #[error("{0}")]
+    Client(String),
+}
+
+impl ServiceError {
+    /// Whether the same request may succeed later.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::Busy { .. })
+    }
+
+    /// When the service wants to be asked again.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Busy { retry_after, .. } => *retry_after,
+            Self::Unreachable(_) | Self::Refused { .. } | Self::Client(_) => None,
+        }
+    }
+}
+
+impl From<reqwest::Error> for ServiceError {
+    fn from(error: reqwest::Error) -> Self {
+        // reqwest's own text repeats the URL and hides the cause in its sources.
+        let mut text = String::new();
+        let mut source = std::error::Error::source(&error);
+        while let Some(inner) = source {
+            text = inner.to_string();
+            source = inner.source();
+        }
+        Self::Unreachable(if text.is_empty() { error.without_url().to_string() } else { text })
+    }
+}
+
+impl Service {
+    /// A client of the service at `url`.
+    pub fn new(url: &str, token: Option<String>) -> Result<Self, ServiceError> {
+        // Whoever came first decided; any provider will do.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let parsed =
+            reqwest::Url::parse(url).map_err(|error| ServiceError::Client(format!("{url:?}: {error}")))?;
+        if !matches!(parsed.scheme(), "http" | "https") {
+            return Err(ServiceError::Client(format!("{url:?} is no http or https address")));
+        }
+        let http = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(ANSWER_TIMEOUT)
+            .user_agent(concat!("windlass-agent/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|error| ServiceError::Client(error.to_string()))?;
+        Ok(Self { base: url.trim_end_matches('/').to_owned(), http, token })
+    }
+
+    async fn send(&self, mut request: RequestBuilder) -> Result<Response, ServiceError> {
+        if let Some(token) = &self.token {
+            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+        }
+        let response = request.send().await?;
+        let status = response.status();
+        if status.is_success() || status == StatusCode::NOT_FOUND || status == StatusCode::CONFLICT {
+            return Ok(response);
+        }
+        if status.is_server_error()
+            || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
+        {
+            let retry_after = retry_after(&response);
+            return Err(ServiceError::Busy { status: status.as_u16(), retry_after });
+        }
+        Err(refusal(response).await)
+    }
+
+    /// `GET /api/v1/buildid/ID/unwind`.
+    pub async fn table(&self, id: BuildId) -> Result<TableAnswer, ServiceError> {
+        let url = format!("{}/api/v1/buildid/{id}/unwind", self.base);
+        let mut response = self.send(self.http.get(url)).await?;
+        match response.status() {
+            StatusCode::NOT_FOUND => return Ok(TableAnswer::UnknownImage),
+            StatusCode::ACCEPTED => {
+                return Ok(TableAnswer::Making { retry_after: retry_after(&response) });
+            }
+            StatusCode::OK => {}
+            _ => return Err(refusal(response).await),
+        }
+        let mut table = Vec::new();
+        while let Some(part) = response.chunk().await? {
+            if table.len() + part.len() > MAX_TABLE_BYTES {
+                let reason = format!("its table of {id} exceeds {MAX_TABLE_BYTES} bytes");
+                return Err(ServiceError::Refused { status: 200, reason });
+            }
+            table.extend_from_slice(&part);
+        }
+        Ok(TableAnswer::Table(table))
+    }
+
+    /// `PUT /api/v1/buildid/ID/KIND`. That other content is already there (409) is no failure: the
+    /// service has what it needs.
+    pub async fn put(&self, id: BuildId, kind: ArtefactKind, content: Vec<u8>) -> Result<(), ServiceError> {
+        let url = format!("{}/api/v1/buildid/{id}/{kind}", self.base);
+        let (sha256, body) =
+            tokio::task::spawn_blocking(move || (sha256_hex(&content), compressed(&content)))
+                .await
+                .map_err(|error| ServiceError::Client(error.to_string()))?;
+        let request = self
+            .http
+            .put(url)
+            .timeout(UPLOAD_TIMEOUT)
+            .header(SHA256_HEADER, sha256)
+            .header(CONTENT_ENCODING, "zstd")
+            .header(CONTENT_TYPE, "application/octet-stream")
+            .body(body?);
+        let response = self.send(request).await?;
+        match response.status() {
+            StatusCode::NOT_FOUND => Err(refusal(response).await),
+            _ => Ok(()),
+        }
+    }
+
+    /// `POST /api/v1/missing`, for one artefact: whether the service lacks it.
+    pub async fn lacks(&self, id: BuildId, kind: ArtefactKind) -> Result<bool, ServiceError> {
+        let name = ArtefactName { build_id: id, kind, path: None, sha256: None };
+        let request = MissingRequest { artefacts: vec![name.clone()] };
+        let url = format!("{}/api/v1/missing", self.base);
+        let response = self.send(self.http.post(url).json(&request)).await?;
+        if response.status() != StatusCode::OK {
+            return Err(refusal(response).await);
+        }
+        let answer: MissingResponse = response.json().await?;
+        Ok(answer.missing.contains(&name))
+    }
+
+    /// `POST /v1development/profiles` of an encoded request that is already [`compressed`].
+    pub async fn ship(&self, request: Bytes) -> Result<(), ServiceError> {
+        let url = format!("{}/v1development/profiles", self.base);
+        let request = self
+            .http
+            .post(url)
+            .header(CONTENT_TYPE, "application/x-protobuf")
+            .header(CONTENT_ENCODING, "zstd")
+            .body(request);
+        let response = self.send(request).await?;
+        if response.status().is_success() { Ok(()) } else { Err(refusal(response).await) }
+    }
+}
+
+/// zstd of `content`.
+pub fn compressed(content: &[u8]) -> Result<Vec<u8>, ServiceError> {
+    zstd::bulk::compress(content, ZSTD_LEVEL).map_err(|error| ServiceError::Client(error.to_string()))
+}
+
+fn sha256_hex(content: &[u8]) -> String {
+    Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// `Retry-After` in seconds; the form with a date is not used between programs.
+fn retry_after(response: &Response) -> Option<Duration> {
+    let text = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
+    text.trim().parse().ok().map(Duration::from_secs)
+}
+
+async fn refusal(response: Response) -> ServiceError {
+    let status = response.status().as_u16();
+    let text = response.text().await.unwrap_or_default();
+    let mut reason = match serde_json::from_str::<ErrorBody>(&text) {
+        Ok(body) => body.error,
+        Err(_) => text.lines().next().unwrap_or_default().to_owned(),
+    };
+    let mut end = reason.len().min(MAX_REASON_BYTES);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    reason.truncate(end);
+    ServiceError::Refused { status, reason }
+}

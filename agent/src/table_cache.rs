@@ -1,0 +1,217 @@
+//! Which tables are on this host's disk?
+//!
+//! One file for each build-ID, `ID.wlut`, as it came from the service. A table is checked to the last
+//! byte both on its way in and on its way out (checksum, build-ID, instruction set), so that neither a
+//! torn write nor a bad disk becomes a wrong frame; what does not pass is deleted and fetched anew. A
+//! file appears under its name only when it is complete. When all of them exceed the budget, those
+//! used longest ago go first.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use windlass_schema::table::Architecture;
+use windlass_schema::{BuildId, Table, TableError};
+
+/// Ending of a table's file name.
+const ENDING: &str = "wlut";
+/// Start of the name of a file that is being written.
+const UNFINISHED: &str = ".unfinished-";
+
+/// The instruction set of this machine.
+pub const HOST_ARCHITECTURE: Architecture =
+    if cfg!(target_arch = "aarch64") { Architecture::Aarch64 } else { Architecture::X86_64 };
+
+/// Tables on disk.
+pub struct TableCache {
+    directory: PathBuf,
+    budget_bytes: u64,
+}
+
+/// A table was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum TableCacheError {
+    /// Malformed.
+    #[error("{0}")]
+    Table(#[from] TableError),
+    /// Of another image.
+    #[error("unwind table is that of image {0}")]
+    BuildId(BuildId),
+    /// For another machine.
+    #[error("unwind table for {}, expected {}", .0.as_str(), HOST_ARCHITECTURE.as_str())]
+    Architecture(Architecture),
+    /// The disk.
+    #[error("unwind table cache {0}: {1}")]
+    Io(PathBuf, io::Error),
+}
+
+/// Checks that `bytes` are the table of `id` for this machine.
+pub fn check(bytes: &[u8], id: BuildId) -> Result<Table<'_>, TableCacheError> {
+    let table = Table::parse(bytes)?;
+    if table.build_id() != id {
+        return Err(TableCacheError::BuildId(table.build_id()));
+    }
+    if table.architecture() != HOST_ARCHITECTURE {
+        return Err(TableCacheError::Architecture(table.architecture()));
+    }
+    Ok(table)
+}
+
+impl TableCache {
+    /// Opens or makes the cache in `directory`.
+    pub fn open(directory: &Path, budget_bytes: u64) -> Result<Self, TableCacheError> {
+        let cache = Self { directory: directory.to_owned(), budget_bytes };
+        fs::create_dir_all(directory).map_err(|error| cache.io(error))?;
+        for entry in fs::read_dir(directory).map_err(|error| cache.io(error))?.flatten() {
+            // Left by an agent that was killed; one that runs beside this one merely writes it again.
+            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        Ok(cache)
+    }
+
+    fn io(&self, error: io::Error) -> TableCacheError {
+        TableCacheError::Io(self.directory.clone(), error)
+    }
+
+    fn path(&self, id: BuildId) -> PathBuf {
+        self.directory.join(format!("{id}.{ENDING}"))
+    }
+
+    /// The bytes of the table of `id`, checked; `None` if there is none that passes.
+    pub fn get(&self, id: BuildId) -> Option<Vec<u8>> {
+        let path = self.path(id);
+        let bytes = fs::read(&path).ok()?;
+        if let Err(error) = check(&bytes, id) {
+            tracing::warn!(path = %path.display(), %error, "cached unwind table is damaged, fetching it again");
+            let _ = fs::remove_file(&path);
+            return None;
+        }
+        // Marks it as used; where that fails it is merely evicted sooner.
+        let _ = fs::File::options()
+            .append(true)
+            .open(&path)
+            .and_then(|file| file.set_modified(SystemTime::now()));
+        Some(bytes)
+    }
+
+    /// Checks and keeps the table of `id`.
+    pub fn put(&self, id: BuildId, bytes: &[u8]) -> Result<(), TableCacheError> {
+        check(bytes, id)?;
+        let write = || {
+            let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.directory)?;
+            file.write_all(bytes)?;
+            file.persist(self.path(id))?;
+            self.evict()
+        };
+        write().map_err(|error| self.io(error))
+    }
+
+    /// Deletes what was used longest ago until the rest is within the budget.
+    fn evict(&self) -> io::Result<()> {
+        let mut tables: Vec<(SystemTime, u64, PathBuf)> = fs::read_dir(&self.directory)?
+            .flatten()
+            .filter(|entry| entry.path().extension().is_some_and(|ending| ending == ENDING))
+            .filter_map(|entry| {
+                let metadata = entry.metadata().ok()?;
+                Some((metadata.modified().ok()?, metadata.len(), entry.path()))
+            })
+            .collect();
+        let mut total: u64 = tables.iter().map(|(_, bytes, _)| bytes).sum();
+        tables.sort_unstable();
+        for (_, bytes, path) in tables {
+            if total <= self.budget_bytes {
+                break;
+            }
+            fs::remove_file(path)?;
+            total -= bytes;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use windlass_schema::table::{HEADER_BYTES, MAGIC, VERSION, checksum};
+
+    /// A table of `id` without a row.
+    fn empty_table(id: BuildId) -> Vec<u8> {
+        let mut file = vec![0; HEADER_BYTES];
+        file[..4].copy_from_slice(&MAGIC);
+        file[4..6].copy_from_slice(&VERSION.to_le_bytes());
+        file[6] = HOST_ARCHITECTURE as u8;
+        file[40] = id.as_bytes().len() as u8;
+        file[41..41 + id.as_bytes().len()].copy_from_slice(id.as_bytes());
+        let sum = checksum(&file);
+        file[8..16].copy_from_slice(&sum.to_le_bytes());
+        file
+    }
+
+    fn id(number: u16) -> BuildId {
+        BuildId::new(&number.to_be_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_table_comes_back_and_a_damaged_one_does_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = TableCache::open(directory.path(), 1 << 20).unwrap();
+        assert_eq!(cache.get(id(1)), None);
+        let table = empty_table(id(1));
+        cache.put(id(1), &table).unwrap();
+        assert_eq!(cache.get(id(1)), Some(table.clone()));
+        let path = cache.path(id(1));
+        for at in 0..table.len() {
+            let mut damaged = table.clone();
+            damaged[at] ^= 1;
+            fs::write(&path, &damaged).unwrap();
+            assert_eq!(cache.get(id(1)), None, "byte {at}");
+            assert!(!path.exists(), "a damaged table stays on disk");
+            fs::write(&path, &table[..at]).unwrap();
+            assert_eq!(cache.get(id(1)), None, "{at} bytes");
+        }
+        fs::write(cache.path(id(2)), &table).unwrap();
+        assert_eq!(cache.get(id(2)), None, "the table of another image");
+    }
+
+    #[test]
+    fn only_the_right_table_goes_in() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = TableCache::open(directory.path(), 1 << 20).unwrap();
+        assert!(matches!(cache.put(id(1), b"WLUT"), Err(TableCacheError::Table(_))));
+        assert!(matches!(cache.put(id(1), &empty_table(id(2))), Err(TableCacheError::BuildId(_))));
+        let mut other = empty_table(id(1));
+        other[6] = 3 - HOST_ARCHITECTURE as u8;
+        // The checksum starts behind the architecture, so the bytes are still a sound table.
+        assert!(matches!(cache.put(id(1), &other), Err(TableCacheError::Architecture(_))));
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_was_used_longest_ago_is_evicted() {
+        let directory = tempfile::tempdir().unwrap();
+        let size = empty_table(id(1)).len() as u64;
+        let cache = TableCache::open(directory.path(), 3 * size).unwrap();
+        for number in 1..=3 {
+            cache.put(id(number), &empty_table(id(number))).unwrap();
+            let age = Duration::from_secs(100 - u64::from(number));
+            let file = fs::File::options().append(true).open(cache.path(id(number))).unwrap();
+            file.set_modified(SystemTime::now() - age).unwrap();
+        }
+        assert!(cache.get(id(1)).is_some(), "used now");
+        cache.put(id(4), &empty_table(id(4))).unwrap();
+        let left: Vec<bool> = (1..=4).map(|number| cache.get(id(number)).is_some()).collect();
+        assert_eq!(left, [true, false, true, true]);
+    }
+
+    #[test]
+    fn unfinished_files_of_a_killed_agent_go() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join(format!("{UNFINISHED}abc")), b"x").unwrap();
+        TableCache::open(directory.path(), 1).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,237 @@
+//! A service that keeps what it is sent, and notes every request with its answer.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest;
+use opentelemetry_proto::tonic::common::v1::any_value::Value;
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+use windlass_schema::BuildId;
+use windlass_schema::http::{ErrorBody, MissingRequest, MissingResponse, SHA256_HEADER};
+use windlass_schema::table::{HEADER_BYTES, MAGIC, VERSION, checksum};
+
+/// How the service answers for tables.
+#[derive(Clone, Copy)]
+pub(crate) enum Tables {
+    /// Unknown; made once a skeleton was sent, after one answer that it is being made.
+    FromSkeletons,
+    /// 422 with this reason.
+    Refused(&'static str),
+    /// One of another build-ID.
+    OfAnotherImage,
+}
+
+/// A sample that arrived.
+pub(crate) struct ShippedSample {
+    pub(crate) tid: u32,
+    pub(crate) stop: String,
+    /// `ADDRESS@BUILD-ID`.
+    pub(crate) frames: Vec<String>,
+}
+
+struct Shared {
+    tables: Tables,
+    requests: Mutex<Vec<String>>,
+    artefacts: Mutex<HashMap<String, Vec<u8>>>,
+    profiles: Mutex<Vec<ExportProfilesServiceRequest>>,
+}
+
+type Service = State<Arc<Shared>>;
+
+/// The service at work, or an address where none is yet.
+pub(crate) struct FakeService {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    _runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl FakeService {
+    /// An address where nobody answers yet.
+    pub(crate) fn reserve() -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let shared = shared(Tables::FromSkeletons);
+        Self { address: listener.local_addr().unwrap(), shared, _runtime: None }
+    }
+
+    pub(crate) fn start(tables: Tables) -> Self {
+        Self::reserve().open(tables)
+    }
+
+    /// Starts to answer.
+    pub(crate) fn open(self, tables: Tables) -> Self {
+        let shared = shared(tables);
+        let app = Router::new()
+            .route("/api/v1/buildid/{id}/unwind", get(unwind))
+            .route("/api/v1/buildid/{id}/{kind}", put(store))
+            .route("/api/v1/missing", post(missing))
+            .route("/v1development/profiles", post(profiles))
+            .layer(DefaultBodyLimit::disable())
+            .with_state(shared.clone());
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind(self.address)).unwrap();
+        runtime.spawn(async move { axum::serve(listener, app).await.unwrap() });
+        Self { address: self.address, shared, _runtime: Some(runtime) }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// `METHOD ID WHAT STATUS` of each request, in order.
+    pub(crate) fn requests(&self) -> Vec<String> {
+        self.shared.requests.lock().unwrap().clone()
+    }
+
+    /// What was stored as `ID KIND`.
+    pub(crate) fn artefact(&self, name: &str) -> Option<Vec<u8>> {
+        self.shared.artefacts.lock().unwrap().get(name).cloned()
+    }
+
+    /// The samples that arrived, in order.
+    pub(crate) fn samples(&self) -> Vec<ShippedSample> {
+        self.shared.profiles.lock().unwrap().iter().flat_map(samples_of).collect()
+    }
+}
+
+fn shared(tables: Tables) -> Arc<Shared> {
+    Arc::new(Shared {
+        tables,
+        requests: Mutex::default(),
+        artefacts: Mutex::default(),
+        profiles: Mutex::default(),
+    })
+}
+
+impl Shared {
+    fn note(&self, request: String, status: StatusCode) -> StatusCode {
+        self.requests.lock().unwrap().push(format!("{request} {}", status.as_u16()));
+        status
+    }
+}
+
+async fn unwind(State(shared): Service, Path(id): Path<String>) -> Response {
+    let request = format!("GET {id} unwind");
+    let table = |id: &str| empty_table(id.parse().unwrap());
+    match shared.tables {
+        Tables::Refused(reason) => {
+            let body = ErrorBody { error: reason.to_owned() };
+            (shared.note(request, StatusCode::UNPROCESSABLE_ENTITY), axum::Json(body)).into_response()
+        }
+        Tables::OfAnotherImage => (shared.note(request, StatusCode::OK), table("abcd")).into_response(),
+        Tables::FromSkeletons
+            if !shared.artefacts.lock().unwrap().contains_key(&format!("{id} skeleton")) =>
+        {
+            shared.note(request, StatusCode::NOT_FOUND).into_response()
+        }
+        Tables::FromSkeletons => {
+            let making = format!("{request} 202");
+            if shared.requests.lock().unwrap().contains(&making) {
+                return (shared.note(request, StatusCode::OK), table(&id)).into_response();
+            }
+            (shared.note(request, StatusCode::ACCEPTED), [("retry-after", "1")]).into_response()
+        }
+    }
+}
+
+async fn store(
+    State(shared): Service,
+    Path((id, kind)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> StatusCode {
+    let request = format!("PUT {id} {kind}");
+    assert_eq!(headers["content-encoding"], "zstd");
+    let content = zstd::decode_all(&body[..]).unwrap();
+    let sha256: String = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
+    if headers[SHA256_HEADER] != sha256 {
+        return shared.note(request, StatusCode::UNPROCESSABLE_ENTITY);
+    }
+    if kind == "skeleton" {
+        let image = windlass_agent::image::identify(&content[..]).unwrap();
+        if image.id.build_id().to_string() != id {
+            return shared.note(request, StatusCode::UNPROCESSABLE_ENTITY);
+        }
+    }
+    shared.artefacts.lock().unwrap().insert(format!("{id} {kind}"), content);
+    shared.note(request, StatusCode::CREATED)
+}
+
+async fn missing(
+    State(shared): Service,
+    axum::Json(request): axum::Json<MissingRequest>,
+) -> axum::Json<MissingResponse> {
+    let artefacts = shared.artefacts.lock().unwrap();
+    let missing = request
+        .artefacts
+        .into_iter()
+        .filter(|name| !artefacts.contains_key(&format!("{} {}", name.build_id, name.kind)))
+        .collect();
+    axum::Json(MissingResponse { missing, differing: Vec::new() })
+}
+
+async fn profiles(State(shared): Service, headers: HeaderMap, body: Bytes) -> StatusCode {
+    assert_eq!(headers["content-encoding"], "zstd");
+    assert_eq!(headers["content-type"], "application/x-protobuf");
+    let request = ExportProfilesServiceRequest::decode(&zstd::decode_all(&body[..]).unwrap()[..]).unwrap();
+    shared.profiles.lock().unwrap().push(request);
+    shared.note("POST profiles".to_owned(), StatusCode::OK)
+}
+
+fn samples_of(request: &ExportProfilesServiceRequest) -> Vec<ShippedSample> {
+    let dictionary = request.dictionary.as_ref().unwrap();
+    let attribute = |indices: &[i32], key: &str| {
+        indices.iter().find_map(|index| {
+            let attribute = &dictionary.attribute_table[*index as usize];
+            if dictionary.string_table[attribute.key_strindex as usize] != key {
+                return None;
+            }
+            Some(match attribute.value.as_ref()?.value.as_ref()? {
+                Value::StringValue(text) => text.clone(),
+                Value::IntValue(number) => number.to_string(),
+                other => panic!("{other:?}"),
+            })
+        })
+    };
+    let frame = |index: &i32| {
+        let location = &dictionary.location_table[*index as usize];
+        let mapping = &dictionary.mapping_table[location.mapping_index as usize];
+        let id = attribute(&mapping.attribute_indices, "process.executable.build_id.gnu")
+            .or_else(|| attribute(&mapping.attribute_indices, "process.executable.build_id.htlhash"));
+        format!("{:#x}@{}", location.address, id.unwrap_or_default())
+    };
+    request.resource_profiles[0].scope_profiles[0].profiles[0]
+        .samples
+        .iter()
+        .map(|sample| ShippedSample {
+            tid: attribute(&sample.attribute_indices, "thread.id").unwrap().parse().unwrap(),
+            stop: attribute(&sample.attribute_indices, "windlass.stop_reason").unwrap(),
+            frames: dictionary.stack_table[sample.stack_index as usize]
+                .location_indices
+                .iter()
+                .map(frame)
+                .collect(),
+        })
+        .collect()
+}
+
+/// A table of `id` without a row.
+fn empty_table(id: BuildId) -> Vec<u8> {
+    let mut file = vec![0; HEADER_BYTES];
+    file[..4].copy_from_slice(&MAGIC);
+    file[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    file[6] = windlass_agent::table_cache::HOST_ARCHITECTURE as u8;
+    file[40] = id.as_bytes().len() as u8;
+    file[41..41 + id.as_bytes().len()].copy_from_slice(id.as_bytes());
+    let sum = checksum(&file);
+    file[8..16].copy_from_slice(&sum.to_le_bytes());
+    file
+}

@@ -1,0 +1,173 @@
+//! `windlass symbolize`: addresses, or a whole pprof profile, to the service and back with names.
+
+use std::io::{self, IsTerminal as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use windlass_schema::BuildId;
+use windlass_schema::http::{ImageAddresses, ImageFrames, SymbolizeRequest, SymbolizeResponse, Unresolved};
+
+use crate::address_input;
+use crate::server::ServerArgs;
+
+const EXAMPLES: &str = "\
+Examples:
+  windlass symbolize --build-id 6be6a8c1 0x1139 0x1150
+  grep -o '0x[0-9a-f]*' crash.log | windlass symbolize --build-id 6be6a8c1 --json
+  windlass symbolize profile.pb.gz -o named.pb.gz
+
+Addresses are image addresses (as nm prints them), hex. Of a stack's return addresses, give each less
+one, or the line is the one after the call. Exit status: 1 if some address has no name.";
+
+/// Arguments of `windlass symbolize`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+#[command(override_usage = "windlass symbolize [OPTIONS] --build-id ID [ADDRESS]...\n       \
+                            windlass symbolize [OPTIONS] PROFILE -o OUT")]
+pub(crate) struct SymbolizeArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// Build-ID of the image that the addresses are of
+    #[arg(long, value_name = "ID")]
+    build_id: Option<BuildId>,
+    /// Where to write the profile
+    #[arg(
+        short,
+        long,
+        value_name = "OUT",
+        conflicts_with = "build_id",
+        required_unless_present = "build_id"
+    )]
+    output: Option<PathBuf>,
+    /// Print the service's answer as JSON
+    #[arg(long, requires = "build_id")]
+    json: bool,
+    /// With --build-id addresses, one a line on stdin when none is given; else a pprof profile
+    #[arg(value_name = "ADDRESS|PROFILE", required_unless_present = "build_id")]
+    inputs: Vec<String>,
+}
+
+/// Runs `windlass symbolize`.
+pub(crate) async fn run(args: SymbolizeArgs) -> anyhow::Result<ExitCode> {
+    let server = args.server.client()?;
+    let Some(build_id) = args.build_id else {
+        let [profile] = &args.inputs[..] else {
+            anyhow::bail!("expected one profile, got {}: {}", args.inputs.len(), args.inputs.join(" "));
+        };
+        let output = args.output.expect("required without --build-id");
+        let bytes = std::fs::read(profile).with_context(|| format!("failed to read {profile}"))?;
+        let named = server.symbolize_pprof(bytes).await?;
+        std::fs::write(&output, named).with_context(|| format!("failed to write {}", output.display()))?;
+        return Ok(ExitCode::from(crate::DONE));
+    };
+    let addresses: Vec<u64> = addresses(&args.inputs)?.into_iter().map(|address| address.get()).collect();
+    let request = SymbolizeRequest {
+        images: vec![ImageAddresses { build_id, addresses: addresses.clone(), return_addresses: false }],
+    };
+    let answer = server.symbolize(&request).await?;
+    let [image] = &answer.images[..] else {
+        anyhow::bail!("{} answered for {} images instead of one", server.url(), answer.images.len());
+    };
+    anyhow::ensure!(
+        image.addresses.len() == addresses.len(),
+        "{} answered for {} addresses instead of {}",
+        server.url(),
+        image.addresses.len(),
+        addresses.len()
+    );
+    if args.json {
+        println!("{}", serde_json::to_string(&answer)?);
+    } else {
+        print!("{}", text(&answer, image, &addresses)?);
+    }
+    let all_named = image.addresses.iter().all(|frames| !frames.is_empty());
+    Ok(ExitCode::from(if all_named { crate::DONE } else { crate::FINDINGS }))
+}
+
+fn addresses(inputs: &[String]) -> anyhow::Result<Vec<windlass_schema::ImageAddress>> {
+    if inputs.is_empty() {
+        let stdin = io::stdin();
+        anyhow::ensure!(!stdin.is_terminal(), "no address given (hex, as arguments or one a line on stdin)");
+        return address_input::read_lines(stdin.lock());
+    }
+    inputs.iter().map(|text| address_input::parse(text).map_err(anyhow::Error::msg)).collect()
+}
+
+/// A block for each address: the address, then its frames, innermost first.
+fn text(answer: &SymbolizeResponse, image: &ImageFrames, addresses: &[u64]) -> anyhow::Result<String> {
+    let broken = || "the service's answer refers to something that it does not hold";
+    let mut text = String::new();
+    for (index, (address, frames)) in addresses.iter().zip(&image.addresses).enumerate() {
+        text += &format!("{address:#x}\n");
+        for (depth, &frame) in frames.iter().enumerate() {
+            let frame = answer.frames.get(frame as usize).with_context(broken)?;
+            let function = answer.functions.get(frame.function as usize).with_context(broken)?;
+            let file = match frame.file {
+                Some(file) => answer.files.get(file as usize).with_context(broken)?,
+                None => "??",
+            };
+            let line = frame.line.map_or_else(|| "?".to_owned(), |line| line.to_string());
+            // Every frame but the outermost was inlined into the next.
+            let inlined = if depth + 1 < frames.len() { " (inlined)" } else { "" };
+            text += &format!("  {} at {file}:{line}{inlined}\n", function.name);
+        }
+        if frames.is_empty() {
+            let reason = image.unresolved.iter().find(|(at, _)| *at as usize == index);
+            text += &format!("  ?? ({})\n", reason.map_or("no name", |(_, reason)| explain(*reason)));
+        }
+    }
+    Ok(text)
+}
+
+const fn explain(reason: Unresolved) -> &'static str {
+    match reason {
+        Unresolved::UnknownImage => "nothing is stored for this build-ID: upload it with `windlass upload`",
+        Unresolved::NoSymbols => "what is stored has no symbols: upload the file as it was before strip",
+        Unresolved::NoSymbolAtAddress => "no symbol covers this address",
+        Unresolved::BrokenDebuginfo => "what is stored could not be read: see the service's log",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use windlass_schema::http::{FrameLine, FunctionName, Provenance};
+
+    fn answer() -> SymbolizeResponse {
+        let function = |name: &str| FunctionName {
+            name: name.to_owned(),
+            linkage_name: None,
+            provenance: Provenance::Dwarf,
+        };
+        SymbolizeResponse {
+            files: vec!["/src/a.c".to_owned()],
+            functions: vec![function("leaf"), function("main")],
+            frames: vec![
+                FrameLine { function: 0, file: Some(0), line: Some(3) },
+                FrameLine { function: 1, file: Some(0), line: None },
+            ],
+            images: vec![ImageFrames {
+                build_id: "abcd".parse().unwrap(),
+                addresses: vec![vec![0, 1], vec![]],
+                unresolved: vec![(1, Unresolved::NoSymbolAtAddress)],
+            }],
+        }
+    }
+
+    #[test]
+    fn inlined_frames_and_missing_names_are_told() {
+        let answer = answer();
+        let text = text(&answer, &answer.images[0], &[0x1139, 0x20]).unwrap();
+        let expect = "0x1139\n  leaf at /src/a.c:3 (inlined)\n  main at /src/a.c:?\n\
+                      0x20\n  ?? (no symbol covers this address)\n";
+        assert_eq!(text, expect);
+    }
+
+    #[test]
+    fn an_answer_with_bad_indices_is_an_error() {
+        let mut answer = answer();
+        answer.frames[0].function = 9;
+        assert!(text(&answer, &answer.images[0], &[0x1139, 0x20]).is_err());
+    }
+}

@@ -1,0 +1,158 @@
+//! `windlass upload`: a build's ELF files to the service, before the strip loses them.
+//!
+//! sentry-cli is the strongest here: it asks what lacks, sends only that, and a second run costs one
+//! request. What users of upload tools complain of: hidden `.debug` folders missed, files silently left
+//! out, whole files held in memory, a retry of what the server had refused, and no advice for binaries
+//! without a build-ID. So: a walk over everything, one question, parallel streams compressed on the way,
+//! and a line for each file that says what it brings, what it lacks and which flag adds it.
+//!
+//! In reading order: `tree` finds files, `elf_file` classifies one, `sources` adds what its line table
+//! names, `plan` decides what to send, `transfer` sends, `report` tells.
+
+mod elf_file;
+mod plan;
+mod report;
+mod sources;
+mod transfer;
+pub(crate) mod tree;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use futures_util::StreamExt as _;
+use windlass_schema::http::{MAX_MISSING_ARTEFACTS, MissingRequest, MissingResponse};
+
+use crate::server::{Server, ServerArgs, ServerError};
+use crate::terminal;
+use elf_file::Inspected;
+use plan::Plan;
+pub(crate) use report::Report;
+use tree::Candidate;
+
+const EXAMPLES: &str = "\
+Examples:
+  windlass upload target/release                        after the build, before strip
+  windlass upload --sources --server https://debuginfod.example:8002 build/bin build/lib
+  windlass upload --dry-run --json dist | jq '.files[] | select(.lacks != [])'
+
+A file with code goes up as executable, and serves its DWARF too; a split off .debug file as debuginfo.
+--sources sends every file of this machine that the line tables name: use it on builds that you trust.
+Exit status: 0 all there, 1 some file could not be uploaded, 2 nothing could be done.";
+
+/// Uploads in flight when not said otherwise: enough to hide the service's fsync.
+const DEFAULT_JOBS: usize = 4;
+
+/// Arguments of `windlass upload`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct UploadArgs {
+    /// Files, or folders to search for ELF files
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    server: ServerArgs,
+    /// Also send the source files that the line tables name, where they exist here
+    #[arg(long)]
+    sources: bool,
+    /// Only say what would be sent
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+    /// Files to read and send at the same time
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_JOBS as u64, value_parser = clap::value_parser!(u64).range(1..=64))]
+    jobs: u64,
+}
+
+/// How to upload.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    pub(crate) sources: bool,
+    pub(crate) dry_run: bool,
+    pub(crate) jobs: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { sources: false, dry_run: false, jobs: DEFAULT_JOBS }
+    }
+}
+
+/// Runs `windlass upload`.
+pub(crate) async fn run(args: UploadArgs) -> anyhow::Result<ExitCode> {
+    let server = args.server.client()?;
+    let options = Options { sources: args.sources, dry_run: args.dry_run, jobs: args.jobs as usize };
+    let report = upload(&server, &args.paths, options).await?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(ExitCode::from(report.exit_status()))
+}
+
+/// Uploads every ELF file under `paths` to `server`.
+pub(crate) async fn upload(server: &Server, paths: &[PathBuf], options: Options) -> anyhow::Result<Report> {
+    let searched = paths.to_vec();
+    let candidates = tokio::task::spawn_blocking(move || tree::files_under(&searched)).await?;
+    let inspected = inspect_all(candidates, options).await?;
+    let mut plan = Plan::new(inspected);
+    anyhow::ensure!(!plan.is_empty(), "no ELF file under {}", listed(paths));
+    match missing(server, &plan.questions()).await {
+        Ok(answer) => plan.decide(&answer),
+        Err(error) if options.dry_run => {
+            eprintln!("windlass: {error}; taking every file for one that the service lacks");
+            plan.decide(&MissingResponse { missing: plan.questions(), differing: Vec::new() });
+        }
+        Err(error) => return Err(error.into()),
+    }
+    if !options.dry_run {
+        transfer::send(server, &mut plan, options.jobs).await;
+    }
+    Ok(Report::new(plan, options.dry_run))
+}
+
+/// Reads and classifies the candidates, `jobs` at a time, in their order.
+async fn inspect_all(
+    candidates: Vec<Candidate>,
+    options: Options,
+) -> anyhow::Result<Vec<(Candidate, anyhow::Result<Inspected>)>> {
+    let bar = terminal::count_bar(candidates.len() as u64, "reading");
+    let mut inspected = futures_util::stream::iter(candidates)
+        .map(|candidate| {
+            tokio::task::spawn_blocking(move || {
+                let result = match &candidate.error {
+                    Some(error) => Err(anyhow::anyhow!("{error}")),
+                    None => elf_file::inspect(&candidate.path, options.sources),
+                };
+                (candidate, result)
+            })
+        })
+        .buffered(options.jobs);
+    let mut results = Vec::new();
+    while let Some(result) = inspected.next().await {
+        results.push(result?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(results)
+}
+
+/// Asks for all artefacts at once: one request up to the interface's limit.
+async fn missing(
+    server: &Server,
+    questions: &[windlass_schema::http::ArtefactName],
+) -> Result<MissingResponse, ServerError> {
+    let mut whole = MissingResponse::default();
+    for artefacts in questions.chunks(MAX_MISSING_ARTEFACTS) {
+        let part = server.missing(&MissingRequest { artefacts: artefacts.to_vec() }).await?;
+        whole.missing.extend(part.missing);
+        whole.differing.extend(part.differing);
+    }
+    Ok(whole)
+}
+
+fn listed(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,167 @@
+//! Accepting connections, and how each one ends.
+//!
+//! axum's own loop closes a connection whose body failed like any other, with a FIN; a debuginfod
+//! client takes the short body for "does not exist" and remembers that for ten minutes. Here a connection
+//! that fails is reset, which the same client retries and forgets. Idle and excess connections have limits,
+//! which that loop lacks.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Connections served at once; further ones wait in the listen queue. Each costs two file descriptors and
+/// up to two megabytes while it is sent a body.
+const MAX_CONNECTIONS: usize = 4096;
+/// How long a client may take to send a request head or stay idle between two, in seconds.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
+/// Pause after a failed accept (out of file descriptors), in milliseconds.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The address of the client, as an extension of each request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
+
+/// Two stages of stopping: no new requests, then no more patience.
+#[derive(Clone, Default)]
+pub(crate) struct Shutdown {
+    /// Answers under way are finished, connections then closed.
+    pub(crate) drain: CancellationToken,
+    /// Connections are reset.
+    pub(crate) abort: CancellationToken,
+}
+
+/// Serves `router` on `listener` until `shutdown.drain`; its connections are tasks of `tracker`.
+pub(crate) async fn accept(listener: TcpListener, router: Router, shutdown: Shutdown, tracker: TaskTracker) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let next = async {
+            let slot = Arc::clone(&slots).acquire_owned().await.expect("never closed");
+            listener.accept().await.map(|(stream, peer)| (stream, peer, slot))
+        };
+        let accepted = tokio::select! {
+            () = shutdown.drain.cancelled() => return,
+            accepted = next => accepted,
+        };
+        match accepted {
+            Ok((stream, peer, slot)) => {
+                let (router, shutdown) = (router.clone(), shutdown.clone());
+                tracker.spawn(async move {
+                    serve(stream, peer, router, shutdown).await;
+                    drop(slot);
+                });
+            }
+            Err(error) => {
+                tracing::warn!("accepting a connection: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, shutdown: Shutdown) {
+    let _ = stream.set_nodelay(true);
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(Peer(peer));
+        router.call(request)
+    });
+    let mut connection = std::pin::pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .serve_connection(Resetting::new(stream), service)
+    );
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!("connection of {peer} reset: {error}");
+                }
+                return;
+            }
+            () = shutdown.drain.cancelled(), if !draining => {
+                draining = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            () = shutdown.abort.cancelled() => return,
+        }
+    }
+}
+
+/// A stream that is reset when dropped, unless it was shut down in good order.
+struct Resetting {
+    io: TokioIo<TcpStream>,
+    in_order: bool,
+}
+
+impl Resetting {
+    fn new(stream: TcpStream) -> Self {
+        Self { io: TokioIo::new(stream), in_order: false }
+    }
+}
+
+impl Drop for Resetting {
+    fn drop(&mut self) {
+        if !self.in_order {
+            let _ = self.io.inner().set_zero_linger();
+        }
+    }
+}
+
+mod delegate {
+    use std::io;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use hyper::rt::{Read, ReadBufCursor, Write};
+
+    use super::Resetting;
+
+    impl Read for Resetting {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: ReadBufCursor<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_read(cx, buf)
+        }
+    }
+
+    impl Write for Resetting {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.io).poll_write(cx, buf)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.in_order = true;
+            Pin::new(&mut self.io).poll_shutdown(cx)
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            self.io.is_write_vectored()
+        }
+
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bufs: &[io::IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        }
+    }
+}

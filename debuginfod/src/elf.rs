@@ -1,0 +1,299 @@
+//! Is this file what it is uploaded as? Identity and contents of an ELF file, checked before it is stored.
+//!
+//! Parca checks the length of the build-ID and leaves the rest to the symbolizer, hours later; a
+//! stripped file uploaded by mistake then hides good debuginfo. Here the note inside the file must be the
+//! build-ID in the path and the file must bring what its kind promises, or the uploader is told at
+//! once. What a file brings is kept beside it, so that requests need not open it again.
+
+use std::str::FromStr;
+
+use object::elf::{self, FileHeader32, FileHeader64};
+use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
+use object::{Endianness, FileKind};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use windlass_schema::BuildId;
+use windlass_schema::http::ArtefactKind;
+
+/// Bytes at each end of a file that its `htlhash` covers.
+const HTLHASH_BLOCK_BYTES: usize = 4096;
+/// Length of an `htlhash` in bytes.
+const HTLHASH_BYTES: usize = 16;
+/// Most sections kept on record: what `e_shnum` can say without extension. Later ones are not served.
+const MAX_SECTIONS: usize = 0xff00;
+
+/// A section as a client may ask for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Section {
+    /// Its name.
+    pub name: String,
+    /// Offset in the file.
+    pub offset: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Whether the file holds no bytes of it (`SHT_NOBITS`).
+    pub nobits: bool,
+}
+
+/// What a stored file brings.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Facts {
+    /// DWARF: `.debug_info` with data.
+    pub dwarf: bool,
+    /// `.symtab` with data.
+    pub symtab: bool,
+    /// `.eh_frame` or `.debug_frame` with data.
+    pub unwind: bool,
+    /// Executable code with data.
+    pub code: bool,
+    /// Its sections.
+    pub sections: Vec<Section>,
+}
+
+/// Two build-IDs that should be one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    /// In the file.
+    pub found: BuildId,
+    /// In the path.
+    pub stated: BuildId,
+}
+
+/// A file that is not what it is uploaded as.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ContentError {
+    /// No ELF magic, or a header that contradicts itself.
+    #[error("not a readable ELF file: {0}")]
+    NotElf(String),
+    /// A core file or worse.
+    #[error("an ELF file of type {0}, expected an executable, a shared object or a module")]
+    FileType(u16),
+    /// The note says otherwise.
+    #[error("the file's build-ID note is {}, the path says {}", .0.found, .0.stated)]
+    BuildId(Box<Mismatch>),
+    /// No note, and the ID is not the file's hash.
+    #[error(
+        "the file has no GNU build-ID note and its htlhash is {}, the path says {} \
+         (link with -Wl,--build-id to get a note)",
+        .0.found, .0.stated
+    )]
+    FileHash(Box<Mismatch>),
+    /// No note, and an ID that cannot be an `htlhash`.
+    #[error("the skeleton has no GNU build-ID note and {0} is no 16-byte htlhash")]
+    SkeletonHash(BuildId),
+    /// Uploaded as debuginfo, but stripped.
+    #[error(
+        "neither .debug_info nor .symtab in a file uploaded as debuginfo (compile with -g, upload before strip)"
+    )]
+    NoDebuginfo,
+    /// Uploaded as executable, but a debug file.
+    #[error(
+        "no code in a file uploaded as executable (is it a separate debug file? then its kind is debuginfo)"
+    )]
+    NoCode,
+    /// Uploaded as skeleton, but without anything to unwind or name with.
+    #[error("neither unwind sections nor symbols in a file uploaded as skeleton")]
+    EmptySkeleton,
+    /// Not lines of `ADDRESS TYPE NAME`.
+    #[error("line {line} of the kernel symbols is not `HEXADDRESS TYPE NAME`: {text:?}")]
+    Kallsyms {
+        /// From 1.
+        line: usize,
+        /// Its beginning.
+        text: String,
+    },
+    /// No line at all.
+    #[error("no kernel symbols in the file")]
+    EmptyKallsyms,
+}
+
+/// Checks that `content` is a `kind` of `stated`, and says what it brings.
+pub fn check(content: &[u8], kind: ArtefactKind, stated: BuildId) -> Result<Facts, ContentError> {
+    match kind {
+        ArtefactKind::Source => Ok(Facts::default()),
+        ArtefactKind::Kallsyms => check_kallsyms(content).map(|()| Facts::default()),
+        ArtefactKind::Executable | ArtefactKind::Debuginfo | ArtefactKind::Skeleton => {
+            match FileKind::parse(content) {
+                Ok(FileKind::Elf64) => check_elf::<FileHeader64<Endianness>>(content, kind, stated),
+                Ok(FileKind::Elf32) => check_elf::<FileHeader32<Endianness>>(content, kind, stated),
+                _ => Err(ContentError::NotElf("another file type".to_owned())),
+            }
+        }
+    }
+}
+
+fn check_elf<H: FileHeader<Endian = Endianness>>(
+    content: &[u8],
+    kind: ArtefactKind,
+    stated: BuildId,
+) -> Result<Facts, ContentError> {
+    let not_elf = |e: object::Error| ContentError::NotElf(e.to_string());
+    let header = H::parse(content).map_err(not_elf)?;
+    let endian = header.endian().map_err(not_elf)?;
+    let file_type = header.e_type(endian);
+    if ![elf::ET_EXEC, elf::ET_DYN, elf::ET_REL].contains(&file_type) {
+        return Err(ContentError::FileType(file_type.0));
+    }
+    match (build_id_note(header, endian, content), kind) {
+        (Some(found), _) if found == stated => {}
+        (Some(found), _) => return Err(ContentError::BuildId(Box::new(Mismatch { found, stated }))),
+        // A skeleton lacks the bytes that the hash covers.
+        (None, ArtefactKind::Skeleton) if stated.as_bytes().len() == HTLHASH_BYTES => {}
+        (None, ArtefactKind::Skeleton) => return Err(ContentError::SkeletonHash(stated)),
+        (None, _) => match htlhash(content) {
+            found if found == stated => {}
+            found => return Err(ContentError::FileHash(Box::new(Mismatch { found, stated }))),
+        },
+    }
+    let facts = facts(header, endian, content).map_err(not_elf)?;
+    match kind {
+        ArtefactKind::Debuginfo if !facts.dwarf && !facts.symtab => Err(ContentError::NoDebuginfo),
+        ArtefactKind::Executable if !facts.code => Err(ContentError::NoCode),
+        ArtefactKind::Skeleton
+            if !facts.unwind && !facts.symtab && !facts.sections.iter().any(|s| s.name == ".dynsym") =>
+        {
+            Err(ContentError::EmptySkeleton)
+        }
+        _ => Ok(facts),
+    }
+}
+
+/// The GNU build-ID note, through sections or, where there are none or they lie, through segments.
+fn build_id_note<H: FileHeader<Endian = Endianness>>(
+    header: &H,
+    endian: Endianness,
+    content: &[u8],
+) -> Option<BuildId> {
+    let mut notes = Vec::new();
+    for section in header.section_headers(endian, content).unwrap_or_default() {
+        notes.extend(section.notes(endian, content).ok().flatten());
+    }
+    for segment in header.program_headers(endian, content).unwrap_or_default() {
+        notes.extend(segment.notes(endian, content).ok().flatten());
+    }
+    notes.into_iter().find_map(|mut notes| {
+        while let Ok(Some(note)) = notes.next() {
+            if note.name() == elf::ELF_NOTE_GNU && note.n_type(endian) == elf::NT_GNU_BUILD_ID {
+                return BuildId::new(note.desc()).ok();
+            }
+        }
+        None
+    })
+}
+
+/// The OpenTelemetry file ID: SHA-256 over the first and last 4096 bytes and the length (u64,
+/// big-endian), its first 16 bytes. A shorter file counts whole, each time.
+fn htlhash(content: &[u8]) -> BuildId {
+    let block = content.len().min(HTLHASH_BLOCK_BYTES);
+    let digest = Sha256::new()
+        .chain_update(&content[..block])
+        .chain_update(&content[content.len() - block..])
+        .chain_update((content.len() as u64).to_be_bytes())
+        .finalize();
+    BuildId::new(&digest[..HTLHASH_BYTES]).expect("16 bytes are a legal length")
+}
+
+fn facts<H: FileHeader<Endian = Endianness>>(
+    header: &H,
+    endian: Endianness,
+    content: &[u8],
+) -> object::Result<Facts> {
+    let mut facts = Facts::default();
+    let table = header.sections(endian, content)?;
+    for section in table.iter() {
+        let name = table.section_name(endian, section).unwrap_or_default();
+        let (offset, size): (u64, u64) = (section.sh_offset(endian).into(), section.sh_size(endian).into());
+        let nobits = section.sh_type(endian) == elf::SHT_NOBITS;
+        let inside = offset.checked_add(size).is_some_and(|end| end <= content.len() as u64);
+        let data = !nobits && size > 0 && inside;
+        match name {
+            b".debug_info" | b".zdebug_info" => facts.dwarf |= data,
+            b".symtab" => facts.symtab |= data,
+            b".eh_frame" | b".debug_frame" => facts.unwind |= data,
+            _ => {}
+        }
+        facts.code |= data && section.sh_flags(endian).0 & elf::SHF_EXECINSTR.0 != 0;
+        if facts.sections.len() < MAX_SECTIONS && !name.is_empty() && (nobits || inside) {
+            let name = String::from_utf8_lossy(name).into_owned();
+            facts.sections.push(Section { name, offset, size, nobits });
+        }
+    }
+    if table.is_empty() {
+        facts.code = header.program_headers(endian, content)?.iter().any(|segment| {
+            segment.p_type(endian) == elf::PT_LOAD
+                && segment.p_flags(endian).0 & elf::PF_X.0 != 0
+                && segment.p_filesz(endian).into() > 0
+        });
+    }
+    Ok(facts)
+}
+
+fn check_kallsyms(content: &[u8]) -> Result<(), ContentError> {
+    let mut lines = 0;
+    for (number, line) in
+        content.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty())
+    {
+        lines += 1;
+        let mut words = line.split(|byte| byte.is_ascii_whitespace());
+        let address = words.next().and_then(|word| std::str::from_utf8(word).ok());
+        let symbol_type = words.next().is_some_and(|word| word.len() == 1);
+        let name = words.next().is_some_and(|word| !word.is_empty());
+        if address.is_none_or(|word| u64::from_str_radix(word, 16).is_err()) || !symbol_type || !name {
+            let text = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
+            return Err(ContentError::Kallsyms { line: number + 1, text });
+        }
+    }
+    if lines == 0 { Err(ContentError::EmptyKallsyms) } else { Ok(()) }
+}
+
+/// The facts as they are kept in the catalog.
+impl FromStr for Facts {
+    type Err = serde_json::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        serde_json::from_str(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_cut_or_changed_file_panics() {
+        let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        // Headers at the front, section headers at the back: keep both, drop the middle.
+        let small = &own[..own.len().min(8192)];
+        let id = BuildId::new(&[1; 16]).unwrap();
+        for kind in ArtefactKind::ALL {
+            for end in 0..small.len() {
+                let _ = check(&small[..end], *kind, id);
+            }
+        }
+        for at in 0..64.min(own.len()) {
+            for value in [0, 0x7f, 0xff] {
+                let mut broken = own.clone();
+                broken[at] = value;
+                let _ = check(&broken, ArtefactKind::Executable, id);
+            }
+        }
+    }
+
+    #[test]
+    fn kernel_symbols_are_checked_line_by_line() {
+        let check =
+            |text: &str| check(text.as_bytes(), ArtefactKind::Kallsyms, BuildId::new(&[1; 20]).unwrap());
+        assert!(check("ffffffff81000000 T _text\nffffffff81000100 t x [mod]\n").is_ok());
+        assert!(matches!(
+            check("ffffffff81000000 T _text\nnonsense\n"),
+            Err(ContentError::Kallsyms { line: 2, .. })
+        ));
+        assert_eq!(check(""), Err(ContentError::EmptyKallsyms));
+    }
+
+    #[test]
+    fn htlhash_of_a_short_file_counts_it_twice() {
+        let expected = Sha256::new().chain_update(b"abcabc").chain_update(3u64.to_be_bytes()).finalize();
+        assert_eq!(htlhash(b"abc").as_bytes(), &expected[..16]);
+    }
+}

@@ -1,0 +1,160 @@
+//! From what went wrong to what the client is told: the one place.
+//!
+//! | error | status under `/api/` | on the debuginfod paths |
+//! |---|---|---|
+//! | malformed ID, header, query or body | 400 | 503 in elfutils' words, see [`crate::protocol`] |
+//! | no or wrong token | 401 | - |
+//! | not stored | 404 | 404 `not found` |
+//! | other content under the name | 409 | - |
+//! | body beyond its limit | 413 | - |
+//! | unknown Content-Encoding | 415 | - |
+//! | not what it claims, cannot be compiled | 422 | - |
+//! | storage, catalog, upstream trouble | 500 | connection reset |
+//!
+//! The last line matters: a debuginfod client takes any status but 200 for "does not
+//! exist" and believes it for ten minutes, while it retries a reset connection and remembers nothing.
+
+use axum::Json;
+use axum::body::Body;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use windlass_schema::BuildIdError;
+use windlass_schema::http::{ErrorBody, UnknownArtefactKind};
+
+use crate::blob::BlobError;
+use crate::catalog::CatalogError;
+use crate::content_hash::ContentHash;
+use crate::elf::ContentError;
+use crate::profiles::OtlpError;
+
+/// Whatever keeps a request from its answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The build-ID in the path.
+    #[error("{0}")]
+    BuildId(#[from] BuildIdError),
+    /// The kind in the path.
+    #[error("{0}")]
+    Kind(#[from] UnknownArtefactKind),
+    /// A required header.
+    #[error("the request lacks the header {0}")]
+    MissingHeader(&'static str),
+    /// Query, header or body that does not parse.
+    #[error("{0}")]
+    Malformed(String),
+    /// A body that breaks off or does not decode.
+    #[error("request body: {0}")]
+    Body(String),
+    /// A coding other than zstd and gzip.
+    #[error("unknown Content-Encoding {0:?}, expected zstd or gzip")]
+    Encoding(String),
+    /// An OTLP request that contradicts itself.
+    #[error("{0}")]
+    Otlp(#[from] OtlpError),
+    /// A write without a token where one is needed.
+    #[error("this needs a valid token: send `Authorization: Bearer TOKEN`")]
+    Unauthorized,
+    /// Nothing there.
+    #[error("{0}")]
+    NotFound(String),
+    /// Something else is there.
+    #[error(
+        "{name} is stored with SHA-256 {stored}, the upload has {offered}; stored content is never replaced"
+    )]
+    Conflict {
+        /// Build-ID, kind and path.
+        name: String,
+        /// In the store.
+        stored: ContentHash,
+        /// In the request.
+        offered: ContentHash,
+    },
+    /// More than allowed.
+    #[error("the decoded body is larger than {limit} bytes, the limit")]
+    TooLarge {
+        /// In bytes.
+        limit: u64,
+    },
+    /// Damaged on its way.
+    #[error("the body has SHA-256 {found}, its header says {declared}")]
+    Checksum {
+        /// Of the body.
+        found: ContentHash,
+        /// In the header.
+        declared: ContentHash,
+    },
+    /// Not what its kind or build-ID says.
+    #[error("{0}")]
+    Content(#[from] ContentError),
+    /// No table can be made.
+    #[error("the unwind table cannot be compiled: {0}")]
+    Compile(String),
+    /// The catalog failed.
+    #[error("{0}")]
+    Catalog(#[from] CatalogError),
+    /// The blob store failed.
+    #[error("{0}")]
+    Blob(#[from] BlobError),
+    /// A local file failed.
+    #[error("temporary file: {0}")]
+    Io(#[from] std::io::Error),
+    /// An upstream server neither has it nor says that it does not.
+    #[error("upstream: {0}")]
+    Upstream(String),
+    /// A task was cut off.
+    #[error("the service stops or a task of it failed")]
+    Interrupted,
+}
+
+impl From<tokio::task::JoinError> for ServiceError {
+    fn from(_: tokio::task::JoinError) -> Self {
+        Self::Interrupted
+    }
+}
+
+impl ServiceError {
+    /// The table of the module.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::BuildId(_)
+            | Self::MissingHeader(_)
+            | Self::Malformed(_)
+            | Self::Body(_)
+            | Self::Otlp(_) => StatusCode::BAD_REQUEST,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Kind(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::Conflict { .. } => StatusCode::CONFLICT,
+            Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Encoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Checksum { .. } | Self::Content(_) | Self::Compile(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Catalog(_) | Self::Blob(_) | Self::Io(_) | Self::Upstream(_) | Self::Interrupted => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
+        }
+    }
+}
+
+/// The answer under `/api/`.
+impl IntoResponse for ServiceError {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        if status.is_server_error() {
+            tracing::error!("{self}");
+        }
+        let mut response = (status, Json(ErrorBody { error: self.to_string() })).into_response();
+        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+/// An answer that never arrives: its body fails before the head is sent, and the connection
+/// loop resets the connection (see [`crate::connection`]).
+pub fn reset() -> Response {
+    Response::new(Body::from_stream(stream::once(async {
+        Err::<bytes::Bytes, _>(std::io::Error::other("transient trouble"))
+    })))
+}

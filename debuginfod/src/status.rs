@@ -1,0 +1,33 @@
+//! Is the service there, and what has it done?
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderName, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+
+use crate::error::ServiceError;
+use crate::service::App;
+
+/// The process runs.
+pub(crate) async fn health() -> &'static str {
+    "ok\n"
+}
+
+/// The catalog answers.
+pub(crate) async fn ready(State(app): State<Arc<App>>) -> Response {
+    match app.catalog(|catalog| catalog.blobs(None, 1)).await {
+        Ok(_) => "ready\n".into_response(),
+        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
+    }
+}
+
+/// Prometheus counters.
+pub(crate) async fn metrics(State(app): State<Arc<App>>) -> ([(HeaderName, &'static str); 1], String) {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.text())
+}
+
+/// An interface that does not exist.
+pub(crate) async fn unknown(uri: Uri) -> ServiceError {
+    ServiceError::NotFound(format!("no interface at {}", uri.path()))
+}

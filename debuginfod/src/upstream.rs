@@ -1,0 +1,258 @@
+//! What is not stored here may be on another debuginfod server.
+//!
+//! elfutils asks its upstreams through its client library, with that library's 90 s patience and its ten
+//! minutes of remembering failures; users report gdb hanging for a minute a module when a
+//! distribution's server is ill. Here all upstreams are asked at once with one deadline, a
+//! server that keeps failing is left alone for a while, only a clear "not found" from all is
+//! remembered, for a minute, and an upload ends even that.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use reqwest::Url;
+use windlass_schema::BuildId;
+use windlass_schema::http::ArtefactKind;
+
+use crate::delivery::FILE_HEADER;
+use crate::error::ServiceError;
+use crate::flight::Flights;
+use crate::intake::receive;
+use crate::service::{App, now_s};
+use crate::upload::{Origin, base_name, store};
+
+/// How long an upstream may take to begin its answer: well under the client's 90 s, with two retries.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// How long "no upstream has it" is believed.
+const NEGATIVE_TTL: Duration = Duration::from_secs(60);
+/// Most negative answers remembered; at the limit all are forgotten.
+const MAX_NEGATIVES: usize = 100_000;
+/// Failures in a row after which an upstream is left alone.
+const BREAKER_FAILURES: u32 = 3;
+/// For how long.
+const BREAKER_PAUSE: Duration = Duration::from_secs(30);
+/// Hops in `X-Forwarded-For` from which on no upstream is asked, so that servers that name each other do not
+/// ask in circles. elfutils' default.
+pub(crate) const MAX_HOPS: usize = 8;
+/// The client's way here.
+pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+/// The upstreams are not usable.
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamsError {
+    /// No URL.
+    #[error("upstream {0:?} is no http or https URL")]
+    Url(String),
+    /// No HTTP client.
+    #[error("HTTP client: {0}")]
+    Client(#[from] reqwest::Error),
+}
+
+struct Upstream {
+    base: String,
+    /// Failures in a row, and until when it is left alone.
+    health: Mutex<(u32, Option<Instant>)>,
+}
+
+impl Upstream {
+    fn open(&self) -> bool {
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        match health.1 {
+            Some(until) if Instant::now() < until => false,
+            Some(_) => {
+                *health = (BREAKER_FAILURES - 1, None); // one more failure closes it again
+                true
+            }
+            None => true,
+        }
+    }
+
+    fn record(&self, answered: bool) {
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let failures = if answered { 0 } else { health.0 + 1 };
+        *health = (failures, (failures >= BREAKER_FAILURES).then(|| Instant::now() + BREAKER_PAUSE));
+    }
+}
+
+type Wanted = (BuildId, ArtefactKind);
+
+/// The configured upstream servers.
+pub(crate) struct Upstreams {
+    servers: Vec<Arc<Upstream>>,
+    client: Option<reqwest::Client>,
+    flights: Flights<Wanted, Result<bool, Arc<str>>>,
+    negatives: Mutex<HashMap<Wanted, Instant>>,
+}
+
+/// What an upstream is told of the client.
+#[derive(Clone, Default)]
+pub(crate) struct Caller {
+    /// Its `User-Agent`.
+    pub(crate) user_agent: Option<HeaderValue>,
+    /// `X-Forwarded-For` with the client's own address added.
+    pub(crate) forwarded_for: String,
+}
+
+impl Upstreams {
+    pub(crate) fn new(urls: &[String]) -> Result<Self, UpstreamsError> {
+        let servers = urls
+            .iter()
+            .map(|text| match Url::parse(text) {
+                Ok(url) if ["http", "https"].contains(&url.scheme()) => Ok(Arc::new(Upstream {
+                    base: text.trim_end_matches('/').to_owned(),
+                    health: Mutex::default(),
+                })),
+                _ => Err(UpstreamsError::Url(text.clone())),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let client = match servers.is_empty() {
+            true => None,
+            false => {
+                // Fails if a provider is installed already, which serves as well.
+                let _ = rustls::crypto::ring::default_provider().install_default();
+                Some(reqwest::Client::builder().connect_timeout(DEADLINE).read_timeout(DEADLINE).build()?)
+            }
+        };
+        Ok(Self { servers, client, flights: Flights::default(), negatives: Mutex::default() })
+    }
+
+    /// Whether there are any.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.servers.is_empty()
+    }
+
+    /// Forgets what upstreams did not have of this image.
+    pub(crate) fn forget(&self, id: BuildId) {
+        self.negatives.lock().unwrap_or_else(PoisonError::into_inner).retain(|(known, _), _| *known != id);
+    }
+
+    fn known_missing(&self, wanted: Wanted) -> bool {
+        let mut negatives = self.negatives.lock().unwrap_or_else(PoisonError::into_inner);
+        match negatives.get(&wanted) {
+            Some(until) if Instant::now() < *until => true,
+            Some(_) => {
+                negatives.remove(&wanted);
+                false
+            }
+            None => false,
+        }
+    }
+
+    fn remember_missing(&self, wanted: Wanted) {
+        let mut negatives = self.negatives.lock().unwrap_or_else(PoisonError::into_inner);
+        if negatives.len() >= MAX_NEGATIVES {
+            negatives.clear();
+        }
+        negatives.insert(wanted, Instant::now() + NEGATIVE_TTL);
+    }
+}
+
+/// Asks the upstreams for an artefact that is not stored, and stores it. `false`: none has it.
+pub(crate) async fn fetch(
+    app: &Arc<App>,
+    id: BuildId,
+    kind: ArtefactKind,
+    caller: Caller,
+) -> Result<bool, ServiceError> {
+    let wanted = (id, kind);
+    if app.upstreams.is_empty() || app.upstreams.known_missing(wanted) {
+        return Ok(false);
+    }
+    let shared = Arc::clone(app);
+    let outcome = app.upstreams.flights.join(wanted, move || async move {
+        let found = ask_all(&shared, id, kind, &caller).await;
+        if matches!(found, Ok(false)) {
+            shared.upstreams.remember_missing(wanted);
+        }
+        found.map_err(|error| Arc::from(error.to_string()))
+    });
+    match outcome.await {
+        Some(Ok(found)) => Ok(found),
+        Some(Err(why)) => Err(ServiceError::Upstream(why.to_string())),
+        None => Err(ServiceError::Interrupted),
+    }
+}
+
+/// The first that has it wins. If none has it, each must have said so.
+async fn ask_all(
+    app: &Arc<App>,
+    id: BuildId,
+    kind: ArtefactKind,
+    caller: &Caller,
+) -> Result<bool, ServiceError> {
+    let mut asking: FuturesUnordered<_> =
+        app.upstreams.servers.iter().map(|server| ask(app, server, id, kind, caller)).collect();
+    let mut trouble = None;
+    while let Some(answer) = asking.next().await {
+        let stored = match answer {
+            Ok(None) => continue,
+            Ok(Some(response)) => take(app, id, kind, response).await,
+            Err(error) => Err(error),
+        };
+        match stored {
+            Ok(()) => return Ok(true),
+            Err(error) => {
+                tracing::warn!("{kind} of {id} from upstream: {error}");
+                trouble = Some(error);
+            }
+        }
+    }
+    trouble.map_or(Ok(false), Err)
+}
+
+/// The beginning of a good answer, or `None` for a clear no.
+async fn ask(
+    app: &App,
+    server: &Upstream,
+    id: BuildId,
+    kind: ArtefactKind,
+    caller: &Caller,
+) -> Result<Option<reqwest::Response>, ServiceError> {
+    let trouble = |why: String| ServiceError::Upstream(format!("{}: {why}", server.base));
+    if !server.open() {
+        return Err(trouble("left alone after repeated failures".to_owned()));
+    }
+    let client = app.upstreams.client.as_ref().expect("made with the first server");
+    let mut request = client
+        .get(format!("{}/buildid/{id}/{kind}", server.base))
+        .header(FORWARDED_FOR, &caller.forwarded_for);
+    if let Some(agent) = &caller.user_agent {
+        request = request.header(header::USER_AGENT, agent);
+    }
+    let answer = tokio::time::timeout(DEADLINE, request.send()).await;
+    let answer = match answer {
+        Ok(Ok(response)) => match response.status() {
+            StatusCode::OK => Ok(Some(response)),
+            StatusCode::NOT_FOUND => Ok(None),
+            status => Err(trouble(format!("status {status}"))),
+        },
+        Ok(Err(error)) => Err(trouble(error.to_string())),
+        Err(_) => Err(trouble(format!("no answer within {} s", DEADLINE.as_secs()))),
+    };
+    server.record(answer.is_ok());
+    answer
+}
+
+async fn take(
+    app: &Arc<App>,
+    id: BuildId,
+    kind: ArtefactKind,
+    response: reqwest::Response,
+) -> Result<(), ServiceError> {
+    let text = |name: &HeaderName| response.headers().get(name).and_then(|value| value.to_str().ok());
+    let file_name = text(&FILE_HEADER).map(base_name).unwrap_or_default();
+    let modified_s = text(&header::LAST_MODIFIED)
+        .and_then(|date| httpdate::parse_http_date(date).ok())
+        .map_or_else(now_s, |date: SystemTime| {
+            date.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+        });
+    // The client has undone any content coding already.
+    let mut body = response.bytes_stream();
+    let sink = app.blobs.scratch_file()?;
+    let received = receive(&HeaderMap::new(), &mut body, sink, app.max_upload_bytes).await?;
+    store(app, id, kind, String::new(), received, Origin { file_name, modified_s }).await?;
+    Ok(())
+}

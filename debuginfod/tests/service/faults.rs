@@ -1,0 +1,165 @@
+//! When storage fails: never a wrong byte, never an answer that a client believes for ten minutes.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use windlass_debuginfod::check;
+use windlass_schema::http::{ArtefactKind, ArtefactName, MissingRequest, MissingResponse};
+
+use crate::server::{Server, build, config, sha256};
+
+fn blob_path(server: &Server, content: &[u8]) -> PathBuf {
+    let name = sha256(content);
+    server.folder.path().join("blobs").join(&name[..2]).join(name)
+}
+
+/// What a client reads of the answer to GET `path`, and how the connection ends.
+async fn raw_get(server: &Server, path: &str) -> (Vec<u8>, Result<(), ErrorKind>) {
+    let (address, path) = (server.service.address(), path.to_owned());
+    tokio::task::spawn_blocking(move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        let (mut read, mut buffer) = (Vec::new(), [0; 65536]);
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => return (read, Ok(())),
+                Ok(count) => read.extend_from_slice(&buffer[..count]),
+                Err(error) => return (read, Err(error.kind())),
+            }
+        }
+    })
+    .await
+    .unwrap()
+}
+
+/// Bytes that zstd cannot shrink.
+fn noise(size: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    })
+    .take(size)
+    .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_resets_is_reported_and_heals_by_upload() {
+    let server = Server::start().await;
+    let build = build();
+    let name = format!("{}/executable", build.id);
+    let path = format!("/buildid/{name}");
+    server.expect_put(&name, &build.full, StatusCode::CREATED).await;
+    let file = blob_path(&server, &build.full);
+    let mut stored = std::fs::read(&file).unwrap();
+    let middle = stored.len() / 2;
+    stored[middle] ^= 1;
+    std::fs::write(&file, &stored).unwrap();
+
+    let report = check(&config(server.folder.path())).await.unwrap();
+    assert_eq!(report.findings.len(), 1, "{:?}", report.findings);
+    assert!(report.findings[0].contains(&sha256(&build.full)));
+    for _ in 0..2 {
+        let (read, end) = raw_get(&server, &path).await;
+        assert_eq!((read.len(), end), (0, Err(ErrorKind::ConnectionReset)));
+    }
+    let artefacts =
+        vec![ArtefactName { build_id: build.id, kind: ArtefactKind::Executable, path: None, sha256: None }];
+    let missing = server
+        .client
+        .post(server.url("/api/v1/missing"))
+        .json(&MissingRequest { artefacts: artefacts.clone() });
+    assert_eq!(missing.send().await.unwrap().json::<MissingResponse>().await.unwrap().missing, artefacts);
+
+    server.expect_put(&name, &build.full, StatusCode::OK).await;
+    assert_eq!(server.get(&path).await.bytes().await.unwrap(), build.full);
+    let report = check(&config(server.folder.path())).await.unwrap();
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
+    assert_eq!((report.blobs, report.artefacts), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_met_while_serving_is_remembered() {
+    let server = Server::start().await;
+    let name = format!("{}/source/noise", build().id);
+    let content = noise(3 << 20);
+    server.expect_put(&name, &content, StatusCode::CREATED).await;
+    let file = blob_path(&server, &content);
+    let mut stored = std::fs::read(&file).unwrap();
+    let late = stored.len() - 100_000;
+    stored[late] ^= 1;
+    std::fs::write(&file, &stored).unwrap();
+    let (read, end) = raw_get(&server, &format!("/buildid/{name}")).await;
+    assert_eq!(end, Err(ErrorKind::ConnectionReset), "in the middle, not a short body");
+    assert!(read.len() < content.len());
+    // From now on it counts as missing, so the next upload stores it again.
+    for _ in 0..50 {
+        if server.put(&name, &content).await.status() == 200
+            && server.get(&format!("/buildid/{name}")).await.bytes().await.is_ok_and(|bytes| bytes == content)
+        {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the upload did not restore the content");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_or_cut_blob_resets() {
+    let server = Server::start().await;
+    for (path, size) in [("small", 1000), ("large", 2 << 20)] {
+        let name = format!("{}/source/{path}", build().id);
+        let content = noise(size);
+        server.expect_put(&name, &content, StatusCode::CREATED).await;
+        let file = blob_path(&server, &content);
+        let stored = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &stored[..stored.len() - 1]).unwrap();
+        assert_eq!(
+            raw_get(&server, &format!("/buildid/{name}")).await.1,
+            Err(ErrorKind::ConnectionReset),
+            "cut"
+        );
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(
+            raw_get(&server, &format!("/buildid/{name}")).await.1,
+            Err(ErrorKind::ConnectionReset),
+            "lost"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_upload_leaves_is_not_served() {
+    let server = Server::start().await;
+    let build = build();
+    // Killed while the body came in: the connection just ends.
+    let mut stream = TcpStream::connect(server.service.address()).unwrap();
+    let head = format!(
+        "PUT /api/v1/buildid/{}/executable HTTP/1.1\r\nHost: x\r\nx-windlass-sha256: {}\r\nContent-Length: {}\r\n\r\n",
+        build.id,
+        sha256(&build.full),
+        build.full.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&build.full[..build.full.len() / 2]).unwrap();
+    drop(stream);
+    // Killed after the blob was written, before the catalog's commit; and halfway through the blob.
+    let file = blob_path(&server, &build.full);
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    std::fs::write(&file, b"half of a blob").unwrap();
+    std::fs::write(file.with_extension("tmp"), b"half of a blob").unwrap();
+    std::fs::write(server.folder.path().join("tmp/left-behind"), &build.full).unwrap();
+
+    let server = server.restart().await;
+    let path = format!("/buildid/{}/executable", build.id);
+    assert_eq!(server.get(&path).await.status(), 404);
+    server.expect_put(&format!("{}/executable", build.id), &build.full, StatusCode::CREATED).await;
+    assert_eq!(server.get(&path).await.bytes().await.unwrap(), build.full);
+    assert!(check(&config(server.folder.path())).await.unwrap().findings.is_empty());
+}

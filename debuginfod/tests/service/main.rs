@@ -1,0 +1,11 @@
+//! The service over real HTTP, on a free port and in a temporary folder.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on ends here")]
+
+mod debuginfod;
+mod faults;
+mod naming;
+mod server;
+mod tables;
+mod uploads;
+mod upstream;

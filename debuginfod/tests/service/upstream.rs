@@ -1,0 +1,124 @@
+//! Asking other servers: what they have is kept, what they lack is remembered briefly, and their trouble is
+//! never passed on as "not found".
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use reqwest::StatusCode;
+
+use crate::server::{Server, build};
+
+/// A server that gives every request this answer, counts them and keeps the last.
+struct Scripted {
+    url: String,
+    requests: Arc<AtomicUsize>,
+    last: Arc<Mutex<String>>,
+}
+
+fn scripted(answer: &'static str) -> Scripted {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (requests, last) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(String::new())));
+    let (counter, keeper) = (Arc::clone(&requests), Arc::clone(&last));
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = [0; 4096];
+            let count = stream.read(&mut head).unwrap_or(0);
+            *keeper.lock().unwrap() = String::from_utf8_lossy(&head[..count]).to_lowercase();
+            counter.fetch_add(1, Ordering::SeqCst);
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    });
+    Scripted { url, requests, last }
+}
+
+const NOT_FOUND: &str = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+const ILL: &str = "HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+const LIAR: &str = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nnope";
+
+async fn behind(upstreams: &[&str]) -> Server {
+    let urls = upstreams.iter().map(|url| (*url).to_owned()).collect();
+    Server::start_with(|config| config.upstreams = urls).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fetched_once_and_kept() {
+    let origin = Server::start().await;
+    let build = build();
+    origin.expect_put(&format!("{}/debuginfo", build.id), &build.debug, StatusCode::CREATED).await;
+    let lacking = scripted(NOT_FOUND);
+    let server = behind(&[&lacking.url, &format!("{}/", origin.service.url())]).await;
+    let path = format!("/buildid/{}/debuginfo", build.id);
+    let requests = (0..20).map(|_| {
+        let request = server.client.get(server.url(&path));
+        tokio::spawn(async move { request.send().await.unwrap().bytes().await.unwrap() })
+    });
+    for request in requests.collect::<Vec<_>>() {
+        assert_eq!(request.await.unwrap(), build.debug);
+    }
+    let fetched = server.get(&path).await;
+    assert_eq!(fetched.headers()["x-debuginfod-file"], "program", "passed on");
+    let section = server.get(&format!("/buildid/{}/section/.debug_info", build.id)).await;
+    assert_eq!(section.status(), 200);
+    assert_eq!(
+        origin.counter("http_requests_total{type=\"debuginfo\"}").await,
+        1,
+        "single flight, then local"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clear_no_is_remembered_until_an_upload() {
+    let lacking = scripted(NOT_FOUND);
+    let server = behind(&[&lacking.url]).await;
+    let build = build();
+    let path = format!("/buildid/{}/debuginfo", build.id);
+    for _ in 0..3 {
+        assert_eq!(server.get(&path).await.status(), 404);
+    }
+    assert_eq!(lacking.requests.load(Ordering::SeqCst), 1);
+    server.expect_put(&format!("{}/executable", build.id), &build.stripped, StatusCode::CREATED).await;
+    assert_eq!(server.get(&path).await.status(), 404);
+    assert_eq!(lacking.requests.load(Ordering::SeqCst), 2, "asked again after the upload");
+    server.expect_put(&format!("{}/debuginfo", build.id), &build.debug, StatusCode::CREATED).await;
+    assert_eq!(server.get(&path).await.bytes().await.unwrap(), build.debug);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trouble_is_a_reset_and_soon_a_quick_one() {
+    for answer in [ILL, LIAR] {
+        let (ill, lacking) = (scripted(answer), scripted(NOT_FOUND));
+        let server = behind(&[&ill.url, &lacking.url]).await;
+        for number in 0..8 {
+            let path = format!("/buildid/{number:04}/executable");
+            let error = server.client.get(server.url(&path)).send().await.expect_err("no status at all");
+            assert!(error.is_request(), "{error:?}");
+        }
+        let asked = ill.requests.load(Ordering::SeqCst);
+        assert!(answer == LIAR || asked == 3, "left alone after three failures, asked {asked} times");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hops_are_passed_on_and_limited() {
+    let lacking = scripted(NOT_FOUND);
+    let server = behind(&[&lacking.url]).await;
+    let get = |hops: &str| {
+        let request = server.client.get(server.url("/buildid/abcd/debuginfo"));
+        request.header("X-Forwarded-For", hops).header("User-Agent", "elfutils/0.192").send()
+    };
+    assert_eq!(get("10.0.0.1, 10.0.0.2").await.unwrap().status(), 404);
+    let head = lacking.last.lock().unwrap().clone();
+    assert!(head.contains("x-forwarded-for: 10.0.0.1, 10.0.0.2, 127.0.0.1\r\n"), "{head}");
+    assert!(head.contains("user-agent: elfutils/0.192\r\n"), "{head}");
+    let eight = get("1,2,3,4,5,6,7,8").await.unwrap();
+    assert_eq!(eight.status(), 404);
+    assert_eq!(
+        eight.text().await.unwrap(),
+        "not found, --forwared-ttl-limit reached and will not query the upstream servers"
+    );
+    assert_eq!(lacking.requests.load(Ordering::SeqCst), 1);
+}

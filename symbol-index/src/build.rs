@@ -1,0 +1,70 @@
+//! Building an index: what each input brings, put together.
+
+use crate::container::{self, Parts};
+use crate::elf::{self, ElfError};
+use crate::symbol::{self, Symbol};
+use crate::{dwarf, elf_symbols, kallsyms, symbol_table};
+
+/// What is known of an image. Each part is optional.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Input<'a> {
+    /// An ELF file with debug sections: DWARF, `.symtab`, or both.
+    pub debug: Option<&'a [u8]>,
+    /// The executable, shared object or skeleton: `.symtab`, `.dynsym`, and DWARF if `debug` has none.
+    pub image: Option<&'a [u8]>,
+    /// Symbols of a kernel: lines of `HEXADDR TYPE NAME`, addresses as linked.
+    pub kallsyms: Option<&'a [u8]>,
+}
+
+/// No index can be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// None of the inputs brings anything, and this one cannot be read.
+    #[error("read {input}")]
+    Elf {
+        /// `debug` or `image`.
+        input: &'static str,
+        /// What is wrong with it.
+        source: ElfError,
+    },
+    /// The names do not fit the format: all of them together have 4 GiB.
+    #[error("index {0} symbols: their names take more than 4 GiB")]
+    TooManyNames(usize),
+}
+
+/// Builds the index of one image. What cannot be read is left out, and addresses that find nothing in the
+/// rest are then answered with [`Unresolved::BrokenDebuginfo`].
+///
+/// [`Unresolved::BrokenDebuginfo`]: windlass_schema::http::Unresolved::BrokenDebuginfo
+pub fn build(input: Input<'_>) -> Result<Vec<u8>, BuildError> {
+    let mut unreadable = None;
+    let mut files = Vec::new();
+    for (name, bytes) in [("debug", input.debug), ("image", input.image)] {
+        let Some(bytes) = bytes else { continue };
+        match elf::parse_image(bytes) {
+            Ok(file) => files.push((bytes, file)),
+            Err(source) => unreadable = Some(BuildError::Elf { input: name, source }),
+        }
+    }
+    let mut symbols: Vec<Symbol<'_>> =
+        files.iter().flat_map(|(_, file)| elf_symbols::symbols(file)).collect();
+    symbols.extend(input.kallsyms.map(kallsyms::symbols).unwrap_or_default());
+
+    let mut parts = Parts { broken: unreadable.is_some(), ..Parts::default() };
+    if let Some((bytes, file)) = files.iter().find(|(_, file)| elf::has_debug_info(file)) {
+        match dwarf::convert(bytes, file, &symbols) {
+            Some(converted) => {
+                parts.base = converted.base;
+                parts.symcache = converted.symcache;
+                parts.broken |= converted.broken;
+            }
+            None => parts.broken = true,
+        }
+    }
+    if let Some(error) = unreadable.filter(|_| symbols.is_empty() && parts.symcache.is_empty()) {
+        return Err(error);
+    }
+    let segments = symbol::flatten(symbols);
+    parts.symbols = symbol_table::encode(&segments).map_err(|_| BuildError::TooManyNames(segments.len()))?;
+    Ok(container::encode(&parts))
+}

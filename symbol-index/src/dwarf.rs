@@ -1,0 +1,174 @@
+//! Functions, inlined calls, files and lines, from DWARF into a SymCache and out of it.
+//!
+//! `symbolic` reads the DWARF and writes the SymCache. It names a function after whatever symbol is at
+//! its address; here it gets no symbols to choose from, so that what a SymCache answers is what
+//! DWARF says. The one exception: compilers leave linkage names out of DWARF, of C++ functions with
+//! internal linkage and where only line tables were asked for, and the symbol at a function's first
+//! address has it.
+//!
+//! `symbolic` is written for files that compilers made. On damaged ones its arithmetic can overflow,
+//! which panics where overflow checks are on; [`guarded`] turns that into an error.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use gimli::{AbbreviationsCacheStrategy, EndianSlice, RunTimeEndian, SectionId};
+use object::Object;
+use symbolic::common::{Name, NameMangling};
+use symbolic::debuginfo::dwarf::{Dwarf, DwarfDebugSession};
+use symbolic::debuginfo::elf::ElfObject;
+use symbolic::debuginfo::{Function, ParseObjectOptions, SymbolMap};
+use symbolic::symcache::{SymCache, SymCacheConverter};
+
+use crate::name::{self, Demangler};
+use crate::symbol::Symbol;
+use crate::{die_tree, line_only};
+
+/// The largest debug section that is decompressed, in bytes. The largest seen is 2 GiB; a header that
+/// states more asks for memory, not for symbols.
+const MAX_SECTION_BYTES: usize = 4 << 30;
+/// The sections that line tables and the tree of DIEs need.
+const SECTIONS: [SectionId; 7] = [
+    SectionId::DebugAbbrev,
+    SectionId::DebugAddr,
+    SectionId::DebugInfo,
+    SectionId::DebugLine,
+    SectionId::DebugLineStr,
+    SectionId::DebugStr,
+    SectionId::DebugStrOffsets,
+];
+/// Most frames of one address. The deepest chain of inlined calls seen in compiled code is 60.
+const MAX_CHAIN: usize = 1024;
+
+/// What DWARF brought.
+pub(crate) struct Converted {
+    /// The image address of the SymCache's address 0.
+    pub(crate) base: u64,
+    pub(crate) symcache: Vec<u8>,
+    /// Whether some of the DWARF could not be read.
+    pub(crate) broken: bool,
+}
+
+/// A frame as a SymCache has it. An empty name: the line is known, the function is not.
+pub(crate) struct DwarfFrame<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) linkage_name: Option<&'a str>,
+    pub(crate) file: Option<String>,
+    pub(crate) line: Option<u32>,
+}
+
+/// Bytes of a section of DWARF.
+pub(crate) type Reader<'a> = EndianSlice<'a, RunTimeEndian>;
+
+/// Converts the DWARF in `elf`, an ELF file that was parsed as `file`. `symbols` are its functions.
+pub(crate) fn convert(elf: &[u8], file: &object::File<'_>, symbols: &[Symbol<'_>]) -> Option<Converted> {
+    guarded(|| {
+        let mut options = ParseObjectOptions::default();
+        options.max_decompressed_section_size = Some(MAX_SECTION_BYTES);
+        let object = ElfObject::parse_with_opts(elf, options).ok()?;
+        let sections = load_sections(&object);
+        let endian = if file.is_little_endian() { RunTimeEndian::Little } else { RunTimeEndian::Big };
+        let mut dwarf = sections.borrow(|data| EndianSlice::new(data, endian));
+        dwarf.populate_abbreviations_cache(AbbreviationsCacheStrategy::Duplicates);
+        if !die_tree::is_bounded(&dwarf) {
+            return None;
+        }
+
+        let base = object.load_address();
+        let mut converter = SymCacheConverter::new();
+        converter.add_transformer(Demangler::default());
+        let mut covered = Vec::new();
+        let mut broken = !add_functions(&mut converter, &object, symbols, &mut covered)?;
+        broken |= !line_only::add(&mut converter, &dwarf, file, base, covered);
+        let mut symcache = Vec::new();
+        converter.serialize(&mut symcache).ok()?;
+        Some(Converted { base, symcache, broken })
+    })
+    .flatten()
+}
+
+/// The sections that [`die_tree`] and [`line_only`] need, as `symbolic` finds them.
+fn load_sections<'a>(object: &ElfObject<'a>) -> gimli::DwarfSections<Cow<'a, [u8]>> {
+    let load = |id: SectionId| -> Result<_, Infallible> {
+        let name = id.name().trim_start_matches('.');
+        let section = SECTIONS.contains(&id).then(|| object.section(name)).flatten();
+        Ok(section.map(|section| section.data).unwrap_or_default())
+    };
+    let Ok(sections) = gimli::DwarfSections::load(load);
+    sections
+}
+
+/// Adds what DWARF has functions for, and the ranges relative to the base that they cover. Says whether all
+/// of them could be read; none if nothing could.
+fn add_functions(
+    converter: &mut SymCacheConverter<'_>,
+    object: &ElfObject<'_>,
+    symbols: &[Symbol<'_>],
+    covered: &mut Vec<(u64, u64)>,
+) -> Option<bool> {
+    let base = object.load_address();
+    let session = DwarfDebugSession::parse(object, SymbolMap::new(), base as i64, object.kind()).ok()?;
+    let linkage_names: HashMap<u64, &str> = symbols
+        .iter()
+        .filter(|symbol| name::is_mangled(symbol.name))
+        .map(|symbol| (symbol.start.wrapping_sub(base), symbol.name))
+        .collect();
+    let mut complete = true;
+    for function in session.functions() {
+        // An error costs the compilation unit that it is in, the next call is on the next one.
+        let Ok(mut function) = function else {
+            complete = false;
+            continue;
+        };
+        covered.push((function.address, function.end_address()));
+        complete_name(&mut function, &linkage_names);
+        converter.process_symbolic_function(&function);
+    }
+    Some(complete)
+}
+
+/// Gives a function that DWARF names without its scope and arguments its linkage name.
+fn complete_name(function: &mut Function<'_>, linkage_names: &HashMap<u64, &str>) {
+    if function.name.mangling() != NameMangling::Unmangled {
+        return;
+    }
+    if let Some(linkage_name) = linkage_names.get(&function.address) {
+        let original = name::without_clone_suffix(linkage_name).to_owned();
+        function.name = Name::new(original, NameMangling::Mangled, function.name.language());
+    }
+}
+
+/// Whether the bytes are a SymCache.
+pub(crate) fn check(symcache: &[u8]) -> Result<(), String> {
+    SymCache::parse(symcache).map(|_| ()).map_err(|error| error.to_string())
+}
+
+/// The frames at `address` relative to the base, innermost first. None if the SymCache is broken there.
+pub(crate) fn lookup(symcache: &[u8], address: u64) -> Option<Vec<DwarfFrame<'_>>> {
+    guarded(|| {
+        let symcache = SymCache::parse(symcache).ok()?;
+        let frames: Vec<DwarfFrame<'_>> = symcache
+            .lookup(address)
+            .take(MAX_CHAIN)
+            .map(|location| {
+                let (name, linkage_name) = name::split(location.function().name());
+                DwarfFrame {
+                    name,
+                    linkage_name,
+                    file: location.file().map(|file| file.full_path()).filter(|path| !path.is_empty()),
+                    line: Some(location.line()).filter(|&line| line != 0),
+                }
+            })
+            .collect();
+        (frames.len() < MAX_CHAIN).then_some(frames)
+    })
+    .flatten()
+}
+
+/// Runs `work` on input that may be damaged; none if it panics.
+fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
+    // All that `work` changes is dropped with it.
+    catch_unwind(AssertUnwindSafe(work)).ok()
+}

@@ -1,0 +1,11 @@
+//! The symbol index against binutils' addr2line, and against damaged bytes.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod addr2line;
+mod agreement;
+mod crafted;
+mod damaged;
+mod described;
+mod probe;
+mod program;

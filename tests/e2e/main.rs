@@ -1,0 +1,10 @@
+//! From a build's ELF files to named stacks, end to end; and the rules that no single crate can check.
+
+mod architecture;
+mod bpf;
+mod corpus;
+mod debuginfod;
+mod live;
+mod quickstart;
+mod unwind;
+mod user_mode;

@@ -1,0 +1,87 @@
+//! `windlass unwind` against the CFI of fixtures and of the machine's own libraries.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use windlass_tests::program::{fixture, run, text, windlass};
+
+/// The libc that this test runs on.
+fn libc_path() -> PathBuf {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+    let line = maps.lines().find(|line| line.contains("/libc.so") || line.contains("/libc-"));
+    Path::new(line.and_then(|line| line.split_whitespace().nth(5)).expect("this test uses a libc")).to_owned()
+}
+
+#[track_caller]
+fn json(text: &[u8]) -> Value {
+    serde_json::from_slice(text).unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(text)))
+}
+
+#[test]
+fn every_row_of_fixtures_and_libc_is_what_the_cfi_says() {
+    let mut verify = windlass("windlass");
+    verify.args(["unwind", "verify", "--json"]).arg(libc_path());
+    verify.args(["inlined", "frames", "no-build-id", "small"].map(fixture));
+    let report = json(&run(&mut verify, &[0]).stdout);
+    assert_eq!(report["wrong"], 0, "{report}");
+    assert_eq!(report["files"], 5, "{report}");
+    // A libc has tens of thousands of rows; each is checked at two addresses or more.
+    assert!(report["rows_checked"].as_u64() > Some(10_000), "{report}");
+    assert!(report["addresses_checked"].as_u64() >= report["rows_checked"].as_u64(), "{report}");
+    assert!(report["unsupported"].is_object() && report["failed_files"] == Value::Array(vec![]), "{report}");
+}
+
+#[test]
+fn a_broken_fde_costs_that_fde_alone() {
+    let stats = text(windlass("windlass").args(["unwind", "stats", "--json"]).arg(fixture("broken-fde")));
+    let total = &json(stats.as_bytes())["total"];
+    let broken = 3;
+    let skipped = total["skipped_fdes"].as_object().expect("skipped_fdes by reason");
+    assert_eq!(skipped.values().filter_map(Value::as_u64).sum::<u64>(), broken, "{total}");
+    // push, pop and the end of `good`, and at least one row of `_start`.
+    assert!(total["exact_rows"].as_u64() >= Some(4), "{total}");
+    let dump = text(windlass("windlass").args(["unwind", "dump"]).arg(fixture("broken-fde")));
+    assert!(dump.contains("cfa=rsp+16"), "`good` pushes a word:\n{dump}");
+    let verified =
+        run(windlass("windlass").args(["unwind", "verify", "--json"]).arg(fixture("broken-fde")), &[0]);
+    assert_eq!(json(&verified.stdout)["wrong"], 0);
+}
+
+#[test]
+fn statistics_have_the_documented_keys() {
+    let stats = text(
+        windlass("windlass").args(["unwind", "stats", "--json"]).arg(fixture("frames")).arg(libc_path()),
+    );
+    let stats = json(stats.as_bytes());
+    for key in [
+        "files",
+        "fdes",
+        "cfi_rows",
+        "rows",
+        "eh_frame_bytes",
+        "code_bytes",
+        "kernel_bytes",
+        "wire_bytes",
+        "exact_rows",
+        "exact_code_bytes",
+    ] {
+        assert!(stats["total"][key].as_u64() > Some(0), "{key}: {}", stats["total"]);
+    }
+    let total = &stats["total"];
+    assert!(total["compile_seconds"].as_f64() > Some(0.0), "{total}");
+    assert!(total["unsupported"].is_object() && total["skipped_fdes"].is_object(), "{total}");
+    assert_eq!(stats["files"].as_array().map(Vec::len), Some(2));
+    assert!(total["exact_rows"].as_u64() <= total["rows"].as_u64(), "{total}");
+}
+
+#[test]
+fn a_table_file_answers_as_its_elf_file() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let table = folder.path().join("frames.wlut");
+    run(windlass("windlass").args(["unwind", "compile"]).arg(fixture("frames")).arg("-o").arg(&table), &[0]);
+    let of = |file: &Path| text(windlass("windlass").args(["unwind", "dump"]).arg(file));
+    let dump = of(&table);
+    assert_eq!(dump, of(&fixture("frames")));
+    // The over-aligned frame: its CFA is behind a pointer.
+    assert!(dump.contains("cfa=*("), "{dump}");
+}

@@ -1,0 +1,86 @@
+//! The decoders, as functions that must survive any bytes: no panic, no endless loop, no memory out of
+//! proportion. The fuzzer calls them with what it invents, a plain test with the committed corpus.
+
+use windlass_schema::table::{Table, checksum};
+use windlass_schema::{BuildId, ImageAddress};
+use windlass_symbol_index::{Index, Input};
+
+/// A target: its name, which is that of its corpus, and its body.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: &[Target] = &[
+    ("table_parse", table_parse),
+    ("compile", compile),
+    ("index_build", index_build),
+    ("index_parse", index_parse),
+    ("skeleton", skeleton),
+    ("proc_maps", proc_maps),
+];
+
+/// Reads bytes as a table; then once more with the checksum mended, so that a fuzzer gets past it.
+pub fn table_parse(data: &[u8]) {
+    read_table(data);
+    let mut mended = data.to_vec();
+    if let Some(field) = mended.get_mut(8..16) {
+        field.copy_from_slice(&[0; 8]);
+        let sum = checksum(&mended);
+        mended[8..16].copy_from_slice(&sum.to_le_bytes());
+        read_table(&mended);
+    }
+}
+
+/// Every row of a table that passes its checks must be what a lookup of its address says.
+fn read_table(data: &[u8]) {
+    let Ok(table) = Table::parse(data) else { return };
+    for (address, record) in table.rows() {
+        assert_eq!(table.lookup(address), record, "row at {address}");
+    }
+    for address in [0, 1, 0xfff, u64::from(u32::MAX), u64::MAX] {
+        let _ = table.rule(ImageAddress::new(address));
+    }
+}
+
+/// Compiles bytes as an ELF image. What comes out must be a table that agrees with the CFI.
+pub fn compile(data: &[u8]) {
+    let Ok(compiled) = windlass_unwind_compiler::compile(data, build_id()) else { return };
+    let table = Table::parse(&compiled.table).expect("a compiled table parses");
+    let verification = windlass_unwind_compiler::verify(data, &table).expect("what compiles can be verified");
+    assert_eq!(verification.wrong, 0, "{verification:?}");
+}
+
+/// Builds a symbol index from bytes as an ELF file; what comes out must be an index.
+pub fn index_build(data: &[u8]) {
+    let input = Input { debug: Some(data), image: Some(data), kallsyms: Some(data) };
+    if let Ok(index) = windlass_symbol_index::build(input) {
+        assert!(Index::parse(&index).is_ok(), "what was built is an index");
+        index_parse(&index);
+    }
+}
+
+/// Reads bytes as a symbol index.
+pub fn index_parse(data: &[u8]) {
+    let Ok(index) = Index::parse(data) else { return };
+    for address in (0..0x2000).step_by(5).chain([u64::MAX]) {
+        let _ = index.lookup(ImageAddress::new(address));
+    }
+}
+
+/// Takes the skeleton of bytes as an ELF file; where the whole compiles, so does the skeleton.
+pub fn skeleton(data: &[u8]) {
+    let Ok(skeleton) = windlass_agent::skeleton::skeleton(data) else { return };
+    // The table of a skeleton is the table of the whole.
+    let table =
+        |elf: &[u8]| windlass_unwind_compiler::compile(elf, build_id()).ok().map(|compiled| compiled.table);
+    assert_eq!(table(&skeleton), table(data), "tables of the skeleton and of the whole");
+}
+
+/// Reads bytes as the text of `/proc/PID/maps`.
+pub fn proc_maps(data: &[u8]) {
+    let mappings = windlass_agent::proc_maps::executable_mappings(data);
+    assert!(mappings.iter().all(|mapping| mapping.start < mapping.end));
+}
+
+fn build_id() -> BuildId {
+    BuildId::new(&[0xab; 20]).expect("20 bytes are a build-ID")
+}

@@ -1,0 +1,218 @@
+//! Writes a table; the format is that of [`windlass_schema::table`].
+
+use windlass_schema::BuildId;
+use windlass_schema::page::PAGE_SHIFT;
+use windlass_schema::table::{Architecture, HEADER_BYTES, MAGIC, NO_PAGE, VERSION, checksum};
+
+use crate::dictionary::Dictionary;
+use crate::fold::{Entry, fold};
+use crate::page;
+use crate::rows::Row;
+
+/// The table of the image `build_id` with these rows, which `density` has let through.
+pub(crate) fn encode(build_id: BuildId, rows: &[Row]) -> Vec<u8> {
+    let folded = fold(rows);
+    match Dictionary::of(&folded) {
+        Some(dictionary) => write(build_id, rows.len(), &folded, &dictionary),
+        None => {
+            let plain = crate::fold::restated(rows);
+            let dictionary = Dictionary::of(&plain).expect("rows are bounded to what a dictionary holds");
+            write(build_id, rows.len(), &plain, &dictionary)
+        }
+    }
+}
+
+fn write(build_id: BuildId, rows: usize, entries: &[Entry], dictionary: &Dictionary) -> Vec<u8> {
+    let number = |entry: &Entry| entry.address >> PAGE_SHIFT;
+    let first = entries.first().map_or(0, number);
+    let pages = entries.last().map_or(0, |last| number(last) - first + 1) as usize;
+    let mut directory = vec![NO_PAGE; pages];
+    let mut area = Vec::new();
+    for entries in entries.chunk_by(|a, b| number(a) == number(b)) {
+        directory[(number(&entries[0]) - first) as usize] = (area.len() / 8) as u32;
+        area.extend(page::write(entries, dictionary));
+        area.resize(area.len().next_multiple_of(8), 0);
+    }
+
+    let mut file =
+        Vec::with_capacity(HEADER_BYTES + 8 * dictionary.records.len() + 4 * pages + 4 + area.len());
+    file.extend(MAGIC);
+    file.extend(VERSION.to_le_bytes());
+    file.extend([Architecture::X86_64 as u8, 0]);
+    file.extend([0; 8]);
+    file.extend((first << PAGE_SHIFT).to_le_bytes());
+    for field in [pages, dictionary.records.len(), area.len(), rows] {
+        file.extend((field as u32).to_le_bytes());
+    }
+    file.push(build_id.as_bytes().len() as u8);
+    file.extend(build_id.as_bytes());
+    file.resize(HEADER_BYTES, 0);
+    file.extend(dictionary.records.iter().flat_map(|record| record.0.to_le_bytes()));
+    file.extend(directory.iter().flat_map(|at| at.to_le_bytes()));
+    file.resize(file.len().next_multiple_of(8), 0);
+    file.extend(area);
+    let sum = checksum(&file);
+    file[8..16].copy_from_slice(&sum.to_le_bytes());
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::density::bound;
+    use crate::rows::push;
+    use proptest::prelude::*;
+    use windlass_schema::page::MAX_BLOCK_ENTRIES;
+    use windlass_schema::table::MAX_RECORDS;
+    use windlass_schema::{
+        CfaRule, FramePointerRule, ImageAddress, Record, Register, ReturnAddressRule, Rule, Table,
+    };
+
+    fn frame(cfa: CfaRule, frame_pointer: FramePointerRule) -> Record {
+        Rule::Frame { cfa, return_address: ReturnAddressRule::AtCfa, frame_pointer }.to_record()
+    }
+
+    fn rsp(offset: i32) -> Record {
+        frame(CfaRule::Offset(Register::RSP, offset), FramePointerRule::Same)
+    }
+
+    /// Encodes rows, reads them back, and looks up each address near a row.
+    #[track_caller]
+    fn check(rows: &[Row]) {
+        let build_id = BuildId::new(&[7; 20]).unwrap();
+        let file = encode(build_id, rows);
+        let table = Table::parse(&file).unwrap();
+        assert_eq!(table.build_id(), build_id);
+        assert_eq!(table.row_count() as usize, rows.len());
+        let found: Vec<_> =
+            table.rows().map(|(address, record)| Row { address: address.get(), record }).collect();
+        assert!(found == rows, "\nfound  {found:x?}\nexpect {rows:x?}");
+        for (index, row) in rows.iter().enumerate() {
+            let before = index.checked_sub(1).map_or(Record::NO_CFI, |index| rows[index].record);
+            let next = rows.get(index + 1).map_or(row.address + 0x2_0000, |next| next.address);
+            assert_eq!(table.lookup(ImageAddress::new(row.address.wrapping_sub(1))), before);
+            for address in (row.address..next).take(40).chain([row.address / 2 + next / 2, next - 1]) {
+                assert_eq!(table.lookup(ImageAddress::new(address)), row.record, "at {address:#x}");
+            }
+        }
+    }
+
+    /// Records as compilers make them: mostly steps of the stack pointer.
+    fn record() -> impl Strategy<Value = Record> {
+        let saved = prop_oneof![
+            4 => Just(FramePointerRule::Same),
+            3 => (1i16..6).prop_map(|words| FramePointerRule::AtCfa(-8 * words)),
+            1 => any::<i16>().prop_map(FramePointerRule::AtRbp),
+            1 => Just(FramePointerRule::Undefined),
+        ];
+        let cfa = prop_oneof![
+            8 => (0i32..8).prop_map(|words| CfaRule::Offset(Register::RSP, 8 * words)),
+            3 => Just(CfaRule::Offset(Register::RBP, 16)),
+            1 => any::<i32>().prop_map(|offset| CfaRule::Offset(Register::RSP, offset)),
+            1 => (any::<i16>(), any::<i16>()).prop_map(|(a, b)| CfaRule::Deref(Register::RBP, a, b)),
+        ];
+        prop_oneof![
+            12 => (cfa, saved).prop_map(|(cfa, saved)| frame(cfa, saved)),
+            2 => Just(Record::NO_CFI),
+            1 => Just(Record::END),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_table_gives_back_the_rows_it_was_made_of(
+            base in 0u64..0x3_0000,
+            steps in prop::collection::vec((prop_oneof![8 => 1u64..6, 3 => 1u64..300, 1 => 1u64..0x2_0000], record()), 0..400),
+        ) {
+            let mut rows = Vec::new();
+            let mut address = base;
+            for (step, record) in steps {
+                push(&mut rows, address, record);
+                address += step;
+            }
+            push(&mut rows, address, Record::NO_CFI);
+            check(&bound(rows));
+        }
+    }
+
+    #[test]
+    fn no_rows_are_a_table_too() {
+        check(&[]);
+    }
+
+    #[test]
+    fn a_prologue_takes_one_entry_and_few_bytes() {
+        let rows = [
+            Row { address: 0x1000, record: rsp(8) },
+            Row {
+                address: 0x1001,
+                record: frame(CfaRule::Offset(Register::RSP, 16), FramePointerRule::AtCfa(-16)),
+            },
+            Row {
+                address: 0x1004,
+                record: frame(CfaRule::Offset(Register::RBP, 16), FramePointerRule::AtCfa(-16)),
+            },
+            Row { address: 0x1040, record: Record::NO_CFI },
+        ];
+        // The same function in each of 64 blocks: what occurs once is not worth a record.
+        let rows: Vec<_> = (0..64)
+            .flat_map(|block| rows.iter().map(move |row| Row { address: row.address + 256 * block, ..*row }))
+            .collect();
+        check(&rows);
+        let file = encode(BuildId::new(&[7; 20]).unwrap(), &rows);
+        let page = Table::parse(&file).unwrap().page(0).unwrap().len();
+        // Header, 9 halves and 64 bytes of index, two entries of two bytes in each block.
+        assert_eq!(page, 8 + 2 * 9 + 64 + 64 * 2 * 2);
+    }
+
+    /// `rows`, and behind them the end of coverage that every list of rows has.
+    fn ended(mut rows: Vec<Row>) -> Vec<Row> {
+        let end = rows[rows.len() - 1].address + 1;
+        push(&mut rows, end, Record::NO_CFI);
+        rows
+    }
+
+    fn unsupported(rows: &[Row]) -> usize {
+        let is_unsupported = |row: &&Row| matches!(Rule::try_from(row.record), Ok(Rule::Unsupported(_)));
+        rows.iter().filter(is_unsupported).count()
+    }
+
+    #[test]
+    fn a_page_of_more_records_than_a_byte_tells_apart() {
+        let row = |number: u64| Row { address: 0x1_0000 + 7 * number, record: rsp(number as i32) };
+        check(&ended((0..2000).map(row).collect()));
+    }
+
+    #[test]
+    fn as_dense_as_can_be() {
+        let dense = |len: u64, kinds: i32| {
+            let row =
+                |number: u64| Row { address: 0x100 + number, record: rsp(3 * (number as i32 % kinds) - 1) };
+            ended((0..len).map(row).collect())
+        };
+        // A block has 256 addresses and room for 255 entries, one of them for the state that enters a page.
+        let rows = bound(dense(MAX_BLOCK_ENTRIES as u64 - 2, 5));
+        assert_eq!(unsupported(&rows), 0);
+        check(&rows);
+        for len in [254, 255, 256, 257, 1000, 0x1_0000, 0x2_8000] {
+            let rows = bound(dense(len, 300));
+            assert!(unsupported(&rows) > 0, "{len} rows");
+            check(&rows);
+        }
+    }
+
+    #[test]
+    fn more_rules_than_a_dictionary_holds() {
+        let rows = |records: u32| {
+            let row = |number: u64| Row { address: 8 * number, record: rsp(number as i32) };
+            // The end of coverage takes a record as well.
+            ended((0..u64::from(records) - 1).map(row).collect())
+        };
+        let bounded = bound(rows(MAX_RECORDS));
+        assert_eq!(unsupported(&bounded), 0);
+        check(&bounded);
+        let bounded = bound(rows(MAX_RECORDS + 500));
+        assert!(unsupported(&bounded) > 0);
+        check(&bounded);
+    }
+}

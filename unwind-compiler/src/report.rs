@@ -1,0 +1,117 @@
+//! What became of an image's call frame information: how much is exact, what is not, and why.
+//!
+//! Peers report success or failure for a file, and count rows; a rule in a hundred thousand that is missing
+//! can still be where a program spends its time. So the report weighs rows and bytes of code, and
+//! names each FDE that was skipped, up to a limit, with its place.
+
+use std::collections::BTreeMap;
+
+use windlass_schema::{ImageAddress, Record, Rule, UnsupportedReason};
+
+use crate::rows::Row;
+
+/// Most skipped FDEs that a report names; all are counted.
+pub const MAX_SKIPPED_LISTED: usize = 100;
+
+/// Why an FDE gave no rows, or not all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum SkipReason {
+    /// The entry, or the section, reaches past the end of the data.
+    Truncated,
+    /// Its CIE is missing, malformed, or of unreasonable size.
+    Cie,
+    /// Its own header is malformed.
+    Header,
+    /// Its instructions are malformed: rows before the fault stand, addresses behind it are unsupported.
+    Instructions,
+    /// It covers no byte.
+    Empty,
+    /// Its end wraps around the address space.
+    AddressOverflow,
+    /// It covers address 0 of an image without code there: what a linker leaves of a discarded function.
+    Tombstone,
+    /// It covers addresses that the image does not load, or that a table does not reach.
+    OutsideImage,
+}
+
+impl SkipReason {
+    /// The name used in JSON.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Truncated => "truncated",
+            Self::Cie => "cie",
+            Self::Header => "header",
+            Self::Instructions => "instructions",
+            Self::Empty => "empty",
+            Self::AddressOverflow => "address_overflow",
+            Self::Tombstone => "tombstone",
+            Self::OutsideImage => "outside_image",
+        }
+    }
+}
+
+/// An FDE that gave no rows, or not all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SkippedFde {
+    /// Offset of the entry in its `.eh_frame` section.
+    pub offset: u64,
+    /// First address that it covers, where known.
+    pub address: Option<ImageAddress>,
+    /// Why.
+    pub reason: SkipReason,
+}
+
+/// What became of an image's call frame information.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// FDEs that gave rows.
+    pub fdes: u64,
+    /// Rows of these FDEs, one for each address at which any register's rule may change.
+    pub cfi_rows: u64,
+    /// Rows of the table: changes of (CFA, return address, frame pointer), ends of coverage included.
+    pub rows: u64,
+    /// Size of `.eh_frame` in bytes.
+    pub eh_frame_bytes: u64,
+    /// Bytes of code that FDEs cover.
+    pub code_bytes: u64,
+    /// Rows that state an exact rule.
+    pub exact_rows: u64,
+    /// Bytes of code under exact rows.
+    pub exact_code_bytes: u64,
+    /// Rows without an exact rule, by reason.
+    pub unsupported: BTreeMap<UnsupportedReason, u64>,
+    /// FDEs skipped, by reason.
+    pub skipped_fdes: BTreeMap<SkipReason, u64>,
+    /// The first [`MAX_SKIPPED_LISTED`] of them.
+    pub skipped: Vec<SkippedFde>,
+}
+
+impl Report {
+    /// Counts a skipped FDE.
+    pub(crate) fn skip(&mut self, skipped: SkippedFde) {
+        *self.skipped_fdes.entry(skipped.reason).or_default() += 1;
+        if self.skipped.len() < MAX_SKIPPED_LISTED {
+            self.skipped.push(skipped);
+        }
+    }
+
+    /// Counts the rows of the table. The last one must end the coverage.
+    pub(crate) fn count_rows(&mut self, rows: &[Row]) {
+        self.rows = rows.len() as u64;
+        for (index, row) in rows.iter().enumerate() {
+            if row.record == Record::NO_CFI {
+                continue;
+            }
+            let end = rows.get(index + 1).map_or(row.address, |next| next.address);
+            let bytes = end - row.address;
+            self.code_bytes += bytes;
+            match Rule::try_from(row.record) {
+                Ok(Rule::Unsupported(reason)) => *self.unsupported.entry(reason).or_default() += 1,
+                _ => {
+                    self.exact_rows += 1;
+                    self.exact_code_bytes += bytes;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! Proves a table against a DWARF interpreter, row by row.
+//!
+//! # Why this shape
+//! Peers test their encoders with snapshots and spot checks. Here the oracle is gimli: each row of its unwind
+//! table, at its first, middle and last address, against what the table answers there. Nothing
+//! is shared with the compiler but the list of FDEs; where CFI has an expression, gimli evaluates
+//! it over made-up machine states and the rule has to give the same values, however either is written.
+//! Between FDEs the table has to say that nothing covers the address.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use gimli::{
+    CfaRule as CfiCfa, EvaluationResult, Location, Register as CfiRegister, RegisterRule, UnwindContext,
+    UnwindExpression, Value,
+};
+use windlass_schema::record::{DWARF_RBP, DWARF_RSP, REGISTERS};
+use windlass_schema::{
+    CfaRule, FramePointerRule, ImageAddress, ReturnAddressRule, Rule, Table, UnsupportedReason,
+};
+
+use crate::cfi::{CfiRow, Fde, for_each_fde};
+use crate::elf::{CompileError, Image};
+use crate::expression::ENCODING;
+
+/// Most disagreements that a verification describes; all are counted.
+pub const MAX_DISAGREEMENTS_LISTED: usize = 20;
+
+/// An address at which the table and the interpreter disagree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disagreement {
+    /// The address.
+    pub address: ImageAddress,
+    /// What the table says.
+    pub table: Rule,
+    /// What the image says, in the interpreter's terms.
+    pub image: String,
+}
+
+/// What came of comparing a table with its image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verification {
+    /// FDEs compared.
+    pub fdes: u64,
+    /// Rows of these FDEs.
+    pub rows_checked: u64,
+    /// Addresses looked up.
+    pub addresses_checked: u64,
+    /// Addresses at which the table says something that the image does not.
+    pub wrong: u64,
+    /// The first [`MAX_DISAGREEMENTS_LISTED`] of them.
+    pub disagreements: Vec<Disagreement>,
+    /// Rows that the table does not claim to know, by reason.
+    pub unsupported: BTreeMap<UnsupportedReason, u64>,
+}
+
+/// Compares `table` with the call frame information of `elf`.
+pub fn verify(elf: &[u8], table: &Table<'_>) -> Result<Verification, CompileError> {
+    let image = Image::parse(elf)?;
+    let mut verification = Verification::default();
+    let mut covered = Vec::new();
+    let mut context = UnwindContext::new();
+    for_each_fde(&image, |fde| {
+        let Ok(fde) = fde else { return };
+        verification.fdes += 1;
+        covered.push(fde.range());
+        let end = fde.rows(&mut context, |range, row| {
+            verification.check_row(table, range, |rule, address| {
+                if states(rule, &fde, row, address) { Ok(()) } else { Err(describe(&fde, row)) }
+            });
+        });
+        if let Err(unknown_from) = end {
+            verification.check_row(table, unknown_from..fde.range().end, |_, _| {
+                Err("malformed instructions".to_owned())
+            });
+        }
+    });
+    verification.check_gaps(table, covered);
+    Ok(verification)
+}
+
+impl Verification {
+    fn check_row(
+        &mut self,
+        table: &Table<'_>,
+        range: Range<u64>,
+        compare: impl Fn(Rule, u64) -> Result<(), String>,
+    ) {
+        self.rows_checked += 1;
+        let mut unsupported = None;
+        let mut addresses =
+            [range.start, range.start + (range.end - range.start) / 2, range.end - 1].to_vec();
+        addresses.dedup();
+        for address in addresses {
+            self.addresses_checked += 1;
+            match table.rule(ImageAddress::new(address)) {
+                Rule::Unsupported(reason) => unsupported = unsupported.or(Some(reason)),
+                rule => {
+                    if let Err(image) = compare(rule, address) {
+                        self.disagree(address, rule, image);
+                    }
+                }
+            }
+        }
+        if let Some(reason) = unsupported {
+            *self.unsupported.entry(reason).or_default() += 1;
+        }
+    }
+
+    /// Checks the bytes at both ends of each range that no FDE covers.
+    fn check_gaps(&mut self, table: &Table<'_>, mut covered: Vec<Range<u64>>) {
+        covered.sort_by_key(|range| range.start);
+        let mut gaps = Vec::new();
+        let mut end = 0;
+        for range in covered {
+            if range.start > end {
+                gaps.extend([end, range.start - 1]);
+            }
+            end = end.max(range.end);
+        }
+        gaps.extend([end, u64::MAX]);
+        gaps.dedup();
+        for address in gaps {
+            self.addresses_checked += 1;
+            match table.rule(ImageAddress::new(address)) {
+                // A block too dense to state is unsupported as a whole, with the gaps in it.
+                Rule::NoCfi | Rule::Unsupported(UnsupportedReason::DenseBlock) => {}
+                rule => self.disagree(address, rule, "no FDE".to_owned()),
+            }
+        }
+    }
+
+    fn disagree(&mut self, address: u64, table: Rule, image: String) {
+        self.wrong += 1;
+        if self.disagreements.len() < MAX_DISAGREEMENTS_LISTED {
+            self.disagreements.push(Disagreement { address: ImageAddress::new(address), table, image });
+        }
+    }
+}
+
+/// The row as gimli has it, without the registers that no walk needs.
+fn describe(fde: &Fde<'_, '_>, row: &CfiRow) -> String {
+    let rule = |number: u8| row.register(CfiRegister(number.into()));
+    format!(
+        "cfa={:?} ra={:?} rsp={:?} rbp={:?} signal={}",
+        row.cfa(),
+        row.register(fde.entry.cie().return_address_register()),
+        rule(DWARF_RSP),
+        rule(DWARF_RBP),
+        fde.entry.is_signal_trampoline(),
+    )
+}
+
+/// Whether `rule`, which is none of the unsupported ones, is what `row` says at `address`.
+fn states(rule: Rule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
+    let return_address = row.register(fde.entry.cie().return_address_register());
+    match rule {
+        Rule::NoCfi | Rule::Unsupported(_) => false,
+        Rule::End => return_address == Some(RegisterRule::Undefined),
+        Rule::Signal(offset) => fde.entry.is_signal_trampoline() && states_signal(offset, fde, row, address),
+        Rule::Frame { cfa, return_address: ra, frame_pointer } => {
+            let stack_pointer = row.register(CfiRegister(DWARF_RSP.into()));
+            !fde.entry.is_signal_trampoline()
+                && states_cfa(cfa, fde, row, address)
+                && match ra {
+                    ReturnAddressRule::AtCfa => return_address == Some(RegisterRule::Offset(-8)),
+                    ReturnAddressRule::Register(register) => {
+                        return_address == Some(RegisterRule::Register(CfiRegister(register.number().into())))
+                    }
+                }
+                && matches!(stack_pointer, None | Some(RegisterRule::ValOffset(0)))
+                && states_frame_pointer(frame_pointer, fde, row, address)
+        }
+    }
+}
+
+fn states_cfa(cfa: CfaRule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
+    match (cfa, row.cfa()) {
+        (CfaRule::Offset(r, k), CfiCfa::RegisterAndOffset { register, offset }) => {
+            u16::from(r.number()) == register.0 && i64::from(k) == *offset
+        }
+        (_, CfiCfa::RegisterAndOffset { .. }) => false,
+        (cfa, CfiCfa::Expression(expression)) => Machine::states(address).all(|machine| {
+            let register = |number: u8| machine.register(number.into());
+            let at = |base: u64, offset: i16| base.wrapping_add_signed(offset.into());
+            let expected = match cfa {
+                CfaRule::Offset(r, k) => register(r.number()).wrapping_add_signed(k.into()),
+                CfaRule::Deref(r, a, b) => at(machine.memory(at(register(r.number()), a)), b),
+                CfaRule::DerefIndexed(a, b) => {
+                    let indexed = register(DWARF_RSP).wrapping_add(register(9).wrapping_mul(8));
+                    at(machine.memory(at(indexed, a)), b)
+                }
+                CfaRule::Plt { threshold, base } => {
+                    let pushed = (machine.rip & 15) as i64 >= i64::from(threshold);
+                    at(register(DWARF_RSP), base).wrapping_add(if pushed { 8 } else { 0 })
+                }
+            };
+            machine.evaluate(fde, expression) == Some(expected)
+        }),
+    }
+}
+
+fn states_frame_pointer(rule: FramePointerRule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
+    let stated = row.register(CfiRegister(DWARF_RBP.into()));
+    match (rule, stated) {
+        (FramePointerRule::Same, None | Some(RegisterRule::SameValue)) => true,
+        (FramePointerRule::Undefined, Some(RegisterRule::Undefined)) => true,
+        (FramePointerRule::AtCfa(f), Some(RegisterRule::Offset(offset))) => i64::from(f) == offset,
+        (FramePointerRule::AtRbp(f), Some(RegisterRule::Expression(expression))) => Machine::states(address)
+            .all(|machine| {
+                let expected = machine.register(DWARF_RBP.into()).wrapping_add_signed(f.into());
+                machine.evaluate(fde, &expression) == Some(expected)
+            }),
+        _ => false,
+    }
+}
+
+/// Whether every register comes from its place in the `sigcontext` at rsp + `offset`.
+fn states_signal(offset: i16, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
+    // struct sigcontext_64: r8 to r15, di, si, bp, bx, dx, ax, cx, sp, ip.
+    let places = [13, 12, 14, 11, 9, 8, 10, 15, 0, 1, 2, 3, 4, 5, 6, 7, 16];
+    Machine::states(address).all(|machine| {
+        let context = machine.register(DWARF_RSP.into()).wrapping_add_signed(offset.into());
+        let place = |register: usize| context.wrapping_add(8 * places[register]);
+        let CfiCfa::Expression(cfa) = row.cfa() else { return false };
+        let restores = |register: usize| match row.register(CfiRegister(register as u16)) {
+            Some(RegisterRule::Expression(at)) => machine.evaluate(fde, &at) == Some(place(register)),
+            _ => false,
+        };
+        machine.evaluate(fde, cfa) == Some(machine.memory(place(DWARF_RSP.into())))
+            && (0..places.len()).all(restores)
+    })
+}
+
+/// A made-up machine state. Registers and memory hold a hash of their number or address.
+struct Machine {
+    seed: u64,
+    rip: u64,
+}
+
+impl Machine {
+    /// States at `address`, one for each place that a PLT entry may stand at.
+    fn states(address: u64) -> impl Iterator<Item = Self> {
+        (0..16).map(move |low| Self {
+            seed: address.wrapping_mul(31).wrapping_add(low),
+            rip: address & !15 | low,
+        })
+    }
+
+    /// The finalizer of SplitMix64: no two inputs give one output.
+    fn hash(&self, value: u64) -> u64 {
+        let z = value.wrapping_add(self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    fn register(&self, number: u16) -> u64 {
+        if usize::from(number) < REGISTERS { self.hash(number.into()) } else { self.rip }
+    }
+
+    fn memory(&self, address: u64) -> u64 {
+        self.hash(address ^ 0x6d65_6d6f_7279)
+    }
+
+    /// The value of an expression, by gimli. `None` if it needs more than registers and memory.
+    fn evaluate(&self, fde: &Fde<'_, '_>, expression: &UnwindExpression<usize>) -> Option<u64> {
+        let mut evaluation = expression.get(fde.section).ok()?.evaluation(ENCODING);
+        // Loops are possible, none is known.
+        evaluation.set_max_iterations(256);
+        let mut result = evaluation.evaluate().ok()?;
+        loop {
+            result = match result {
+                EvaluationResult::Complete => break,
+                EvaluationResult::RequiresRegister { register, .. } if register.0 <= REGISTERS as u16 => {
+                    evaluation.resume_with_register(Value::Generic(self.register(register.0))).ok()?
+                }
+                EvaluationResult::RequiresMemory { address, size: 8, space: None, .. } => {
+                    evaluation.resume_with_memory(Value::Generic(self.memory(address))).ok()?
+                }
+                _ => return None,
+            };
+        }
+        match evaluation.as_result() {
+            [piece] => match piece.location {
+                Location::Address { address } => Some(address),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Programs that tests and chores call, and how to get them.
+//!
+//! A test whose program lacks says so by name instead of passing in silence; in CI a lack is a
+//! failure. As root on Debian the lacking packages are installed, elsewhere they are named.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+
+use crate::checkout::{command, run};
+
+/// A program, its Debian package, and what is skipped without it.
+pub(crate) struct Program {
+    /// Name in `PATH`.
+    pub(crate) name: &'static str,
+    /// Debian package.
+    pub(crate) package: &'static str,
+    /// Who calls it.
+    pub(crate) used_by: &'static str,
+}
+
+/// What the tests call.
+pub(crate) const TEST_PROGRAMS: &[Program] = &[
+    Program { name: "cc", package: "gcc", used_by: "the bundled workload, and programs that tests compile" },
+    Program { name: "gdb", package: "gdb", used_by: "the debuginfod tests" },
+    Program { name: "debuginfod-find", package: "debuginfod", used_by: "the debuginfod tests" },
+    Program { name: "eu-addr2line", package: "elfutils", used_by: "the debuginfod tests" },
+    Program { name: "strip", package: "binutils", used_by: "the debuginfod tests" },
+];
+
+/// Where a program is, if it is: `PATH`, then cargo's folder of installed programs.
+pub(crate) fn find(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain([cargo_home().join("bin")])
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file())
+}
+
+/// Cargo's folder.
+pub(crate) fn cargo_home() -> PathBuf {
+    std::env::var_os("CARGO_HOME").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
+        PathBuf::from,
+    )
+}
+
+/// Whether Debian packages can be installed from here.
+pub(crate) fn can_install() -> bool {
+    // `id -u` keeps this crate free of unsafe code and of another dependency.
+    let root = crate::checkout::output(command("id").arg("-u")).is_ok_and(|id| id.trim() == "0");
+    root && find("apt-get").is_some()
+}
+
+/// Installs Debian packages.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    println!("installing {}", packages.join(" "));
+    let apt = || {
+        let mut apt = command("apt-get");
+        apt.env("DEBIAN_FRONTEND", "noninteractive").arg("-qq");
+        apt
+    };
+    // An outdated list of packages may do, so only the installation decides.
+    if let Err(error) = run(apt().arg("update")) {
+        println!("could not refresh the list of packages: {error:#}");
+    }
+    run(apt().args(["install", "-y", "--no-install-recommends"]).args(packages))
+}
+
+/// Makes sure of every program of the tests, or says what will be skipped; fails where `required`.
+pub(crate) fn ensure(required: bool) -> Result<()> {
+    let lacking = || TEST_PROGRAMS.iter().filter(|program| find(program.name).is_none());
+    let mut packages: Vec<_> = lacking().map(|program| program.package).collect();
+    packages.dedup();
+    if !packages.is_empty() && can_install() {
+        install(&packages)?;
+    }
+    for program in lacking() {
+        println!(
+            "{} is missing (Debian package {}): without it, {} are skipped",
+            program.name, program.package, program.used_by
+        );
+    }
+    if required && lacking().next().is_some() {
+        bail!("programs are missing, and nothing may be skipped here");
+    }
+    Ok(())
+}
