@@ -1,6 +1,6 @@
 //! Starting and stopping an agent.
 //!
-//! An agent is a thread that samples ([`Sampling`]) and a runtime of two threads for the network. It can
+//! An agent is a thread that samples (`sampling`) and a runtime of two threads for the network. It can
 //! live in any process, with or without a runtime of its own: `windlass-agent` runs one for a host,
 //! `windlass profile` one for some seconds.
 
@@ -107,7 +107,7 @@ pub enum StartError {
     #[error(transparent)]
     Attach(#[from] AttachError),
     /// The service's address.
-    #[error("service address {0}")]
+    #[error(transparent)]
     Service(#[from] ServiceError),
     /// The frequency.
     #[error("sampling frequency of {0} Hz, expected 1 to {MAX_FREQUENCY_HZ}")]

@@ -75,7 +75,9 @@ pub enum Event {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlaceError {
     /// The budget does not hold it beside those that are there.
-    #[error("unwind tables take {used_bytes} bytes of a budget of {budget_bytes}, {wanted_bytes} more do not fit")]
+    #[error(
+        "unwind tables take {used_bytes} bytes of a budget of {budget_bytes}, {wanted_bytes} more do not fit"
+    )]
     Budget {
         /// Taken so far.
         used_bytes: u64,

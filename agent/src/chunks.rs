@@ -3,7 +3,7 @@
 //! A table's pieces (pages, directory segments, dictionary, header) are laid one behind the other
 //! into 64 KiB chunks, those of many images side by side, so that a small image costs its bytes and not
 //! a map. A map value can only be written whole, so the chunks that still have room keep a shadow
-//! here; a full one is written a last time and forgotten. At most [`OPEN_CHUNKS`] are open: what is
+//! here; a full one is written a last time and forgotten. At most four are open: what is
 //! left at the end of the others is lost, 0.3% on a whole machine's images.
 
 use windlass_schema::Table;

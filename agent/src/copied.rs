@@ -3,7 +3,7 @@
 //! Where BPF is not to be had, the kernel still gives a process's owner registers and a copy of the
 //! stack with each sample (`PERF_SAMPLE_REGS_USER | PERF_SAMPLE_STACK_USER`). They are walked by the
 //! same `search` and `step` as in the kernel, over the same packed chunks. A copy is at most
-//! [`STACK_BYTES`]; a walk that leaves it stops with `CopiedStackEnd`.
+//! 32 KiB; a walk that leaves it stops with `CopiedStackEnd`.
 
 use std::collections::HashMap;
 use std::io;

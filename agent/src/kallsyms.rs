@@ -60,7 +60,7 @@ pub enum KallsymsError {
     /// No note.
     #[error("the kernel has no build-ID in /sys/kernel/notes")]
     NoBuildId,
-    /// See [`LINKED_TEXT`].
+    /// It depends on the configuration of the kernel, except on x86-64.
     #[error("where this kernel was linked to is not known")]
     LinkAddress,
 }

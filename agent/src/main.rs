@@ -52,7 +52,26 @@ struct Arguments {
     ship_interval: u64,
 }
 
+/// Smallest allocation that goes back to the system when it is freed, in bytes: glibc's initial value, which
+/// it would otherwise raise to 32 MiB with the first skeleton that is freed, and keep all later ones.
+#[cfg(target_env = "gnu")]
+const MMAP_THRESHOLD_BYTES: i32 = 128 * 1024;
+
+/// Keeps the agent small after it was large for a moment.
+#[cfg(target_env = "gnu")]
+fn return_freed_memory() {
+    // SAFETY: called before any other thread is started.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn return_freed_memory() {}
+
 fn main() -> anyhow::Result<()> {
+    return_freed_memory();
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

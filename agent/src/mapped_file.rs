@@ -170,7 +170,6 @@ pub fn shown_path(entry: &MapsEntry) -> Arc<str> {
     match &entry.backing {
         Backing::File { path, .. } => path.to_string_lossy().into(),
         Backing::Vdso => "[vdso]".into(),
-        Backing::Vsyscall => "[vsyscall]".into(),
         Backing::Anonymous => "[anonymous]".into(),
     }
 }

@@ -64,8 +64,6 @@ fn mapping(pid: u32, entry: &MapsEntry, images: &mut Images) -> ExecutableMappin
     let source = match &entry.backing {
         Backing::File { path, .. } => ImageSource::of_mapping(pid, entry, path),
         Backing::Vdso => ImageSource::of_vdso(pid, entry),
-        // Kernel-made, and gone before a walk could see it: calls into it trap.
-        Backing::Vsyscall => return without_table(entry, StopReason::NoCfi),
         Backing::Anonymous => return without_table(entry, StopReason::Jit),
     };
     let source = match source {

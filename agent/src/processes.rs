@@ -96,7 +96,6 @@ impl Processes {
 
     fn set(&self, tgid: u32, backend: &mut dyn Backend) {
         let Some(process) = self.known.get(&tgid) else { return };
-        eprintln!("SET {tgid} {:?}", Instant::now());
         if let Err(error) = backend.set_process(tgid, &plan(&process.mappings, &self.images)) {
             tracing::warn!(tgid, error = format!("{error:#}"), "mappings of the process are not set");
         }
@@ -173,10 +172,6 @@ impl Processes {
         });
     }
 
-    pub fn debug(&self, sample: &Sample) -> Option<crate::backend::PlacedMapping> {
-        let a = lookup_address(*sample.user.last()?);
-        plan(self.mappings(sample.tgid), &self.images).into_iter().find(|m| m.start <= a.get() && a.get() < m.mapping.end)
-    }
     /// Whether samples of a process count.
     pub fn includes(&mut self, tgid: u32) -> bool {
         self.selection.includes(tgid)

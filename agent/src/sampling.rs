@@ -105,9 +105,6 @@ impl Sampling {
             self.tables.request(wish);
         }
         self.summary.count(sample.stop);
-        if sample.stop == windlass_schema::StopReason::TableUnavailable {
-            eprintln!("DBG {:?} {} {} last={:x?} {:x?}", now, sample.tgid, sample.comm, sample.user.last(), self.processes.debug(sample));
-        }
         let mappings = self.processes.mappings(sample.tgid);
         let kernel = sample.kernel.iter().enumerate().map(|(depth, address)| {
             // Only the innermost kernel address is that of an instruction.

@@ -111,10 +111,10 @@ impl Service {
     pub fn new(url: &str, token: Option<String>) -> Result<Self, ServiceError> {
         // Whoever came first decided; any provider will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let parsed =
-            reqwest::Url::parse(url).map_err(|error| ServiceError::Client(format!("{url:?}: {error}")))?;
+        let parsed = reqwest::Url::parse(url)
+            .map_err(|error| ServiceError::Client(format!("service address {url:?}: {error}")))?;
         if !matches!(parsed.scheme(), "http" | "https") {
-            return Err(ServiceError::Client(format!("{url:?} is no http or https address")));
+            return Err(ServiceError::Client(format!("service address {url:?} is no http or https address")));
         }
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)

@@ -33,7 +33,7 @@ pub struct TableCache {
 #[derive(Debug, thiserror::Error)]
 pub enum TableCacheError {
     /// Malformed.
-    #[error("{0}")]
+    #[error(transparent)]
     Table(#[from] TableError),
     /// Of another image.
     #[error("unwind table is that of image {0}")]

@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::time::{Instant, sleep};
 use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
@@ -42,6 +42,8 @@ const MAKING_LIMIT: Duration = Duration::from_secs(300);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 /// Longest pause after the network failed. Walks start within two seconds of its return.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Skeletons in memory at once: the largest have tens of megabytes, and a small one must not wait long.
+const SKELETONS: usize = 2;
 /// Results that wait for the agent's loop.
 const RESULTS: usize = 4;
 
@@ -105,7 +107,8 @@ impl Tables {
     pub fn start(runtime: &tokio::runtime::Handle, service: &Service, cache: TableCache) -> Self {
         let queue = Arc::new(Queue::default());
         let (sender, results) = mpsc::channel(RESULTS);
-        let source = Arc::new(TableSource { service: service.clone(), cache });
+        let skeletons = Semaphore::new(SKELETONS);
+        let source = Arc::new(TableSource { service: service.clone(), cache, skeletons });
         for worker in 0..URGENT_WORKERS + WORKERS {
             let only_urgent = worker < URGENT_WORKERS;
             runtime.spawn(work(queue.clone(), source.clone(), sender.clone(), only_urgent));
@@ -189,6 +192,7 @@ async fn work(
 struct TableSource {
     service: Service,
     cache: TableCache,
+    skeletons: Semaphore,
 }
 
 impl TableSource {
@@ -245,6 +249,8 @@ impl TableSource {
     }
 
     async fn send_skeleton(&self, request: &TableRequest) -> Result<(), SendError> {
+        // Never closed; were it, there would merely be no limit.
+        let _permit = self.skeletons.acquire().await;
         let source = request.source.clone();
         let made = tokio::task::spawn_blocking(move || source.read(|image| skeleton(image)))
             .await

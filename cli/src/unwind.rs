@@ -28,8 +28,8 @@ Examples:
   windlass unwind stats /usr/bin --json
   windlass unwind verify /usr/lib /usr/bin
 
-Addresses are image addresses (as nm prints them), hex, and looked up as they are: for a return address, give
-the address before it.
+Addresses are image addresses (as nm prints them), hex, and looked up as they are;
+for a return address, give the address before it.
 Exit status: 0 done, 1 verify found rows that are wrong, 2 could not.";
 
 /// Arguments of `windlass unwind`.

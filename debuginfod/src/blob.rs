@@ -24,7 +24,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
 use crate::content_hash::ContentHash;
-use crate::seekable::{FRAME_BYTES, FrameEncoder, SeekTable, SeekableError};
+use crate::seekable::{FRAME_BYTES, FrameEncoder, SeekTable};
 
 /// Frames fetched and decoded at once: 1 MiB of content held for each reader.
 const BATCH_FRAMES: usize = 4;
@@ -185,20 +185,21 @@ impl BlobStore {
         })
     }
 
-    /// The stored form as it lies: what a client that accepts zstd is sent.
+    /// The stored form: what a client that accepts zstd is sent. Each frame is decoded before it is passed on, since
+    /// a client cannot tell a damaged one from a missing file.
     pub fn stream_stored(&self, blob: Blob) -> impl Stream<Item = Result<Bytes, BlobError>> + Send + 'static {
-        let (store, path) = (Arc::clone(&self.store), self.path(blob.hash));
-        stream::once(async move {
-            let found = store.get(&path).await.map_err(|error| match error {
-                object_store::Error::NotFound { .. } => damaged(blob.hash, &"the blob is gone"),
-                error => error.into(),
-            })?;
-            if found.meta.size != blob.stored_size {
-                return Err(damaged(blob.hash, &"another size than recorded"));
+        let reader = Reader { blobs: self.clone(), blob, range: 0..blob.size, table: None };
+        stream::try_unfold(Some(reader), |reader| async move {
+            let Some(mut reader) = reader else {
+                return Ok(None);
+            };
+            if let Some((stored, _)) = reader.next_frames().await? {
+                return Ok(Some((stored, Some(reader))));
             }
-            Ok(found.into_stream().map_err(BlobError::from))
+            let end = reader.blob.stored_size - SeekTable::stored_bytes(reader.blob.size);
+            let table = reader.blobs.read_stored(reader.blob, end..reader.blob.stored_size).await?;
+            Ok(Some((table, None)))
         })
-        .try_flatten()
     }
 
     /// The whole content in memory, its SHA-256 checked.
@@ -257,7 +258,13 @@ struct Reader {
 }
 
 impl Reader {
+    /// The next piece of the content.
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
+        Ok(self.next_frames().await?.map(|(_, content)| content))
+    }
+
+    /// The next frames as stored, and what of their content is in the range.
+    async fn next_frames(&mut self) -> Result<Option<(Bytes, Bytes)>, BlobError> {
         if self.range.is_empty() {
             return Ok(None);
         }
@@ -273,11 +280,10 @@ impl Reader {
             None => self.blobs.read_stored(self.blob, at).await?,
         };
         let first = frames.start as u64 * FRAME_BYTES;
-        let decoded =
-            table.decode(frames, &stored).map_err(|why: SeekableError| damaged(self.blob.hash, &why))?;
+        let decoded = table.decode(frames, &stored).map_err(|why| damaged(self.blob.hash, &why))?;
         let end = self.range.end.min(first + decoded.len() as u64);
-        let piece = Bytes::from(decoded).slice((self.range.start - first) as usize..(end - first) as usize);
+        let content = Bytes::from(decoded).slice((self.range.start - first) as usize..(end - first) as usize);
         self.range.start = end;
-        Ok(Some(piece))
+        Ok(Some((stored, content)))
     }
 }

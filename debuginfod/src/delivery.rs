@@ -2,7 +2,8 @@
 //!
 //! elfutils' server sends whole files only, without ETag, Range or HEAD, and Fedora compresses each answer
 //! anew in a proxy. Here a strong ETag is the content's hash, a range reads its frames only, and
-//! a client that accepts zstd is sent the stored bytes. The ETag of the zstd form ends in `-zstd`,
+//! a client that accepts zstd is sent the stored bytes. The first piece is read before the head is
+//! sent, so most trouble shows while nothing has been promised yet. The ETag of the zstd form ends in `-zstd`,
 //! since a strong validator names bytes, and both are accepted back.
 
 use std::ops::Range;
@@ -12,9 +13,11 @@ use std::time::{Duration, UNIX_EPOCH};
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use futures_util::StreamExt;
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, stream};
 
 use crate::blob::{Blob, BlobError};
+use crate::error::ServiceError;
 use crate::service::App;
 
 /// What never changes under its URL: a build-ID names one build.
@@ -45,7 +48,12 @@ pub(crate) struct Delivery {
 
 impl Delivery {
     /// Answers a GET or HEAD with these headers.
-    pub(crate) fn answer(self, app: &Arc<App>, method: &Method, request: &HeaderMap) -> Response {
+    pub(crate) async fn answer(
+        self,
+        app: &Arc<App>,
+        method: &Method,
+        request: &HeaderMap,
+    ) -> Result<Response, ServiceError> {
         let part = self.part.clone().unwrap_or(0..self.blob.size);
         let size = part.end - part.start;
         let tag = match &self.part {
@@ -57,7 +65,7 @@ impl Delivery {
             && tag_matches(asked, &tag)
         {
             headers.insert(header::ETAG, quoted(&tag));
-            return (StatusCode::NOT_MODIFIED, headers).into_response();
+            return Ok((StatusCode::NOT_MODIFIED, headers).into_response());
         }
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(self.content_type));
         headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
@@ -66,8 +74,8 @@ impl Delivery {
             headers.insert(header::ETAG, quoted(&format!("{tag}-zstd")));
             headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("zstd"));
             headers.insert(header::CONTENT_LENGTH, self.blob.stored_size.into());
-            let body = body(app, method, self.blob, |app| app.blobs.stream_stored(self.blob).boxed());
-            return (headers, body).into_response();
+            let body = body(app, method, self.blob, app.blobs.stream_stored(self.blob)).await?;
+            return Ok((headers, body).into_response());
         }
         headers.insert(header::ETAG, quoted(&tag));
         let (status, wanted) = match range {
@@ -81,13 +89,13 @@ impl Delivery {
             }
             Some(Err(Unsatisfiable)) => {
                 headers.insert(header::CONTENT_RANGE, ascii(&format!("bytes */{size}")));
-                return (StatusCode::RANGE_NOT_SATISFIABLE, headers).into_response();
+                return Ok((StatusCode::RANGE_NOT_SATISFIABLE, headers).into_response());
             }
         };
         headers.insert(header::CONTENT_LENGTH, (wanted.end - wanted.start).into());
         let wanted = part.start + wanted.start..part.start + wanted.end;
-        let body = body(app, method, self.blob, |app| app.blobs.stream(self.blob, wanted).boxed());
-        (status, headers, body).into_response()
+        let body = body(app, method, self.blob, app.blobs.stream(self.blob, wanted)).await?;
+        Ok((status, headers, body).into_response())
     }
 
     fn headers(&self, size: u64) -> HeaderMap {
@@ -120,18 +128,19 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name).and_then(|value| value.to_str().ok())
 }
 
-/// A failure in the middle is an error of the body, which becomes a reset of the connection.
-fn body(
+/// A failure of the first piece is an error; a later one an error of the body, which becomes a reset of the
+/// connection.
+async fn body(
     app: &Arc<App>,
     method: &Method,
     blob: Blob,
-    open: impl FnOnce(&App) -> futures_util::stream::BoxStream<'static, Result<bytes::Bytes, BlobError>>,
-) -> Body {
+    pieces: impl Stream<Item = Result<Bytes, BlobError>> + Send + 'static,
+) -> Result<Body, ServiceError> {
     if method == Method::HEAD {
-        return Body::empty();
+        return Ok(Body::empty());
     }
     let reporter = Arc::clone(app);
-    Body::from_stream(open(app).inspect(move |piece| {
+    let mut pieces = Box::pin(pieces.inspect(move |piece| {
         if let Err(error) = piece {
             tracing::error!("delivering {}: {error}", blob.hash);
             reporter.metrics.count("error_count", "libc", "delivery");
@@ -139,7 +148,9 @@ fn body(
                 reporter.report_damage(blob.hash);
             }
         }
-    }))
+    }));
+    let first = pieces.next().await.transpose()?;
+    Ok(Body::from_stream(stream::iter(first.map(Ok)).chain(pieces)))
 }
 
 fn tag_matches(asked: &str, tag: &str) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! | error | status under `/api/` | on the debuginfod paths |
 //! |---|---|---|
-//! | malformed ID, header, query or body | 400 | 503 in elfutils' words, see [`crate::protocol`] |
+//! | malformed ID, header, query or body | 400 | 503 in elfutils' words, see module `protocol` |
 //! | no or wrong token | 401 | - |
 //! | not stored | 404 | 404 `not found` |
 //! | other content under the name | 409 | - |
@@ -152,7 +152,7 @@ impl IntoResponse for ServiceError {
 }
 
 /// An answer that never arrives: its body fails before the head is sent, and the connection
-/// loop resets the connection (see [`crate::connection`]).
+/// loop resets the connection (see module `connection`).
 pub fn reset() -> Response {
     Response::new(Body::from_stream(stream::once(async {
         Err::<bytes::Bytes, _>(std::io::Error::other("transient trouble"))

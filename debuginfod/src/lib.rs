@@ -4,7 +4,7 @@
 //! order:
 //!
 //! - [`config`], [`service`]: what it is started with; its parts, start and stop
-//! - [`routes`](self): every route; `connection`: how connections are accepted and end
+//! - `routes`: every route; `connection`: how connections are accepted and end
 //! - [`error`]: from what went wrong to what the client is told; `access`: who may write
 //! - `intake`, [`elf`], `upload`, `missing`: how contents come in
 //! - [`content_hash`], [`seekable`], [`blob`], [`catalog`]: how they are kept

@@ -1,5 +1,6 @@
 //! `windlassd`: runs and checks the service.
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,7 +22,7 @@ struct Arguments {
 const EXAMPLES: &str = "\
 Examples:
   windlassd serve
-  windlassd serve --listen 0.0.0.0:8002 --token-file /etc/windlass/token --upstream https://debuginfod.debian.net
+  windlassd serve --listen 0.0.0.0:8002 --token-file /etc/windlass/token --upstream https://debuginfod.example.org
   DEBUGINFOD_URLS=http://127.0.0.1:8002 gdb ./program
   windlassd check --data-dir /var/lib/windlass
 
@@ -75,7 +76,8 @@ impl Store {
 #[tokio::main]
 async fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
     match run(Arguments::parse().command).await {
         Ok(code) => code,
         Err(error) => {

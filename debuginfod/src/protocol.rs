@@ -141,9 +141,6 @@ pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request<Body>) 
         Err(Failure::Trouble(error)) => {
             tracing::error!("{}: {error}", parts.uri.path());
             app.metrics.count("error_count", "libc", "request");
-            if let ServiceError::Blob(BlobError::Damaged { hash, .. }) = error {
-                app.report_damage(hash);
-            }
             (reset(), "reset")
         }
     };
@@ -177,7 +174,7 @@ async fn handle(app: &Arc<App>, request: &Parts) -> Result<Response, Failure> {
     {
         return Err(Refusal::TooLarge(limit).into());
     }
-    Ok(delivery.answer(app, &request.method, &request.headers))
+    Ok(delivery.answer(app, &request.method, &request.headers).await?)
 }
 
 fn max_size(headers: &HeaderMap) -> Option<u64> {

@@ -139,12 +139,18 @@ impl App {
         Ok(self.artefact(id, kind, "").await?.filter(|artefact| !artefact.damaged))
     }
 
-    /// Records that a content cannot be read, so that the next upload of it is stored again.
+    /// Records that a content cannot be read, so that the next upload or derivation of it is stored again.
+    pub(crate) async fn mark_damaged(&self, hash: ContentHash) -> Result<(), ServiceError> {
+        self.catalog(move |catalog| catalog.mark_damaged(hash)).await?;
+        self.derivations.forget();
+        Ok(())
+    }
+
+    /// [`App::mark_damaged`] in the background.
     pub(crate) fn report_damage(self: &Arc<Self>, hash: ContentHash) {
         let app = Arc::clone(self);
         tokio::spawn(async move {
-            app.derivations.forget();
-            if let Err(error) = app.catalog(move |catalog| catalog.mark_damaged(hash)).await {
+            if let Err(error) = app.mark_damaged(hash).await {
                 tracing::error!("recording damage of {hash}: {error}");
             }
         });

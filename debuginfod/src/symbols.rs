@@ -12,6 +12,7 @@ use windlass_schema::BuildId;
 use windlass_schema::http::{ArtefactKind, Unresolved};
 use windlass_symbol_index::{FORMAT_VERSION, Index};
 
+use crate::blob::BlobError;
 use crate::catalog::{DerivedKey, DerivedKind};
 use crate::derive::{Inputs, derive};
 use crate::error::ServiceError;
@@ -116,10 +117,20 @@ pub(crate) async fn open(app: &Arc<App>, id: BuildId) -> Result<Opened, ServiceE
 }
 
 async fn load(app: &Arc<App>, key: DerivedKey, inputs: Inputs) -> Result<Opened, ServiceError> {
-    let Ok(blob) = derive(app, key, inputs).await? else {
+    let Ok(blob) = derive(app, key, inputs.clone()).await? else {
         return Ok(Err(Unresolved::BrokenDebuginfo));
     };
-    let map = app.blobs.map(blob).await?;
+    let map = match app.blobs.map(blob).await {
+        // The stored index went bad after it was checked: it is disposable, so make it again.
+        Err(BlobError::Damaged { hash, .. }) => {
+            app.mark_damaged(hash).await?;
+            let Ok(blob) = derive(app, key, inputs).await? else {
+                return Ok(Err(Unresolved::BrokenDebuginfo));
+            };
+            app.blobs.map(blob).await?
+        }
+        map => map?,
+    };
     let opened = tokio::task::spawn_blocking(move || OpenIndex::new(map)).await?;
     let index = Arc::new(opened.map_err(|e| ServiceError::Io(std::io::Error::other(e)))?);
     app.indexes.keep(key, &index);

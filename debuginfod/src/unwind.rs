@@ -10,6 +10,7 @@ use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 use windlass_schema::table::VERSION;
 
+use crate::blob::BlobError;
 use crate::catalog::{Artefact, DerivedKind};
 use crate::delivery::{Delivery, REVALIDATE};
 use crate::derive::{Inputs, derive};
@@ -35,10 +36,26 @@ pub(crate) async fn table(
             "neither executable, skeleton nor debuginfo with unwind sections stored for {id}"
         ))
     })?;
+    match deliver(&app, source.clone(), &method, &headers).await {
+        // The stored table went bad after it was checked: it is disposable, so make it again.
+        Err(ServiceError::Blob(BlobError::Damaged { hash, .. })) => {
+            app.mark_damaged(hash).await?;
+            deliver(&app, source, &method, &headers).await
+        }
+        answer => answer,
+    }
+}
+
+async fn deliver(
+    app: &Arc<App>,
+    source: Artefact,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Result<Response, ServiceError> {
     let (modified_s, file_name) = (source.modified_s, source.file_name.clone());
     let inputs = Inputs { image: Some(source), ..Inputs::default() };
     let key = inputs.key(DerivedKind::Unwind, u32::from(VERSION)).expect("there is an input");
-    let blob = match tokio::time::timeout(PATIENCE, derive(&app, key, inputs)).await {
+    let blob = match tokio::time::timeout(PATIENCE, derive(app, key, inputs)).await {
         Ok(outcome) => outcome?.map_err(|why| ServiceError::Compile(why.to_string()))?,
         Err(_) => {
             let headers = [(header::RETRY_AFTER, "1"), (header::CACHE_CONTROL, "no-store")];
@@ -53,7 +70,7 @@ pub(crate) async fn table(
         content_type: TABLE_TYPE,
         cache_control: REVALIDATE,
     };
-    Ok(delivery.answer(&app, &method, &headers))
+    delivery.answer(app, method, headers).await
 }
 
 /// The best file to compile from. The executable has everything; a skeleton was cut from it for this; a debug

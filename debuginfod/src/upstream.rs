@@ -163,7 +163,12 @@ pub(crate) async fn fetch(
     }
     let shared = Arc::clone(app);
     let outcome = app.upstreams.flights.join(wanted, move || async move {
-        let found = ask_all(&shared, id, kind, &caller).await;
+        let found = match shared.sound_artefact(id, kind).await {
+            // A flight that began just after another one landed finds its result here.
+            Ok(Some(_)) => Ok(true),
+            Ok(None) => ask_all(&shared, id, kind, &caller).await,
+            Err(error) => Err(error),
+        };
         if matches!(found, Ok(false)) {
             shared.upstreams.remember_missing(wanted);
         }

@@ -73,7 +73,7 @@ impl FromStr for BuildId {
         for at in 0..text.len() {
             digit(at)?;
         }
-        if text.len() % 2 != 0 {
+        if !text.len().is_multiple_of(2) {
             return Err(BuildIdError::OddDigits(text.len()));
         }
         let len = text.len() / 2;

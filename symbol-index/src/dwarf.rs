@@ -26,8 +26,8 @@ use crate::name::{self, Demangler};
 use crate::symbol::Symbol;
 use crate::{die_tree, line_only};
 
-/// The largest debug section that is decompressed, in bytes. The largest seen is 2 GiB; a header that
-/// states more asks for memory, not for symbols.
+/// The largest debug section that is decompressed, in bytes: as far as offsets in 32-bit DWARF reach, and the
+/// SymCache's.
 const MAX_SECTION_BYTES: usize = 4 << 30;
 /// The sections that line tables and the tree of DIEs need.
 const SECTIONS: [SectionId; 7] = [
@@ -39,8 +39,8 @@ const SECTIONS: [SectionId; 7] = [
     SectionId::DebugStr,
     SectionId::DebugStrOffsets,
 ];
-/// Most frames of one address. The deepest chain of inlined calls seen in compiled code is 60.
-const MAX_CHAIN: usize = 1024;
+/// Most frames of one address: one more than DIEs may nest, so that only a damaged chain gets there.
+const MAX_CHAIN: usize = die_tree::MAX_DEPTH as usize + 1;
 
 /// What DWARF brought.
 pub(crate) struct Converted {

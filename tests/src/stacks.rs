@@ -6,7 +6,7 @@ use windlass_schema::StopReason;
 use windlass_schema::pprof::{Location, Profile, label};
 
 /// A frame, inlined ones on their own.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Frame {
     /// Demangled name, empty if there is none.
     pub function: String,
@@ -16,6 +16,10 @@ pub struct Frame {
     pub line: i64,
     /// Whether the function was inlined into the next frame.
     pub inlined: bool,
+    /// Path of the image, empty if there is none.
+    pub image: String,
+    /// Where in it: inside the instruction or the call.
+    pub address: u64,
 }
 
 /// A stack and how often it was seen.
@@ -55,9 +59,12 @@ pub fn stacks(profile: &Profile) -> Vec<Stack> {
     let locations: HashMap<u64, &Location> =
         profile.location.iter().map(|location| (location.id, location)).collect();
     let functions: HashMap<_, _> = profile.function.iter().map(|function| (function.id, function)).collect();
+    let mappings: HashMap<_, _> = profile.mapping.iter().map(|mapping| (mapping.id, mapping)).collect();
     let frames_of = |location: &Location| -> Vec<Frame> {
+        let image = mappings.get(&location.mapping_id).map_or("", |mapping| profile.string(mapping.filename));
+        let unnamed = Frame { image: image.to_owned(), address: location.address, ..Frame::default() };
         if location.line.is_empty() {
-            return vec![Frame { function: String::new(), file: String::new(), line: 0, inlined: false }];
+            return vec![unnamed];
         }
         let frame = |(index, line): (usize, &windlass_schema::pprof::Line)| {
             let function = functions.get(&line.function_id).expect("the profile has the line's function");
@@ -66,6 +73,7 @@ pub fn stacks(profile: &Profile) -> Vec<Stack> {
                 file: profile.string(function.filename).to_owned(),
                 line: line.line,
                 inlined: index + 1 < location.line.len(),
+                ..unnamed.clone()
             }
         };
         location.line.iter().enumerate().map(frame).collect()

@@ -24,7 +24,7 @@ pub struct Compiled {
 ///
 /// An image without call frame information gives an empty table, and whatever is malformed in it
 /// is skipped and reported; only a file that is no 64-bit little-endian x86-64 ELF is an error. Takes
-/// memory in proportion to `.eh_frame`: 8 times its size for compilers' output, 40 at worst.
+/// memory in proportion to `.eh_frame`: 8 times its size for compilers' output, about 40 at worst.
 pub fn compile(elf: &[u8], build_id: BuildId) -> Result<Compiled, CompileError> {
     let image = Image::parse(elf)?;
     let mut report = Report {

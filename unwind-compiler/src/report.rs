@@ -74,7 +74,7 @@ pub struct Report {
     pub eh_frame_bytes: u64,
     /// Bytes of code that FDEs cover.
     pub code_bytes: u64,
-    /// Rows that state an exact rule.
+    /// Rows that are exact, ends of coverage included: all but the unsupported ones.
     pub exact_rows: u64,
     /// Bytes of code under exact rows.
     pub exact_code_bytes: u64,
@@ -100,6 +100,7 @@ impl Report {
         self.rows = rows.len() as u64;
         for (index, row) in rows.iter().enumerate() {
             if row.record == Record::NO_CFI {
+                self.exact_rows += 1;
                 continue;
             }
             let end = rows.get(index + 1).map_or(row.address, |next| next.address);

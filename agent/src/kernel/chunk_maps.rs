@@ -39,7 +39,8 @@ impl ChunkMaps {
             Some(map) => map,
             None => self.create_chunk(number)?,
         };
-        Array::<&mut MapData, [u8; CHUNK_BYTES as usize]>::try_from(&mut map)?.set(0, &chunk.0, 0)?;
+        let content: &[u8; CHUNK_BYTES as usize] = &chunk.0;
+        Array::<&mut MapData, [u8; CHUNK_BYTES as usize]>::try_from(&mut map)?.set(0, content, 0)?;
         if !last {
             self.writable.insert(number, map);
         }

@@ -17,7 +17,7 @@ use reqwest::{Response, StatusCode};
 use windlass_schema::http::{ImageAddresses, Provenance, SymbolizeRequest, SymbolizeResponse, Unresolved};
 use windlass_schema::pprof::{self, Profile};
 
-use crate::server::{Server, TWICE_LINE, build, symbol};
+use crate::server::{Server, TWICE_LINE, build, sha256, symbol};
 
 async fn symbolize(server: &Server, images: Vec<ImageAddresses>) -> SymbolizeResponse {
     let request = SymbolizeRequest { images };
@@ -278,6 +278,13 @@ async fn profiles_merge_and_get_names_when_read() {
     let early = get(&format!("start={START_NS}&end={}&pid=42", START_NS + 1)).await;
     assert_eq!(rows(&early), [(stack, 3, labels)]);
     assert!(rows(&get("start=1&end=2").await).is_empty());
+
+    // One damaged batch does not cost the others.
+    let name = sha256(&first.encode_to_vec());
+    std::fs::write(server.folder.path().join("blobs").join(&name[..2]).join(&name), b"gone").unwrap();
+    let values: Vec<i64> = rows(&get(&all).await).iter().map(|row| row.1).collect();
+    assert_eq!(values, [10, 20]);
+    assert_eq!(server.counter("windlass_profile_batches_total{result=\"damaged\"}").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

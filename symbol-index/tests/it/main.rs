@@ -7,5 +7,5 @@ mod agreement;
 mod crafted;
 mod damaged;
 mod described;
-mod probe;
+mod format;
 mod program;
