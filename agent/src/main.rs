@@ -1,6 +1,8 @@
 //! The agent as a program.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -70,12 +72,22 @@ fn return_freed_memory() {
 #[cfg(not(target_env = "gnu"))]
 fn return_freed_memory() {}
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     return_freed_memory();
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("windlass-agent: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
 
+fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut config = Config::new(arguments.server, arguments.cache_dir);
     config.frequency_hz = arguments.frequency;
     config.only_pid = arguments.pid;

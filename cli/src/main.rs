@@ -21,6 +21,7 @@ mod terminal;
 mod unwind;
 mod upload;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -34,7 +35,7 @@ Examples:
   windlass profile --pid 4711 -o profile.html
 
 Exit status: 0 done, 1 done but with findings, 2 could not.
-Environment: WINDLASS_SERVER, WINDLASS_TOKEN; WINDLASS_LOG sets what is logged (error, warn, info, debug).";
+Environment: WINDLASS_SERVER, WINDLASS_TOKEN; logging follows RUST_LOG (default: error).";
 
 #[derive(Parser)]
 #[command(name = "windlass", version, about = "Debug information for production: upload, symbolize, profile")]
@@ -78,10 +79,11 @@ fn main() -> ExitCode {
     let command = Windlass::parse().command;
     tracing_subscriber::fmt()
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("WINDLASS_LOG")
+            tracing_subscriber::EnvFilter::try_from_default_env()
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error")),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     // Fails only when a provider is there already, which serves as well.
     let _ = rustls::crypto::ring::default_provider().install_default();
