@@ -125,7 +125,16 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
                 rbp = word(memory, offset(cfa, f))?;
                 known |= 1 << DWARF_RBP;
             }
-            frame_pointer::AT_RBP => rbp = word(memory, offset(registers.get(DWARF_RBP)?, f))?,
+            frame_pointer::AT_RBP => {
+                let at = offset(registers.get(DWARF_RBP)?, f);
+                // GCC states this rule to the end of a DRAP frame's epilogue, behind the `leave` that has made
+                // rbp the caller's. What this frame saved lies inside this frame.
+                if at >= rsp && at < cfa {
+                    rbp = word(memory, at)?;
+                } else {
+                    known &= !(1 << DWARF_RBP);
+                }
+            }
             _ => known &= !(1 << DWARF_RBP),
         }
     }
@@ -291,6 +300,23 @@ mod tests {
         // A signal frame knows them all again.
         step(&mut after, Rule::Signal(0).to_record(), &Stack).unwrap();
         assert_eq!((after.exact, after.known), (1, 0xffff));
+    }
+
+    /// Behind `leave`, rbp is the caller's, and what it points at is not what the frame saved.
+    #[test]
+    fn a_frame_pointer_saved_outside_of_the_frame_is_unknown() {
+        let ret = frame(CfaRule::Offset(Register::RSP, 8), AT_CFA, FramePointerRule::AtRbp(0)).to_record();
+        for rbp in [BASE + 80, BASE + 24, BASE + 8, 1, u64::MAX] {
+            let mut after = registers();
+            after.general[6] = rbp;
+            step(&mut after, ret, &Stack).unwrap();
+            assert_eq!((after.rip, after.known), (102, 1 << DWARF_RSP), "{rbp:#x}");
+        }
+        // In the body, it lies between the stack pointer and the CFA.
+        let mut after = registers();
+        after.general[6] = BASE + 16;
+        step(&mut after, ret, &Stack).unwrap();
+        assert_eq!((after.general[6], after.known), (102, FRAME_REGISTERS));
     }
 
     #[test]

@@ -11,9 +11,8 @@ use object::LittleEndian as LE;
 use object::elf;
 use object::read::ReadRef;
 use object::read::elf::{FileHeader as _, NoteIterator, ProgramHeader as _, SectionHeader as _};
-use sha2::{Digest as _, Sha256};
 use windlass_schema::table::Architecture;
-use windlass_schema::{BuildId, FileOffset, LoadBias, ProcessAddress};
+use windlass_schema::{BuildId, FileOffset, LoadBias, ProcessAddress, file_id};
 
 /// Header of the files read here: 64-bit, little-endian.
 pub(crate) type FileHeader = elf::FileHeader64<LE>;
@@ -29,10 +28,6 @@ pub const MAX_PROGRAM_HEADERS: u32 = 1170;
 pub const MAX_SECTION_HEADERS: u32 = 65_000;
 /// Largest note segment or section read in bytes; they have some hundreds.
 pub const MAX_NOTE_BYTES: u64 = 1024 * 1024;
-/// Bytes at the head and at the tail of a file that its hash covers (OpenTelemetry `htlhash`).
-const FILE_HASH_BLOCK_BYTES: u64 = 4096;
-/// Bytes kept of the SHA-256.
-const FILE_HASH_BYTES: usize = 16;
 
 /// An image's identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -220,17 +215,11 @@ pub(crate) fn build_id_in_notes(data: &[u8], align: u64) -> Option<BuildId> {
         .find_map(|note| BuildId::new(note.desc()).ok())
 }
 
-/// The OpenTelemetry `htlhash`: the first 16 bytes of SHA-256 over the file's first 4096 bytes, its
-/// last 4096 bytes (all of it each time, if it is shorter), and its length as a big-endian `u64`.
+/// The file's OpenTelemetry [`htlhash`](file_id).
 pub(crate) fn file_hash<'data, R: ReadRef<'data>>(elf: R) -> Result<BuildId, ImageError> {
     let unreadable = |()| ImageError::Malformed("file cannot be read for its hash".to_owned());
     let length = elf.len().map_err(unreadable)?;
-    let block = length.min(FILE_HASH_BLOCK_BYTES);
-    let mut hash = Sha256::new();
-    hash.update(elf.read_bytes_at(0, block).map_err(unreadable)?);
-    hash.update(elf.read_bytes_at(length - block, block).map_err(unreadable)?);
-    hash.update(length.to_be_bytes());
-    Ok(BuildId::new(&hash.finalize()[..FILE_HASH_BYTES]).expect("16 bytes are a build-ID's length"))
+    file_id::htlhash_with(length, |offset, size| elf.read_bytes_at(offset, size)).map_err(unreadable)
 }
 
 #[cfg(test)]
@@ -264,15 +253,10 @@ mod tests {
     }
 
     #[test]
-    fn file_hash_is_that_of_opentelemetry() {
-        // The definition, written out: sha256(head || tail || length)[..16].
-        let long: Vec<u8> = (0..10_000u32).map(|at| at as u8).collect();
-        for (file, head, tail) in [(&long[..], &long[..4096], &long[10_000 - 4096..]), (b"ab", b"ab", b"ab")]
-        {
-            let mut whole = [head, tail].concat();
-            whole.extend((file.len() as u64).to_be_bytes());
-            assert_eq!(file_hash(file).unwrap().as_bytes(), &Sha256::digest(&whole)[..16]);
-        }
+    fn file_hash_of_a_file_that_is_read_in_parts() {
+        let own = std::env::current_exe().unwrap();
+        let file = object::ReadCache::new(std::fs::File::open(&own).unwrap());
+        assert_eq!(file_hash(&file), Ok(file_id::htlhash(&std::fs::read(own).unwrap())));
     }
 
     fn image(segments: &[(u64, u64, u64, bool)]) -> Image {

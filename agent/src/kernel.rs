@@ -273,7 +273,7 @@ impl Backend for Kernel {
 
 /// The map values that state `mappings`. Left out are those beyond a process's limit, and those above
 /// the user half of the address space (`[vsyscall]`), where the search's comparisons do not hold.
-pub(crate) fn segments_of(
+pub fn segments_of(
     mappings: &[PlacedMapping],
     generation: u32,
 ) -> (ProcessEntry, Vec<MappingSegment>) {

@@ -114,7 +114,11 @@ fn text(answer: &SymbolizeResponse, image: &ImageFrames, addresses: &[u64]) -> a
         }
         if frames.is_empty() {
             let reason = image.unresolved.iter().find(|(at, _)| *at as usize == index);
-            text += &format!("  ?? ({})\n", reason.map_or("no name", |(_, reason)| explain(*reason)));
+            let reason = reason.map_or("no name", |(_, reason)| explain(*reason));
+            let start = image.unnamed_functions.iter().find(|(at, _)| *at as usize == index);
+            let place =
+                start.map_or_else(String::new, |(_, start)| format!(" in the function at {start:#x}"));
+            text += &format!("  ??{place} ({reason})\n");
         }
     }
     Ok(text)
@@ -149,8 +153,9 @@ mod tests {
             ],
             images: vec![ImageFrames {
                 build_id: "abcd".parse().unwrap(),
-                addresses: vec![vec![0, 1], vec![]],
-                unresolved: vec![(1, Unresolved::NoSymbolAtAddress)],
+                addresses: vec![vec![0, 1], vec![], vec![]],
+                unresolved: vec![(1, Unresolved::NoSymbolAtAddress), (2, Unresolved::NoSymbols)],
+                unnamed_functions: vec![(1, 0x10)],
             }],
         }
     }
@@ -158,9 +163,10 @@ mod tests {
     #[test]
     fn inlined_frames_and_missing_names_are_told() {
         let answer = answer();
-        let text = text(&answer, &answer.images[0], &[0x1139, 0x20]).unwrap();
+        let text = text(&answer, &answer.images[0], &[0x1139, 0x20, 0x99]).unwrap();
         let expect = "0x1139\n  leaf at /src/a.c:3 (inlined)\n  main at /src/a.c:?\n\
-                      0x20\n  ?? (no symbol covers this address)\n";
+                      0x20\n  ?? in the function at 0x10 (no symbol covers this address)\n\
+                      0x99\n  ?? (what is stored has no symbols: upload the file as it was before strip)\n";
         assert_eq!(text, expect);
     }
 

@@ -11,14 +11,10 @@ use object::elf::{self, FileHeader32, FileHeader64};
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::{Endianness, FileKind};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use windlass_schema::BuildId;
+use windlass_schema::file_id::{FILE_ID_BYTES, htlhash};
 use windlass_schema::http::ArtefactKind;
 
-/// Bytes at each end of a file that its `htlhash` covers.
-const HTLHASH_BLOCK_BYTES: usize = 4096;
-/// Length of an `htlhash` in bytes.
-const HTLHASH_BYTES: usize = 16;
 /// Most sections kept on record: what `e_shnum` can say without extension. Later ones are not served.
 const MAX_SECTIONS: usize = 0xff00;
 
@@ -138,7 +134,7 @@ fn check_elf<H: FileHeader<Endian = Endianness>>(
         (Some(found), _) if found == stated => {}
         (Some(found), _) => return Err(ContentError::BuildId(Box::new(Mismatch { found, stated }))),
         // A skeleton lacks the bytes that the hash covers.
-        (None, ArtefactKind::Skeleton) if stated.as_bytes().len() == HTLHASH_BYTES => {}
+        (None, ArtefactKind::Skeleton) if stated.as_bytes().len() == FILE_ID_BYTES => {}
         (None, ArtefactKind::Skeleton) => return Err(ContentError::SkeletonHash(stated)),
         (None, _) => match htlhash(content) {
             found if found == stated => {}
@@ -179,18 +175,6 @@ fn build_id_note<H: FileHeader<Endian = Endianness>>(
         }
         None
     })
-}
-
-/// The OpenTelemetry file ID: SHA-256 over the first and last 4096 bytes and the length (u64,
-/// big-endian), its first 16 bytes. A shorter file counts whole, each time.
-fn htlhash(content: &[u8]) -> BuildId {
-    let block = content.len().min(HTLHASH_BLOCK_BYTES);
-    let digest = Sha256::new()
-        .chain_update(&content[..block])
-        .chain_update(&content[content.len() - block..])
-        .chain_update((content.len() as u64).to_be_bytes())
-        .finalize();
-    BuildId::new(&digest[..HTLHASH_BYTES]).expect("16 bytes are a legal length")
 }
 
 fn facts<H: FileHeader<Endian = Endianness>>(
@@ -289,11 +273,5 @@ mod tests {
             Err(ContentError::Kallsyms { line: 2, .. })
         ));
         assert_eq!(check(""), Err(ContentError::EmptyKallsyms));
-    }
-
-    #[test]
-    fn htlhash_of_a_short_file_counts_it_twice() {
-        let expected = Sha256::new().chain_update(b"abcabc").chain_update(3u64.to_be_bytes()).finalize();
-        assert_eq!(htlhash(b"abc").as_bytes(), &expected[..16]);
     }
 }

@@ -104,18 +104,25 @@ fn intern<T: Clone + Eq + Hash>(list: &mut Vec<T>, known: &mut HashMap<T, u32>, 
 
 impl Dictionary {
     fn add_image(&mut self, image: &ImageAddresses, index: Result<&Index<'_>, Unresolved>) {
-        let mut answer =
-            ImageFrames { build_id: image.build_id, addresses: Vec::new(), unresolved: Vec::new() };
+        let mut answer = ImageFrames {
+            build_id: image.build_id,
+            addresses: Vec::with_capacity(image.addresses.len()),
+            unresolved: Vec::new(),
+            unnamed_functions: Vec::new(),
+        };
         for (number, address) in image.addresses.iter().enumerate() {
             let address = match image.return_addresses {
                 true => ReturnAddress::new(*address).lookup_address().get(),
                 false => *address,
             };
-            let found = index.and_then(|index| index.lookup(ImageAddress::new(address)));
+            let address = ImageAddress::new(address);
+            let found = index.and_then(|index| index.lookup(address));
             answer.addresses.push(match found {
                 Ok(frames) => frames.into_iter().map(|frame| self.add_frame(frame)).collect(),
                 Err(why) => {
                     answer.unresolved.push((number as u32, why));
+                    let start = index.ok().and_then(|index| index.function_at(address));
+                    answer.unnamed_functions.extend(start.map(|start| (number as u32, start.get())));
                     Vec::new()
                 }
             });

@@ -194,6 +194,10 @@ pub struct ImageFrames {
     /// Why those without frames have none: index into `addresses` and the reason.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unresolved: Vec<(u32, Unresolved)>,
+    /// Of those without frames, where the function starts that has no name, as far as it is known: index into
+    /// `addresses` and image address. Addresses of one function have the same start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unnamed_functions: Vec<(u32, u64)>,
 }
 
 /// Where a name comes from.

@@ -1,7 +1,7 @@
 //! Every type that crosses a boundary of Windlass, and nothing else.
 //!
 //! Without features this is `no_std` and allocates nothing: the BPF program uses it as it is. With
-//! `std` come the HTTP bodies and the pprof messages. In reading order:
+//! `std` come file IDs, the HTTP bodies and the pprof messages. In reading order:
 //!
 //! - [`address`]: process address, image address, file offset, return address
 //! - [`build_id`]: the name of an image
@@ -9,12 +9,15 @@
 //! - [`page`] and [`table`]: the unwind-table format, its search and its reader
 //! - [`stop`]: why a walk ended
 //! - [`maps`]: layouts and limits of the BPF maps
+//! - `file_id` (feature `std`): the name of an image without a build-ID note
 //! - `http` and `pprof` (feature `std`): bodies of the service's interfaces
 
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 pub mod address;
 pub mod build_id;
+#[cfg(feature = "std")]
+pub mod file_id;
 #[cfg(feature = "std")]
 pub mod http;
 pub mod maps;

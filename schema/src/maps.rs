@@ -132,6 +132,7 @@ pub mod no_table {
             code if code == StopReason::TablePending as u32 => StopReason::TablePending,
             code if code == StopReason::TableBudget as u32 => StopReason::TableBudget,
             code if code == StopReason::Jit as u32 => StopReason::Jit,
+            code if code == StopReason::NoCfi as u32 => StopReason::NoCfi,
             _ => StopReason::TableUnavailable,
         })
     }

@@ -179,7 +179,7 @@ impl<'a> Table<'a> {
         };
         let (base, pages) = (u64_at(file, 16), u32_at(file, 24));
         let (records, page_bytes) = (u32_at(file, 28), u32_at(file, 32));
-        let directory_bytes = u64::from(pages.next_multiple_of(2)) * 4;
+        let directory_bytes = u64::from(pages).next_multiple_of(2) * 4;
         let expected = HEADER_BYTES as u64 + u64::from(records) * 8 + directory_bytes + u64::from(page_bytes);
         if file.len() as u64 != expected {
             return Err(TableError::Length { found: file.len() as u64, expected });

@@ -3,14 +3,15 @@
 use crate::container::{self, Parts};
 use crate::elf::{self, ElfError};
 use crate::symbol::{self, Symbol};
-use crate::{dwarf, elf_symbols, kallsyms, symbol_table};
+use crate::{call_frames, dwarf, elf_symbols, extent_table, kallsyms, symbol_table};
 
 /// What is known of an image. Each part is optional.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Input<'a> {
     /// An ELF file with debug sections: DWARF, `.symtab`, or both.
     pub debug: Option<&'a [u8]>,
-    /// The executable, shared object or skeleton: `.symtab`, `.dynsym`, and DWARF if `debug` has none.
+    /// The executable, shared object or skeleton: `.symtab`, `.dynsym`, `.eh_frame`, and DWARF if `debug` has
+    /// none.
     pub image: Option<&'a [u8]>,
     /// Symbols of a kernel: lines of `HEXADDR TYPE NAME`, addresses as linked.
     pub kallsyms: Option<&'a [u8]>,
@@ -48,6 +49,9 @@ pub fn build(input: Input<'_>) -> Result<Vec<u8>, BuildError> {
     }
     let mut symbols: Vec<Symbol<'_>> =
         files.iter().flat_map(|(_, file)| elf_symbols::symbols(file)).collect();
+    let mut functions = files.iter().rev().map(|(_, file)| call_frames::functions(file));
+    let functions = functions.find(|functions| !functions.is_empty()).unwrap_or_default();
+    call_frames::limit_symbols(&mut symbols, &functions);
     symbols.extend(input.kallsyms.map(kallsyms::symbols).unwrap_or_default());
 
     let mut parts = Parts { broken: unreadable.is_some(), ..Parts::default() };
@@ -61,10 +65,12 @@ pub fn build(input: Input<'_>) -> Result<Vec<u8>, BuildError> {
             None => parts.broken = true,
         }
     }
-    if let Some(error) = unreadable.filter(|_| symbols.is_empty() && parts.symcache.is_empty()) {
+    let nothing = symbols.is_empty() && functions.is_empty() && parts.symcache.is_empty();
+    if let Some(error) = unreadable.filter(|_| nothing) {
         return Err(error);
     }
     let segments = symbol::flatten(symbols);
+    parts.extents = extent_table::encode(&call_frames::unnamed(functions, &segments));
     parts.symbols = symbol_table::encode(&segments).map_err(|_| BuildError::TooManyNames(segments.len()))?;
     Ok(container::encode(&parts))
 }

@@ -1,10 +1,11 @@
-//! The format of an index: two answers to "what is at this address" behind one header.
+//! The format of an index: the answers to "what is at this address" behind one header.
 //!
 //! # Why this shape
 //! The strongest peer, Sentry's SymCache, writes DWARF's functions and the symbol table's into one table,
 //! so nobody can tell which of the two a name came from, and leaves out what has no DWARF as soon as
 //! a neighbour has some. Here a SymCache holds what DWARF says and nothing else; symbols have a table
-//! of their own that is asked second. The checksum covers everything behind itself, so that a reader
+//! of their own that is asked second. Functions of stripped images, which have no name left but still
+//! their extent, are in a third table. The checksum covers everything behind itself, so that a reader
 //! that got past it reads what was written.
 //!
 //! # Layout
@@ -24,35 +25,40 @@
 //! 56      u64   their length in bytes
 //! 64      u64   offset of the symbol table's strings
 //! 72      u64   their length in bytes
-//! 80            sections
+//! 80      u64   offset of the extent table's blocks
+//! 88      u64   their length in bytes
+//! 96      u64   offset of the extent table's lengths
+//! 104     u64   their length in bytes
+//! 112           sections
 //! ```
 //! The SymCache is `symbolic`'s, version 9, in which a function's name is `NAME` or
 //! `NAME NUL LINKAGE-NAME`, or empty for code whose line is known but not its function. The symbol table
-//! is described in `symbol_table`.
+//! is described in `symbol_table`, the extent table in `extent_table`.
 //!
-//! An index without any symbols is its header, for example with base 0:
+//! An index of nothing is its header, for example with base 0:
 //! ```text
-//! 57 4c 53 58  01 00 00 00  <8 bytes of checksum>  00 00 00 00  00 00 00 00  <base: 8 zero bytes>
-//! 50 00 00 00 00 00 00 00  <8 zero bytes>    three times: an empty section at offset 80
+//! 57 4c 53 58  02 00 00 00  <8 bytes of checksum>  00 00 00 00  00 00 00 00  <base: 8 zero bytes>
+//! 70 00 00 00 00 00 00 00  <8 zero bytes>    five times: an empty section at offset 112
 //! ```
 //!
 //! # Lookup of image address `x`
 //! 1. SymCache at `x - base`: a chain of frames, innermost first. Those with a name are DWARF's.
 //! 2. If there is none, or the outermost has no name: the symbol that covers `x`. It is the function,
 //!    at the file and line of step 1 if that gave one.
-//! 3. If there is none either: unresolved.
+//! 3. If there is none either: unresolved. The extent table may still say where the function starts.
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::extent_table::{self, ExtentTable};
 use crate::symbol_table::{self, SymbolTable};
 
 /// The version of the format.
 ///
-/// 1: the first.
-pub const FORMAT_VERSION: u32 = 1;
+/// 2: extents of functions without names. 1: the first.
+pub const FORMAT_VERSION: u32 = 2;
 
 const MAGIC: [u8; 4] = *b"WLSX";
-const HEADER_BYTES: usize = 80;
+const HEADER_BYTES: usize = 112;
 /// What the checksum covers starts here.
 const CHECKED_FROM: usize = 16;
 const SECTION_ALIGNMENT: usize = 8;
@@ -88,9 +94,9 @@ pub enum IndexError {
         /// Of the index.
         size: usize,
     },
-    /// The symbol table's addresses do not ascend.
-    #[error("symbol index has unsorted symbols")]
-    Unsorted,
+    /// The addresses of this table do not ascend.
+    #[error("symbol index has unsorted {0}")]
+    Unsorted(&'static str),
     /// The SymCache inside cannot be read.
     #[error("broken SymCache in symbol index: {0}")]
     SymCache(String),
@@ -103,6 +109,7 @@ pub(crate) struct Parts {
     pub(crate) base: u64,
     pub(crate) symcache: Vec<u8>,
     pub(crate) symbols: symbol_table::Encoded,
+    pub(crate) extents: extent_table::Encoded,
 }
 
 /// What an index holds, in place.
@@ -112,12 +119,14 @@ pub(crate) struct Sections<'a> {
     pub(crate) base: u64,
     pub(crate) symcache: &'a [u8],
     pub(crate) symbols: SymbolTable<'a>,
+    pub(crate) extents: ExtentTable<'a>,
 }
 
 /// Writes an index.
 pub(crate) fn encode(parts: &Parts) -> Vec<u8> {
     let mut bytes = vec![0; HEADER_BYTES];
-    let sections = [&parts.symcache, &parts.symbols.entries, &parts.symbols.strings];
+    let Parts { symcache, symbols, extents, .. } = parts;
+    let sections = [symcache, &symbols.entries, &symbols.strings, &extents.blocks, &extents.lengths];
     for (number, section) in sections.into_iter().enumerate() {
         bytes.resize(bytes.len().next_multiple_of(SECTION_ALIGNMENT), 0);
         let field = 32 + 16 * number;
@@ -156,13 +165,21 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Sections<'_>, IndexError> {
         section(bytes, header, 64, 1)?,
     );
     if !symbols.is_sorted() {
-        return Err(IndexError::Unsorted);
+        return Err(IndexError::Unsorted("symbols"));
+    }
+    let extents = ExtentTable::new(
+        section(bytes, header, 80, extent_table::BLOCK_BYTES)?,
+        section(bytes, header, 96, 1)?,
+    );
+    if !extents.is_sorted() {
+        return Err(IndexError::Unsorted("extents"));
     }
     Ok(Sections {
         broken: word(header, 16) as u32 & FLAG_BROKEN != 0,
         base: word(header, 24),
         symcache: section(bytes, header, 32, 1)?,
         symbols,
+        extents,
     })
 }
 

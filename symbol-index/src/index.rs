@@ -77,6 +77,14 @@ impl<'a> Index<'a> {
         if frames.is_empty() { Err(self.why_nothing()) } else { Ok(frames) }
     }
 
+    /// Where the function starts that contains `address`, if it has no name: call frame information survives
+    /// every strip. All addresses of one function have the same start.
+    ///
+    /// Of use where [`lookup`](Self::lookup) finds nothing; of functions that have a name nothing is kept here.
+    pub fn function_at(&self, address: ImageAddress) -> Option<ImageAddress> {
+        self.sections.extents.lookup(address.get()).map(ImageAddress::new)
+    }
+
     fn dwarf_frames(&self, address: ImageAddress) -> Result<Vec<DwarfFrame<'_>>, Unresolved> {
         match address.get().checked_sub(self.sections.base) {
             Some(relative) if !self.symcache().is_empty() => {

@@ -8,20 +8,24 @@
 //! - `dwarf`: functions, inlined calls and lines; `die_tree`: what has to hold before; `line_only`: lines of code
 //!   that no function describes
 //! - `elf_symbols`, `kallsyms`: functions by name only; `symbol`: which of several names counts
-//! - `symbol_table`: those names as a sorted table of bytes
-//! - `container`: the format of an index, around both
+//! - `call_frames`: extents of functions that have no name; `range`: lists of such extents
+//! - `symbol_table`, `extent_table`: names and extents as sorted tables of bytes
+//! - `container`: the format of an index, around all of these
 //! - `index`: the lookup ([`Index`], [`Frame`])
 
 mod build;
+mod call_frames;
 mod container;
 mod die_tree;
 mod dwarf;
 mod elf;
 mod elf_symbols;
+mod extent_table;
 mod index;
 mod kallsyms;
 mod line_only;
 mod name;
+mod range;
 mod symbol;
 mod symbol_table;
 

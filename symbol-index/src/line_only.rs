@@ -12,9 +12,7 @@ use symbolic::symcache::SymCacheConverter;
 
 use crate::dwarf::Reader;
 use crate::elf;
-
-/// From start to end (exclusive).
-type Range = (u64, u64);
+use crate::range::{self, Range};
 
 /// Adds the lines of `dwarf`, of `file`, outside `functions`, the ranges relative to `base` that have functions.
 /// Says whether all line tables could be read.
@@ -27,7 +25,7 @@ pub(crate) fn add(
 ) -> bool {
     let gaps = Gaps {
         base,
-        functions: merge(functions),
+        functions: range::union(functions),
         code: file.sections().filter_map(|section| elf::code_range(&section)).collect(),
     };
     let mut complete = true;
@@ -133,26 +131,13 @@ impl Gaps {
     }
 }
 
-/// The union of `ranges`, disjoint and ascending.
-fn merge(mut ranges: Vec<Range>) -> Vec<Range> {
-    ranges.sort_unstable();
-    let mut merged: Vec<Range> = Vec::new();
-    for (start, end) in ranges {
-        match merged.last_mut() {
-            Some(last) if start <= last.1 => last.1 = last.1.max(end),
-            _ => merged.push((start, end)),
-        }
-    }
-    merged
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn gaps_between_functions() {
-        let functions = merge(vec![(0x30, 0x40), (0x10, 0x20), (0x18, 0x28)]);
+        let functions = range::union(vec![(0x30, 0x40), (0x10, 0x20), (0x18, 0x28)]);
         assert_eq!(functions, [(0x10, 0x28), (0x30, 0x40)]);
         let gaps = Gaps { base: 0x1000, functions, code: vec![(0x1000, 0x1050)] };
         assert_eq!(gaps.within(0x1000, 0x2000), [(0x0, 0x10), (0x28, 0x30), (0x40, 0x50)]);

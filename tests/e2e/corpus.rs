@@ -53,8 +53,10 @@ fn write_seeds_from_fixtures() {
     let build_id = BuildId::new(&[0xab; 20]).expect("20 bytes are a build-ID");
     let table =
         |elf: &[u8]| windlass_unwind_compiler::compile(elf, build_id).expect("fixtures compile").table;
-    let input = windlass_symbol_index::Input { debug: Some(&small), ..Default::default() };
-    let index = windlass_symbol_index::build(input).expect("fixtures have an index");
+    let index = |elf: &[u8]| {
+        let input = windlass_symbol_index::Input { debug: Some(elf), ..Default::default() };
+        windlass_symbol_index::build(input).expect("fixtures have an index")
+    };
     let maps = b"00400000-00452000 r-xp 00000000 08:02 173521      /usr/bin/a b\n\
         7f0000000000-7f0000001000 rwxp 00000000 00:00 0 \n\
         7fffb2c0d000-7fffb2c0e000 r-xp 00001000 fe:01 1 /x\\012y (deleted)\n\
@@ -68,7 +70,8 @@ fn write_seeds_from_fixtures() {
         ("skeleton", "broken-fde", &broken),
         ("table_parse", "small-plain", &table(&plain)),
         ("table_parse", "broken-fde", &table(&broken)),
-        ("index_parse", "small", &index),
+        ("index_parse", "small", &index(&small)),
+        ("index_parse", "small-plain", &index(&plain)),
         ("proc_maps", "five-kinds", maps),
     ] {
         std::fs::create_dir_all(folder(target)).expect("folder of a corpus");

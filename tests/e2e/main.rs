@@ -2,9 +2,11 @@
 
 mod architecture;
 mod bpf;
+mod chunks;
 mod corpus;
 mod debuginfod;
 mod live;
 mod quickstart;
 mod unwind;
 mod user_mode;
+mod walks;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use windlass_tests::program::{fixture, run, text, windlass};
+use windlass_unwind_compiler::{build_id_of, compile};
 
 /// The libc that this test runs on.
 fn libc_path() -> PathBuf {
@@ -84,4 +85,20 @@ fn a_table_file_answers_as_its_elf_file() {
     assert_eq!(dump, of(&fixture("frames")));
     // The over-aligned frame: its CFA is behind a pointer.
     assert!(dump.contains("cfa=*("), "{dump}");
+}
+
+#[test]
+fn a_skeleton_compiles_to_the_table_of_the_whole() {
+    for path in
+        ["inlined", "frames", "broken-fde", "small-plain"].map(fixture).into_iter().chain([libc_path()])
+    {
+        let whole = std::fs::read(&path).expect("read the ELF file");
+        let skeleton = windlass_agent::skeleton::skeleton(&whole[..]).expect("an ELF file has a skeleton");
+        // Its point: no code. Fixtures have hardly any to leave out.
+        assert!(whole.len() < 1 << 20 || 2 * skeleton.len() < whole.len(), "{} bytes", skeleton.len());
+        let build_id = build_id_of(&whole).expect("these have build-IDs");
+        assert_eq!(build_id_of(&skeleton), Some(build_id), "{}", path.display());
+        let table = |elf: &[u8]| compile(elf, build_id).expect("these compile").table;
+        assert!(table(&skeleton) == table(&whole), "{}: tables differ", path.display());
+    }
 }

@@ -62,17 +62,18 @@ pub fn index_build(data: &[u8]) {
 pub fn index_parse(data: &[u8]) {
     let Ok(index) = Index::parse(data) else { return };
     for address in (0..0x2000).step_by(5).chain([u64::MAX]) {
-        let _ = index.lookup(ImageAddress::new(address));
+        let address = ImageAddress::new(address);
+        let _ = index.lookup(address);
+        assert!(index.function_at(address).is_none_or(|start| start <= address), "{address}");
     }
 }
 
-/// Takes the skeleton of bytes as an ELF file; where the whole compiles, so does the skeleton.
+/// Takes the skeleton of bytes as an ELF file, and compiles that as the service does. Of a damaged file
+/// the two may keep different parts, so tables are compared for whole files only, by a plain test.
 pub fn skeleton(data: &[u8]) {
-    let Ok(skeleton) = windlass_agent::skeleton::skeleton(data) else { return };
-    // The table of a skeleton is the table of the whole.
-    let table =
-        |elf: &[u8]| windlass_unwind_compiler::compile(elf, build_id()).ok().map(|compiled| compiled.table);
-    assert_eq!(table(&skeleton), table(data), "tables of the skeleton and of the whole");
+    if let Ok(skeleton) = windlass_agent::skeleton::skeleton(data) {
+        compile(&skeleton);
+    }
 }
 
 /// Reads bytes as the text of `/proc/PID/maps`.

@@ -103,15 +103,21 @@ fn build(toolchain: &Toolchain) -> Result<Vec<u8>> {
     let name = toolchain.llvm.file_name().context("the LLVM library has no name")?;
     std::os::unix::fs::symlink(&toolchain.llvm, llvm_folder.path().join(name))?;
     let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
-    let flags = [
+    let mut flags = vec![
         format!("-Clinker={}", toolchain.linker.display()),
         "-Clink-arg=--btf".to_owned(),
         "-Cdebuginfo=2".to_owned(),
-        // The last one that matches wins, so the wider ones come first.
-        remap(&cargo_home().join("registry/src"), "registry"),
-        remap(&root(), "windlass"),
-        remap(&toolchain.sources, "rust"),
     ];
+    // Crates lie in a folder named after their registry, which is nobody's business; it must be there
+    // before the build to be mapped.
+    run(command(&toolchain.cargo).args(["fetch", "--quiet", "--locked"]).env("RUSTC", &toolchain.rustc))
+        .context("fetch the sources of the BPF program's dependencies")?;
+    for registry in std::fs::read_dir(cargo_home().join("registry/src")).into_iter().flatten().flatten() {
+        flags.push(remap(&registry.path(), "registry"));
+    }
+    // The last one that matches wins, so the wider ones come first.
+    flags.push(remap(&root(), "windlass"));
+    flags.push(remap(&toolchain.sources, "rust"));
     let mut compile = command(&toolchain.cargo);
     compile
         .args(["build", "--quiet", "--release", "--locked", "--package", "windlass-bpf"])

@@ -219,7 +219,7 @@ fn walk_user(data: *mut bpf_perf_event_data, scratch: *mut Scratch, tgid: u32) -
 
 /// Takes one sample. The program's name in the object is `windlass_sample`.
 #[perf_event]
-pub fn windlass_sample(context: PerfEventContext) -> u32 {
+fn windlass_sample(context: PerfEventContext) -> u32 {
     // SAFETY: helpers are called as their documentation asks; buffers are the per-CPU scratch value.
     unsafe {
         let pid_tgid = bpf_get_current_pid_tgid();

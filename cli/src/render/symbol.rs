@@ -3,8 +3,10 @@
 //! A function is told apart by name and source file and, where no file is known, by image: `memcpy` of
 //! libc and `memcpy` of the kernel are two. A name that is missing stays missing (`IMAGE+0xADDRESS`, or
 //! [`UNKNOWN`] where an index leads nowhere); nothing is guessed from neighbours. The address is the one in
-//! the profile, which our agent writes as an image address, so `windlass symbolize` takes it as it is.
+//! the profile, which our agent writes as an image address, so `windlass symbolize` takes it as it is; or,
+//! where the service knows it, that of the function's start, so that a function without a name is still one.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use windlass_schema::pprof;
@@ -140,9 +142,9 @@ impl<'p> Locations<'p> {
         let path = mapping.map_or("", |mapping| self.profile.string(mapping.filename));
         let kind = if path.starts_with(KERNEL_PREFIX) { Kind::Kernel } else { Kind::Native };
         let image = image_name(path);
-        let Some(outermost) = location.line.len().checked_sub(1).filter(|_| !self.is_described(location))
-        else {
-            let name = match (image, location.address) {
+        let described = self.described(location, image);
+        let Some(outermost) = location.line.len().checked_sub(1).filter(|_| described.is_none()) else {
+            let name = match (image, described.unwrap_or(location.address)) {
                 (None, 0) => UNKNOWN.to_owned(),
                 (image, address) => format!("{}+{address:#x}", image.unwrap_or(UNKNOWN)),
             };
@@ -162,14 +164,22 @@ impl<'p> Locations<'p> {
             .collect()
     }
 
-    /// Whether its only function is its own address in words: what services write for viewers that cannot
-    /// show a location without a function (`libc.so.6+0x1234`, `libc.so.6!0x1234`, `0x1234`).
-    fn is_described(&self, location: &pprof::Location) -> bool {
-        let [line] = location.line[..] else { return false };
-        let Some(function) = self.functions.get(&line.function_id) else { return false };
-        let name = self.profile.string(function.name);
-        let image = name.strip_suffix(&format!("{:#x}", location.address));
-        function.filename == 0 && image.is_some_and(|image| image.is_empty() || image.ends_with(['+', '!']))
+    /// The address that its only function states in words: what services write for viewers that cannot show a
+    /// location without a function (`libc.so.6+0x1234`, `libc.so.6!0x1234`, `0x1234`). It is that of the location, or
+    /// one before it in the same image: the start of the function.
+    fn described(&self, location: &pprof::Location, image: Option<&str>) -> Option<u64> {
+        let [line] = location.line[..] else { return None };
+        let function = self.functions.get(&line.function_id).filter(|function| function.filename == 0)?;
+        let (prefix, digits) = self.profile.string(function.name).rsplit_once("0x")?;
+        let address = u64::from_str_radix(digits, 16).ok()?;
+        let stated = prefix.strip_suffix(['+', '!']);
+        let in_image = prefix.is_empty() || (stated.is_some() && stated == image);
+        let is_described = match address.cmp(&location.address) {
+            Ordering::Less => in_image,
+            Ordering::Equal => prefix.is_empty() || stated.is_some(),
+            Ordering::Greater => false,
+        };
+        is_described.then_some(address)
     }
 
     fn line_function(&self, line: &pprof::Line, image: Option<&str>, kind: Kind) -> Function {

@@ -120,8 +120,12 @@ fn an_address_in_words_is_not_a_name() {
     let mut writer = Writer::new();
     let described =
         [("/lib/libc.so.6", "libc.so.6+0x1234"), ("", "0x1234"), ("/lib/libc.so.6", "libc.so.6!0x1234")];
-    let real =
-        [("/lib/libc.so.6", "libc.so.6+0x999"), ("/lib/libc.so.6", "f0x1234"), ("/lib/x.so", "g@g.c:1")];
+    let real = [
+        ("/lib/libc.so.6", "libc.so.6+0x1235"),
+        ("/lib/libc.so.6", "other+0x999"),
+        ("/lib/libc.so.6", "f0x1234"),
+        ("/lib/x.so", "g@g.c:1"),
+    ];
     let locations =
         described.iter().chain(&real).map(|(image, name)| writer.location(image, 0x1234, &[name]));
     let locations: Vec<u64> = locations.collect();
@@ -130,9 +134,31 @@ fn an_address_in_words_is_not_a_name() {
     let kinds =
         profile.stacks[0].frames.iter().rev().map(|frame| profile.symbols.function(frame.function).kind);
     let kinds: Vec<bool> = kinds.map(|kind| kind == super::symbol::Kind::Unresolved).collect();
-    assert_eq!(kinds, [true, true, true, false, false, false]);
+    assert_eq!(kinds, [true, true, true, false, false, false, false]);
     check_function(&profile, "libc.so.6+0x1234", (1, 1, None));
     check_function(&profile, "[unknown]+0x1234", (0, 1, None));
+}
+
+#[test]
+fn addresses_of_one_function_without_a_name_are_one_node() {
+    const LIBC: &str = "/lib/libc.so.6";
+    let mut writer = Writer::new();
+    let main = writer.location("/usr/bin/app", 0x10, &["main@app.rs:5"]);
+    let walk: Vec<u64> =
+        [0x1200, 0x1234, 0x12ff].map(|at| writer.location(LIBC, at, &["libc.so.6+0x1200"])).into();
+    writer.sample(MAIN, &[walk[1], walk[0], main], 1);
+    writer.sample(MAIN, &[walk[2], walk[1], walk[2], main], 2);
+    let profile = StackProfile::from_pprof(&writer.profile);
+    let name = "libc.so.6+0x1200";
+    assert_eq!(folded(&profile), format!("app;main;{name};{name} 1\napp;main;{name};{name};{name} 2\n"));
+    check_function(&profile, name, (3, 3, None));
+    let kinds: Vec<_> = profile.symbols.functions().filter(|function| function.name == name).collect();
+    let [function] = kinds[..] else { panic!("one function: {kinds:?}") };
+    assert_eq!(
+        (function.kind, function.image.as_deref()),
+        (super::symbol::Kind::Unresolved, Some("libc.so.6"))
+    );
+    assert_eq!(call_tree::CallTree::new(&profile).nodes.len(), 5, "the process, main, and one node a level");
 }
 
 #[test]

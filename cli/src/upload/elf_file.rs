@@ -12,6 +12,7 @@ use object::read::elf::{ElfFile32, ElfFile64};
 use object::{Object as _, ObjectKind};
 use sha2::{Digest as _, Sha256};
 use windlass_schema::BuildId;
+use windlass_schema::file_id::htlhash;
 use windlass_schema::http::{ArtefactKind, ArtefactName};
 use windlass_symbol_index::Contents;
 
@@ -158,20 +159,6 @@ fn header_facts(elf: &[u8]) -> anyhow::Result<(Option<BuildId>, ObjectKind)> {
     Ok((note.filter(|note| !note.is_empty()).map(BuildId::new).transpose()?, kind))
 }
 
-/// The OpenTelemetry `htlhash`: the first 16 bytes of SHA-256 over the first 4,096 bytes, the last
-/// 4,096 bytes and the length as big-endian `u64`. Of a shorter file, head and tail are the whole.
-pub(crate) fn htlhash(file: &[u8]) -> BuildId {
-    const PART_BYTES: usize = 4096;
-    const ID_BYTES: usize = 16;
-    let part = file.len().min(PART_BYTES);
-    let digest = Sha256::new()
-        .chain_update(&file[..part])
-        .chain_update(&file[file.len() - part..])
-        .chain_update((file.len() as u64).to_be_bytes())
-        .finalize();
-    BuildId::new(&digest[..ID_BYTES]).expect("16 bytes are a valid build-ID")
-}
-
 /// Lower-case hex.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -282,19 +269,6 @@ mod tests {
             Identity::Gnu,
             &[],
         );
-    }
-
-    #[test]
-    fn htlhash_covers_head_tail_and_length() {
-        // Reference values: Python's hashlib over the same concatenation.
-        assert_eq!(htlhash(b"").to_string(), "af5570f5a1810b7af78caf4bc70a660f");
-        assert_eq!(htlhash(b"abc").to_string(), "a7e79e8a85da69bad5c3fea209342ac9");
-        let mut long = vec![7; 10_000];
-        let before = htlhash(&long);
-        long[5000] = 8;
-        assert_eq!(htlhash(&long), before, "the middle is not hashed");
-        long[9000] = 8;
-        assert_ne!(htlhash(&long), before);
     }
 
     #[test]

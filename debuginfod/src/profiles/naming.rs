@@ -7,7 +7,7 @@ use windlass_schema::BuildId;
 use windlass_schema::http::{
     ImageAddresses, ImageFrames, MAX_SYMBOLIZE_ADDRESSES, SymbolizeRequest, SymbolizeResponse,
 };
-use windlass_schema::pprof::{Function, Line, Location, Profile};
+use windlass_schema::pprof::{Function, Line, Profile};
 
 use crate::error::ServiceError;
 use crate::service::App;
@@ -19,7 +19,8 @@ use crate::upload::base_name;
 pub(crate) enum Unnamed {
     /// It stays as it is, so that someone with better debuginfo can name it later.
     Leave,
-    /// It gets a function `IMAGE+0xADDRESS`, so that every viewer shows where it is.
+    /// It gets a function `IMAGE+0xADDRESS`, so that every viewer shows where it is. The address is where the
+    /// function starts, if that is known: then all of it is one function in every viewer.
     Describe,
 }
 
@@ -58,6 +59,8 @@ struct Namer {
     unnamed: Unnamed,
     /// Positions of the locations to name, in the order in which they are asked for.
     asked: BTreeMap<BuildId, Vec<usize>>,
+    /// Where the functions of locations without name start.
+    starts: HashMap<usize, u64>,
     strings: HashMap<String, i64>,
     functions: HashMap<[i64; 3], u64>,
     next_function: u64,
@@ -72,7 +75,15 @@ impl Namer {
         let functions =
             profile.function.iter().map(|f| ([f.name, f.system_name, f.filename], f.id)).collect();
         let next_function = profile.function.iter().map(|f| f.id).max().unwrap_or_default().saturating_add(1);
-        let mut namer = Self { profile, unnamed, asked: BTreeMap::new(), strings, functions, next_function };
+        let mut namer = Self {
+            profile,
+            unnamed,
+            asked: BTreeMap::new(),
+            starts: HashMap::new(),
+            strings,
+            functions,
+            next_function,
+        };
         namer.string("");
         namer
     }
@@ -117,9 +128,11 @@ impl Namer {
             })
             .collect();
         let files: Vec<i64> = response.files.iter().map(|file| self.string(file)).collect();
-        for ImageFrames { build_id, addresses, .. } in response.images {
+        for ImageFrames { build_id, addresses, unnamed_functions, .. } in response.images {
             let mut positions = self.asked.remove(&build_id).unwrap_or_default();
             let later = positions.split_off(positions.len().min(addresses.len()));
+            let starts = unnamed_functions.into_iter();
+            self.starts.extend(starts.filter_map(|(at, start)| Some((*positions.get(at as usize)?, start))));
             for (position, frames) in positions.into_iter().zip(addresses) {
                 let mut lines = Vec::with_capacity(frames.len());
                 for frame in frames {
@@ -169,7 +182,8 @@ impl Namer {
             for position in 0..self.profile.location.len() {
                 let location = &self.profile.location[position];
                 if location.line.is_empty() {
-                    let name = describe(&self.profile, &positions, location);
+                    let address = self.starts.get(&position).copied().unwrap_or(location.address);
+                    let name = describe(&self.profile, &positions, location.mapping_id, address);
                     let name = self.string(&name);
                     let function_id = self.function([name, name, 0]);
                     self.profile.location[position].line = vec![Line { function_id, line: 0, column: 0 }];
@@ -181,11 +195,10 @@ impl Namer {
 }
 
 /// `IMAGE+0xADDRESS`, or the bare address outside any image.
-fn describe(profile: &Profile, mappings: &HashMap<u64, usize>, location: &Location) -> String {
-    let file =
-        mappings.get(&location.mapping_id).map(|at| base_name(profile.string(profile.mapping[*at].filename)));
+fn describe(profile: &Profile, mappings: &HashMap<u64, usize>, mapping_id: u64, address: u64) -> String {
+    let file = mappings.get(&mapping_id).map(|at| base_name(profile.string(profile.mapping[*at].filename)));
     match file.as_deref() {
-        None | Some("") => format!("{:#x}", location.address),
-        Some(file) => format!("{file}+{:#x}", location.address),
+        None | Some("") => format!("{address:#x}"),
+        Some(file) => format!("{file}+{address:#x}"),
     }
 }

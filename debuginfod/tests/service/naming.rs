@@ -287,6 +287,41 @@ async fn profiles_merge_and_get_names_when_read() {
     assert_eq!(server.counter("windlass_profile_batches_total{result=\"damaged\"}").await, 1);
 }
 
+/// Call frame information of a stripped program says which addresses are of one function.
+#[tokio::test(flavor = "multi_thread")]
+async fn functions_without_names_are_told_apart_by_their_start() {
+    let server = Server::start().await;
+    let build = build();
+    let start = symbol(&build.full, "outer");
+    let request = || {
+        let addresses = vec![start + 1, 0x9_9999];
+        symbolize(&server, vec![ImageAddresses { build_id: build.id, addresses, return_addresses: true }])
+    };
+    let profile = async || {
+        send(&server, &batch(START_NS, &[start, start + 1, 0x9_9999], [3, 4])).await;
+        let query = format!("/api/v1/profiles?start={START_NS}&end={}&pid=42", START_NS + 1);
+        let rows = rows(&decode(server.get(&query).await).await);
+        assert_eq!(rows.len(), 1);
+        rows[0].0.clone()
+    };
+    let program = |address: u64| format!("program+{address:#x}");
+    let bare = [program(start), program(start + 1), program(0x9_9999), "0x7f00".to_owned()];
+    assert_eq!(profile().await, bare);
+    assert_eq!(request().await.images[0].unnamed_functions, []);
+
+    server.expect_put(&format!("{}/skeleton", build.id), &build.stripped, StatusCode::CREATED).await;
+    let merged = [program(start), program(start), program(0x9_9999), "0x7f00".to_owned()];
+    assert_eq!(profile().await, merged);
+    let answer = request().await;
+    assert_eq!(answer.images[0].unnamed_functions, [(0, start)]);
+    assert!(answer.images[0].addresses.iter().all(Vec::is_empty));
+    assert_eq!(answer.images[0].unresolved.len(), 2, "a start is no name");
+
+    server.expect_put(&format!("{}/debuginfo", build.id), &build.debug, StatusCode::CREATED).await;
+    assert_eq!(profile().await[0], "outer");
+    assert_eq!(request().await.images[0].unnamed_functions, []);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pprof_profile_comes_back_named() {
     let server = Server::start().await;

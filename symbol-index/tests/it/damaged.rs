@@ -11,11 +11,18 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::program::{Workshop, function_addresses};
 
-/// A program, its index, and addresses in it.
+/// A program, its index, and addresses in it. DWARF, symbols and extents of functions without symbol are in both.
 static PROGRAM: LazyLock<(Vec<u8>, Vec<u8>, Vec<u64>)> = LazyLock::new(|| {
-    let elf = compiled(&["-g", "-nostdlib", "-static", "-Wl,--unresolved-symbols=ignore-all,-e,main"]);
+    let workshop = Workshop::new();
+    let arguments = ["-g", "-nostdlib", "-static", "-Wl,--unresolved-symbols=ignore-all,-e,main"];
+    let whole = workshop.compile("shapes.c", &arguments);
+    let elf = workshop.objcopy(&whole, &["--strip-symbol=digest", "--strip-symbol=compare"], "partly");
+    let elf = std::fs::read(elf).unwrap();
     let index = build(Input { debug: Some(&elf), ..Input::default() }).unwrap();
-    let addresses = function_addresses(&elf, 4);
+    let addresses = function_addresses(&std::fs::read(whole).unwrap(), 4);
+    let opened = Index::parse(&index).unwrap();
+    let unnamed = |address| opened.function_at(ImageAddress::new(address)).is_some();
+    assert_eq!([true, false].map(|is| addresses.iter().any(|&address| unnamed(address) == is)), [true; 2]);
     (elf, index, addresses)
 });
 
@@ -35,6 +42,7 @@ fn look_around(bytes: &[u8], addresses: &[u64]) {
     if let Ok(index) = Index::parse(bytes) {
         for &address in addresses.iter().chain(&[0, u64::MAX]) {
             let _ = index.lookup(ImageAddress::new(address));
+            let _ = index.function_at(ImageAddress::new(address));
         }
     }
 }
@@ -44,7 +52,7 @@ fn every_truncation_is_an_error() {
     let (_, index, _) = &*PROGRAM;
     for length in 0..index.len() {
         let error = Index::parse(&index[..length]).err();
-        let cut_header = length < 80;
+        let cut_header = length < 112;
         assert!(
             matches!(error, Some(IndexError::Short(_))) == cut_header
                 && matches!(error, Some(IndexError::Checksum { .. })) != cut_header,
@@ -56,7 +64,7 @@ fn every_truncation_is_an_error() {
 #[test]
 fn truncations_with_a_right_checksum() {
     let (_, index, addresses) = &*PROGRAM;
-    for length in 80..index.len() {
+    for length in 112..index.len() {
         let mut cut = index[..length].to_vec();
         fix_checksum(&mut cut);
         let error = Index::parse(&cut).err();
@@ -76,6 +84,7 @@ fn an_index_is_read_wherever_it_lies() {
         for &address in addresses {
             let address = ImageAddress::new(address);
             assert_eq!(straight.lookup(address), shifted.lookup(address));
+            assert_eq!(straight.function_at(address), shifted.function_at(address));
         }
     }
 }
@@ -140,7 +149,7 @@ proptest! {
     fn arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..300), as_header in any::<bool>()) {
         let mut bytes = bytes;
         if as_header && bytes.len() >= 16 {
-            bytes[..8].copy_from_slice(b"WLSX\x01\x00\x00\x00");
+            bytes[..8].copy_from_slice(b"WLSX\x02\x00\x00\x00");
             fix_checksum(&mut bytes);
         }
         look_around(&bytes, &[]);

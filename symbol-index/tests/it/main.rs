@@ -1,4 +1,4 @@
-//! The symbol index against binutils' addr2line, and against damaged bytes.
+//! The symbol index against binutils' addr2line and readelf, and against damaged bytes.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -9,3 +9,4 @@ mod damaged;
 mod described;
 mod format;
 mod program;
+mod unnamed;
