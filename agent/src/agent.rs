@@ -59,6 +59,9 @@ pub struct Config {
     pub table_cache_bytes: u64,
     /// Most bytes of unsent profiles on disk.
     pub spool_bytes: u64,
+    /// Longest time at the start in which samples are taken only to learn which tables are needed, and
+    /// are not kept; it ends when those are there. Zero keeps every sample.
+    pub warm_up: Duration,
 }
 
 impl Config {
@@ -74,6 +77,7 @@ impl Config {
             token: None,
             table_cache_bytes: DEFAULT_TABLE_CACHE_BYTES,
             spool_bytes: SPOOL_BUDGET_BYTES,
+            warm_up: Duration::ZERO,
         }
     }
 
@@ -169,7 +173,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts an agent. Returns when samples are being taken and every process has been read.
+    /// Starts an agent. Returns when samples are being taken and kept, and every process has been read.
     pub fn start(config: Config) -> Result<Self, StartError> {
         Self::spawn(config, |config| {
             Ok(match config.backend {
@@ -248,6 +252,7 @@ fn run(
             return Summary::default();
         }
     };
+    sampling.warm_up(config.warm_up, stop);
     let _ = started.send(Ok(()));
     sampling.run(stop);
     let Sampling { backend, shipper, mut summary, .. } = sampling;
@@ -299,6 +304,7 @@ fn prepare(
         ship_interval: config.ship_interval,
         host_name: host_name(),
         batch: OpenBatch::new(0),
+        keeps_samples: true,
         summary: Summary::default(),
     })
 }

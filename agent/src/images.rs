@@ -120,6 +120,11 @@ impl Images {
         due
     }
 
+    /// Number of tables that were asked for and are not here yet.
+    pub fn pending_tables(&self) -> usize {
+        self.tables.values().filter(|state| matches!(state, TableState::Pending { .. })).count()
+    }
+
     /// Notes what came of a request; `None` if the image was gone before it could be sent, so that
     /// the next process that maps it asks again.
     pub fn set_table(&mut self, id: BuildId, state: Option<TableState>) {

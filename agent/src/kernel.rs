@@ -273,10 +273,7 @@ impl Backend for Kernel {
 
 /// The map values that state `mappings`. Left out are those beyond a process's limit, and those above
 /// the user half of the address space (`[vsyscall]`), where the search's comparisons do not hold.
-pub fn segments_of(
-    mappings: &[PlacedMapping],
-    generation: u32,
-) -> (ProcessEntry, Vec<MappingSegment>) {
+pub fn segments_of(mappings: &[PlacedMapping], generation: u32) -> (ProcessEntry, Vec<MappingSegment>) {
     let users = mappings.partition_point(|placed| placed.start < UNUSED_START);
     let mappings = &mappings[..users];
     let mut entry = ProcessEntry { generation, segments: 0, first: [UNUSED_START; PROCESS_SEGMENTS] };

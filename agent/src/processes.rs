@@ -182,6 +182,11 @@ impl Processes {
         self.known.get(&tgid).map_or(&[], |process| &process.mappings)
     }
 
+    /// Number of tables that were asked for and are not here yet.
+    pub fn pending_tables(&self) -> usize {
+        self.images.pending_tables()
+    }
+
     /// The tables to ask for because of a sample: at once those of the images that it went through; and
     /// if it ended for want of one, later those of all that its process maps.
     pub fn touch(&mut self, sample: &Sample, now: Instant) -> Vec<TableRequest> {

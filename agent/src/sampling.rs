@@ -22,6 +22,8 @@ use crate::service::compressed;
 use crate::shipper::Shipper;
 use crate::tables::Tables;
 
+/// Shortest warm-up: within it each CPU has a sample or several, and the images that those touch are asked for.
+const SHORTEST_WARM_UP: Duration = Duration::from_millis(200);
 /// Longest wait for events: within it a table that arrived is placed, and a stop is noticed.
 const LONGEST_WAIT: Duration = Duration::from_millis(100);
 /// Distinct samples in a batch, at which it is shipped early: some 10 MiB.
@@ -40,6 +42,8 @@ pub(crate) struct Sampling {
     pub(crate) ship_interval: Duration,
     pub(crate) host_name: String,
     pub(crate) batch: OpenBatch,
+    /// False while samples only make tables come.
+    pub(crate) keeps_samples: bool,
     pub(crate) summary: Summary,
 }
 
@@ -58,6 +62,23 @@ impl OpenBatch {
 }
 
 impl Sampling {
+    /// Takes samples without keeping them until no table is pending, at most for `longest`.
+    pub(crate) fn warm_up(&mut self, longest: Duration, stop: &AtomicBool) {
+        if longest.is_zero() {
+            return;
+        }
+        self.keeps_samples = false;
+        let start = Instant::now();
+        while start.elapsed() < longest && !stop.load(Ordering::Acquire) {
+            if start.elapsed() >= SHORTEST_WARM_UP && self.processes.pending_tables() == 0 {
+                break;
+            }
+            self.turn(SHORTEST_WARM_UP / 10);
+        }
+        self.keeps_samples = true;
+        self.batch = OpenBatch::new(self.batch.number);
+    }
+
     /// Runs until `stop` is set.
     pub(crate) fn run(&mut self, stop: &AtomicBool) {
         while !stop.load(Ordering::Acquire) {
@@ -103,6 +124,9 @@ impl Sampling {
         }
         for wish in self.processes.touch(sample, now) {
             self.tables.request(wish);
+        }
+        if !self.keeps_samples {
+            return;
         }
         self.summary.count(sample.stop);
         let mappings = self.processes.mappings(sample.tgid);

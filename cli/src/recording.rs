@@ -19,6 +19,9 @@ const MAX_PROFILE_BYTES: u64 = 1 << 30;
 /// Clocks of samples and of this process are read at different moments; the range asked for is this much wider.
 const RANGE_MARGIN: Duration = Duration::from_secs(1);
 
+/// Longest wait, before samples are kept, for the tables of what runs.
+const WARM_UP: Duration = Duration::from_secs(2);
+
 /// How the samples were taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -54,10 +57,11 @@ pub(crate) struct Recorded {
 }
 
 impl Recording {
-    /// Starts to sample; returns once the backend is attached.
+    /// Starts to sample; returns once the tables of what runs are in the kernel and samples are kept.
     pub(crate) async fn start(server: &Server, cache_dir: PathBuf, target: Target) -> anyhow::Result<Self> {
         let mut config = windlass_agent::Config::new(server.url().to_owned(), cache_dir);
         config.frequency_hz = target.frequency_hz;
+        config.warm_up = WARM_UP;
         config.token = server.token().map(str::to_owned);
         config.backend = match (target.mode, target.pid) {
             (Mode::Bpf, only_pid) => {

@@ -38,8 +38,8 @@ fn check_counts(summary: &Value) {
     let (samples, complete) =
         (count(&summary["workload"]["samples"]), count(&summary["workload"]["complete"]));
     assert!(samples > 0 && complete <= samples, "{summary}");
-    // Some of so few seconds go to tables; `bpf` and `user_mode` test how complete walks are after that.
-    assert!(10 * complete >= 8 * samples, "{complete} of {samples} walks of the workload are complete");
+    // On a busy machine some tables may come late; `bpf` and `user_mode` test how complete walks are after that.
+    assert!(10 * complete >= 9 * samples, "{complete} of {samples} walks of the workload are complete");
 }
 
 /// The workload is the busiest program of an idle machine, and every file and line of it is known.

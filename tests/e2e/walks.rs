@@ -76,10 +76,6 @@ fn assert_complete(name: &str, tally: &Tally, least: f64) {
     let share = tally.complete as f64 / tally.walks as f64;
     assert!(share >= least, "{name}: {:.1} % of {} complete; {:?}", 100.0 * share, tally.walks, tally.cut);
     assert!(tally.by_framehop > 2 * tally.walks, "{name}: framehop followed {} steps", tally.by_framehop);
-    eprintln!(
-        "{name} {} {} {} {} {} {:?}",
-        tally.walks, tally.complete, tally.deepest, tally.by_framehop, tally.beyond_framehop, tally.cut
-    );
 }
 
 #[test]
