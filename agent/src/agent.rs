@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use windlass_schema::StopReason;
 
@@ -166,10 +166,21 @@ impl Summary {
     }
 }
 
+/// What [`Config::warm_up`] came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WarmUp {
+    /// How long it took.
+    pub duration: Duration,
+    /// Samples that were taken and not kept.
+    pub samples: u64,
+}
+
 /// A running agent. Dropped without [`Agent::stop`], it ends by itself soon after.
 pub struct Agent {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Summary>>,
+    warm_up: WarmUp,
+    instance_id: String,
 }
 
 impl Agent {
@@ -201,16 +212,27 @@ impl Agent {
             return Err(StartError::Frequency(config.frequency_hz));
         }
         let stop = Arc::new(AtomicBool::new(false));
+        let instance_id = instance_id();
         let (started, starting) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("windlass-agent".to_owned())
             .spawn({
-                let stop = stop.clone();
-                move || run(&config, backend, &stop, &started)
+                let (stop, instance_id) = (stop.clone(), instance_id.clone());
+                move || run(&config, instance_id, backend, &stop, &started)
             })
             .map_err(StartError::Thread)?;
-        starting.recv().map_err(|_| StartError::Ended)??;
-        Ok(Self { stop, thread: Some(thread) })
+        let warm_up = starting.recv().map_err(|_| StartError::Ended)??;
+        Ok(Self { stop, thread: Some(thread), warm_up, instance_id })
+    }
+
+    /// What its batches carry as `service.instance.id`, and no other agent's do.
+    pub fn instance_id(&self) -> &str {
+        &self.instance_id
+    }
+
+    /// What was left out at the start.
+    pub fn warm_up(&self) -> WarmUp {
+        self.warm_up
     }
 
     /// Stops sampling, sends what is left, and ends the agent's threads. Takes up to ten seconds if the
@@ -231,9 +253,10 @@ impl Drop for Agent {
 /// The agent's thread.
 fn run(
     config: &Config,
+    instance_id: String,
     backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError>,
     stop: &AtomicBool,
-    started: &mpsc::SyncSender<Result<(), StartError>>,
+    started: &mpsc::SyncSender<Result<WarmUp, StartError>>,
 ) -> Summary {
     // The runtime lives and dies on this thread: the caller may be on one of another runtime, where
     // it could not be dropped.
@@ -243,7 +266,7 @@ fn run(
         .enable_all()
         .build()
         .map_err(StartError::Thread)
-        .and_then(|runtime| Ok((prepare(config, backend, runtime.handle())?, runtime)));
+        .and_then(|runtime| Ok((prepare(config, instance_id, backend, runtime.handle())?, runtime)));
     let (mut sampling, runtime) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -252,8 +275,8 @@ fn run(
             return Summary::default();
         }
     };
-    sampling.warm_up(config.warm_up, stop);
-    let _ = started.send(Ok(()));
+    let warm_up = sampling.warm_up(config.warm_up, stop);
+    let _ = started.send(Ok(warm_up));
     sampling.run(stop);
     let Sampling { backend, shipper, mut summary, .. } = sampling;
     summary.lost_samples = backend.lost_samples();
@@ -269,6 +292,7 @@ fn run(
 
 fn prepare(
     config: &Config,
+    instance_id: String,
     backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Sampling, StartError> {
@@ -281,7 +305,7 @@ fn prepare(
     let mut backend = backend(config)?;
     let now = Instant::now();
     let mut processes = Processes::new(config.selection(), now);
-    processes.scan_all(&mut *backend, now);
+    processes.scan_all(&mut *backend);
     let tables = Tables::start(runtime, &service, cache);
     let shipper = Shipper::start(runtime, service.clone(), spool);
     let kernel = match KernelImage::read() {
@@ -303,8 +327,10 @@ fn prepare(
         frequency_hz: config.frequency_hz,
         ship_interval: config.ship_interval,
         host_name: host_name(),
+        instance_id,
         batch: OpenBatch::new(0),
         keeps_samples: true,
+        unkept_samples: 0,
         summary: Summary::default(),
     })
 }
@@ -312,4 +338,28 @@ fn prepare(
 /// The host's name, as the kernel has it.
 fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+}
+
+/// A random UUID of the kernel's, new for each agent.
+fn instance_id() -> String {
+    match std::fs::read_to_string("/proc/sys/kernel/random/uuid") {
+        Ok(uuid) => uuid.trim().to_owned(),
+        // As good as none other: which host, which process, when.
+        Err(_) => {
+            let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            format!("{}-{}-{}", host_name(), std::process::id(), since.as_nanos())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_instance_has_its_own_id() {
+        let (one, other) = (instance_id(), instance_id());
+        assert_ne!(one, other);
+        assert!(one.len() >= 32 && one.is_ascii() && !one.contains(char::is_whitespace), "{one}");
+    }
 }

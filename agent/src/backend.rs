@@ -30,6 +30,8 @@ pub struct Sample {
     pub tid: u32,
     /// CPU number.
     pub cpu: u32,
+    /// What [`Backend::set_process`] returned for the mappings that the walk went by; 0 if it had none.
+    pub generation: u32,
     /// Name of the thread.
     pub comm: String,
     /// Why the walk ended.
@@ -50,19 +52,27 @@ pub enum Event {
         /// Process.
         tgid: u32,
     },
-    /// A process mapped executable memory.
+    /// A process mapped executable memory, or made mapped memory executable.
     Mapped {
         /// Process.
         tgid: u32,
+        /// First address of the mapping.
+        start: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// When: `CLOCK_MONOTONIC` in nanoseconds.
+        time_ns: u64,
     },
-    /// A process was forked and has its parent's mappings.
+    /// A process was forked and has the mappings that its parent had then.
     Forked {
         /// New process.
         tgid: u32,
         /// Its parent.
         parent: u32,
+        /// When: `CLOCK_MONOTONIC` in nanoseconds.
+        time_ns: u64,
     },
-    /// A process ended.
+    /// The first thread of a process ended, and mostly the process with it; but other threads may go on.
     Exited {
         /// Process.
         tgid: u32,
@@ -97,12 +107,16 @@ pub trait Backend: Send {
     fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError>;
 
     /// Replaces all that is known of a process's executable mappings. `mappings` is sorted by start.
-    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<()>;
+    /// Returns what samples that are walked by them carry as [`Sample::generation`]: one more than the
+    /// last time, whatever the process, and never 0.
+    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32>;
 
-    /// Forgets a process.
+    /// Forgets a process: walks of it stop with [`StopReason::ProcessUnknown`].
     fn remove_process(&mut self, tgid: u32);
 
-    /// Hands all waiting events to `sink`; waits up to `timeout` for the first.
+    /// Hands all waiting events to `sink`; waits up to `timeout` for the first. Process events come in
+    /// the order of their times; a sample comes after all process events that are older, or in the
+    /// same call.
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()>;
 
     /// Samples that were taken but lost on the way here (ring buffer full), since the start.

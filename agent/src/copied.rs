@@ -4,6 +4,10 @@
 //! stack with each sample (`PERF_SAMPLE_REGS_USER | PERF_SAMPLE_STACK_USER`). They are walked by the
 //! same `search` and `step` as in the kernel, over the same packed chunks. A copy is at most
 //! 32 KiB; a walk that leaves it stops with `CopiedStackEnd`.
+//!
+//! A sample is walked when it is read, by the mappings of that moment and not by those of its own. Its time
+//! tells whether they were known already when it was taken, and what the process mapped since comes
+//! as events from the same rings.
 
 use std::collections::HashMap;
 use std::io;
@@ -20,8 +24,11 @@ use windlass_schema::{StopReason, Table};
 
 use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample};
 use crate::chunks::ChunkSpace;
-use crate::kernel::segments_of;
-use crate::perf_ring::{COPIED_REGISTERS, PerfEventAttr, PerfRing, PerfScope, RingRecord};
+use crate::kernel::sideband::{TimeOrder, event_of};
+use crate::kernel::{max_sample_rate, next_generation, sampling_advice, segments_of};
+use crate::perf_ring::{
+    COPIED_REGISTERS, COPIED_TIME_FROM_END, PerfEventAttr, PerfRing, PerfScope, RingRecord, monotonic_ns,
+};
 
 /// Bytes of stack in each sample: half of what a perf record, whose size is 16 bits, has room for.
 const STACK_BYTES: u32 = 32 * 1024;
@@ -42,15 +49,14 @@ const REGISTER_ORDER: [usize; 8] = [0, 3, 2, 1, 4, 5, 6, 7];
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// Permission, or no perf events in this kernel.
-    #[error(
-        "the kernel refused to sample process {pid}: {error} (kernel.perf_event_paranoid must be 2 or less, \
-         and the process be your own)"
-    )]
+    #[error("the kernel refused to sample process {pid}: {error}{advice}")]
     Refused {
         /// Process.
         pid: u32,
         /// What the kernel said.
         error: io::Error,
+        /// What to do, as the end of a sentence; or nothing.
+        advice: String,
     },
 }
 
@@ -65,6 +71,8 @@ pub struct CopiedStacks {
     processes: HashMap<u32, ProcessEntry>,
     generation: u32,
     lost: u64,
+    /// Samples newer than the process events that were handed out.
+    early: Vec<Sample>,
     last_scan: std::time::Instant,
 }
 
@@ -134,9 +142,13 @@ impl CopiedStacks {
             processes: HashMap::new(),
             generation: 0,
             lost: 0,
+            early: Vec::new(),
             last_scan: std::time::Instant::now(),
         };
-        sampler.watch(pid).map_err(|error| AttachError::Refused { pid, error })?;
+        sampler.watch(pid).map_err(|error| {
+            let advice = sampling_advice(error.raw_os_error(), frequency_hz, max_sample_rate());
+            AttachError::Refused { pid, error, advice }
+        })?;
         sampler.scan_threads();
         Ok(sampler)
     }
@@ -170,30 +182,46 @@ impl CopiedStacks {
     fn sample(&self, record: &RingRecord<'_>) -> Option<Sample> {
         let copied = CopiedSample::parse(record.body)?;
         let Some(registers) = copied.registers else {
-            return Some(self.stack_of(&copied, StopReason::RegistersUnavailable, Vec::new()));
+            return Some(self.stack_of(&copied, 0, StopReason::RegistersUnavailable, Vec::new()));
         };
         let mut user = Vec::new();
         let Some(process) = self.processes.get(&copied.pid) else {
             user.push(Walk::new(copied.pid, ProcessEntry::default(), registers).address());
-            return Some(self.stack_of(&copied, StopReason::ProcessUnknown, user));
+            return Some(self.stack_of(&copied, 0, StopReason::ProcessUnknown, user));
         };
         let memory = CopiedStack { start: registers.general[DWARF_RSP as usize], bytes: copied.stack };
         let stop = Walk::new(copied.pid, *process, registers)
             .run(&self.tables, &memory, |address| user.push(address));
-        Some(self.stack_of(&copied, stop, user))
+        Some(self.stack_of(&copied, process.generation, stop, user))
     }
 
-    fn stack_of(&self, copied: &CopiedSample<'_>, stop: StopReason, user: Vec<u64>) -> Sample {
+    fn stack_of(
+        &self,
+        copied: &CopiedSample<'_>,
+        generation: u32,
+        stop: StopReason,
+        user: Vec<u64>,
+    ) -> Sample {
         Sample {
             time_ns: copied.time_ns,
             tgid: copied.pid,
             tid: copied.tid,
             cpu: copied.cpu,
+            generation,
             comm: self.names.get(&copied.tid).cloned().unwrap_or_default(),
             stop,
             user,
             kernel: Vec::new(),
         }
+    }
+}
+
+/// Whether an event is about the mappings of `pid`. Its children are not sampled.
+fn is_of(event: &Event, pid: u32) -> bool {
+    match event {
+        Event::Exec { tgid } | Event::Mapped { tgid, .. } | Event::Exited { tgid } => *tgid == pid,
+        Event::Sample(_) | Event::Forked { .. } => false,
+        Event::Lost => true,
     }
 }
 
@@ -260,15 +288,15 @@ impl Backend for CopiedStacks {
         Ok(placed.header)
     }
 
-    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<()> {
-        self.generation = self.generation.wrapping_add(1);
+    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {
+        self.generation = next_generation(self.generation);
         let (entry, segments) = segments_of(mappings, self.generation);
         self.tables.segments.retain(|key, _| key.tgid != tgid);
         for (number, segment) in segments.into_iter().enumerate() {
             self.tables.segments.insert(SegmentKey { tgid, segment: number as u32 }, segment);
         }
         self.processes.insert(tgid, entry);
-        Ok(())
+        Ok(self.generation)
     }
 
     fn remove_process(&mut self, tgid: u32) {
@@ -295,25 +323,37 @@ impl Backend for CopiedStacks {
                 return Err(error.into());
             }
         }
+        let drained_ns = monotonic_ns();
+        let mut samples = std::mem::take(&mut self.early);
+        let mut events = TimeOrder::default();
         let mut rings = std::mem::take(&mut self.rings);
         for ring in rings.values_mut() {
             let mut lost = 0;
-            ring.drain(|record| match record.kind {
-                RECORD_SAMPLE => {
-                    if let Some(sample) = self.sample(&record) {
-                        sink(Event::Sample(sample));
-                    }
+            ring.drain(|record| {
+                if record.kind == RECORD_SAMPLE {
+                    samples.extend(self.sample(&record));
+                    return;
                 }
-                // id, number lost
-                RECORD_LOST => {
-                    lost += record
-                        .body
-                        .get(8..16)
-                        .map_or(0, |bytes| u64::from_ne_bytes(bytes.try_into().expect("8 bytes")));
+                if record.kind == RECORD_LOST {
+                    // id, number lost
+                    let number = record.body.get(8..16);
+                    lost += number.map_or(0, |bytes| u64::from_ne_bytes(bytes.try_into().expect("8 bytes")));
                 }
-                _ => {}
+                if let Some((time_ns, event)) = event_of(&record, COPIED_TIME_FROM_END)
+                    && is_of(&event, self.pid)
+                {
+                    events.push(time_ns, event);
+                }
             });
             self.lost += lost;
+        }
+        events.release(u64::MAX, sink);
+        // Of a newer one, a ring that was drained before its own may hold events that come before it.
+        for sample in samples {
+            match sample.time_ns <= drained_ns {
+                true => sink(Event::Sample(sample)),
+                false => self.early.push(sample),
+            }
         }
         // A hang-up says that the thread has ended; its ring was drained just now.
         let ended: Vec<_> =
@@ -325,5 +365,32 @@ impl Backend for CopiedStacks {
 
     fn lost_samples(&self) -> u64 {
         self.lost
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_of_the_process_are_reported() {
+        let pid = std::process::id();
+        let mut sampler = match CopiedStacks::attach(pid, 19) {
+            Ok(sampler) => sampler,
+            Err(error) => return eprintln!("skipped: {error}"),
+        };
+        let file = std::fs::File::open(std::env::current_exe().unwrap()).unwrap();
+        // SAFETY: nobody writes to a program that runs.
+        let mapped = unsafe { memmap2::MmapOptions::new().len(8192).map_exec(&file) }.unwrap();
+        let now_ns = monotonic_ns();
+        let mut found = None;
+        let sink = &mut |event| match event {
+            Event::Mapped { tgid, start, length, time_ns } if start == mapped.as_ptr() as u64 => {
+                found = Some((tgid, length, now_ns.abs_diff(time_ns) < 1_000_000_000));
+            }
+            _ => {}
+        };
+        sampler.poll(Duration::ZERO, sink).unwrap();
+        assert_eq!(found, Some((pid, 8192, true)));
     }
 }

@@ -5,7 +5,7 @@
 //! state of a table turns into the location that a walk finds in a mapping: the table, or the reason
 //! why there is none.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,9 @@ pub const MAX_FILES: usize = 50_000;
 /// How long a table that was not to be had is left alone, before a sample may ask for it again:
 /// debuginfo is uploaded late, services are mended.
 pub const UNAVAILABLE_RETRY: Duration = Duration::from_secs(300);
+
+/// Most files that are named because they could not be read, in the log and in the summary.
+const MAX_NAMED_UNREADABLE: usize = 1000;
 
 /// How far an image is with its table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,9 +53,38 @@ pub struct Images {
     files: HashMap<FileKey, Identified>,
     vdsos: Vec<(Arc<[u8]>, Identified)>,
     tables: HashMap<BuildId, TableState>,
+    /// Paths of the files that were named as unreadable.
+    named: HashSet<String>,
+    /// Path and reason of those not yet handed on.
+    unreadable: Vec<(String, String)>,
 }
 
 impl Images {
+    /// Takes note, and warns once for each path, of a mapped file that lack of a capability makes
+    /// unreadable. Other failures are those of processes that end while they are read.
+    pub fn note_unreadable(&mut self, path: &str, error: &SourceError) {
+        let Some(capabilities) = error.capabilities() else {
+            tracing::debug!(path, %error, "mapped file cannot be read");
+            return;
+        };
+        if self.named.len() >= MAX_NAMED_UNREADABLE || !self.named.insert(path.to_owned()) {
+            return;
+        }
+        tracing::warn!(
+            path, %error,
+            "walks stop in this file with table_unavailable: grant the agent {capabilities}, or run it as root"
+        );
+        if self.named.len() == MAX_NAMED_UNREADABLE {
+            tracing::warn!("{MAX_NAMED_UNREADABLE} files cannot be read; further ones are not named");
+        }
+        self.unreadable.push((path.to_owned(), format!("{error}; it takes {capabilities}")));
+    }
+
+    /// Path and reason of the files that were found unreadable since the last call.
+    pub fn take_unreadable(&mut self) -> Vec<(String, String)> {
+        std::mem::take(&mut self.unreadable)
+    }
+
     /// The image behind `source`, or the reason that a walk through it is to stop with.
     pub fn identify(&mut self, source: &ImageSource) -> Identified {
         let known = match source {
@@ -73,7 +105,10 @@ impl Images {
                 Err(StopReason::TableUnavailable)
             }
             // Not remembered: the next process that maps it may open it.
-            Err(error) => return Err(unreadable(&error)),
+            Err(error) => {
+                self.note_unreadable(&source.shown_name(), &error);
+                return Err(unreadable(&error));
+            }
         };
         match source {
             ImageSource::File { key, .. } => {
@@ -159,6 +194,27 @@ mod tests {
         images.set_table(id, Some(TableState::Placed(Location::new(1, 8))));
         assert_eq!(images.location(id), Location::new(1, 8));
         assert!(!images.want_table(id, true, now));
+    }
+
+    #[test]
+    fn an_unreadable_file_is_named_once_with_the_capability() {
+        let mut images = Images::default();
+        let denied = || SourceError::Open("/x".into(), std::io::ErrorKind::PermissionDenied.into());
+        images.note_unreadable("/x", &denied());
+        images.note_unreadable("/x", &denied());
+        images.note_unreadable(
+            "/gone",
+            &SourceError::Open("/gone".into(), std::io::ErrorKind::NotFound.into()),
+        );
+        let named = images.take_unreadable();
+        assert_eq!(named.len(), 1, "{named:?}");
+        assert!(named[0].0 == "/x" && named[0].1.contains("CAP_DAC_READ_SEARCH"), "{named:?}");
+        for number in 0..2 * MAX_NAMED_UNREADABLE {
+            images.note_unreadable(&number.to_string(), &denied());
+        }
+        assert_eq!(images.take_unreadable().len(), MAX_NAMED_UNREADABLE - 1);
+        images.note_unreadable("/x", &denied());
+        assert!(images.take_unreadable().is_empty());
     }
 
     #[test]

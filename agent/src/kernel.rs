@@ -8,7 +8,7 @@
 //! say when some were lost.
 
 mod chunk_maps;
-mod sideband;
+pub(crate) mod sideband;
 
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -47,13 +47,19 @@ impl Default for Options {
     }
 }
 
+/// What a file needs for everything that the agent does, as `setcap` takes it: to load the program and to
+/// sample; to read what processes of other users map, in folders that not everyone may enter and after it
+/// was deleted; to read where kernel functions lie.
+pub const SETCAP: &str =
+    "cap_bpf,cap_perfmon,cap_sys_ptrace,cap_dac_read_search,cap_checkpoint_restore,cap_syslog+ep";
+
 /// The BPF program could not be put to work.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The capabilities for it are missing.
     #[error(
-        "loading BPF programs is not permitted: run as root, or grant CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE \
-         (setcap cap_bpf,cap_perfmon,cap_sys_ptrace+ep FILE)"
+        "loading BPF programs is not permitted: run as root, or grant the capabilities \
+         (setcap {SETCAP} FILE)"
     )]
     NotPermitted,
     /// A kernel that the program does not load on.
@@ -62,11 +68,11 @@ pub enum LoadError {
     )]
     Refused(String),
     /// Sampling could not be switched on.
-    #[error("the kernel refused to sample CPU {cpu}: {reason} (see kernel.perf_event_paranoid)")]
+    #[error("the kernel refused to sample CPU {cpu}: {reason}")]
     Attach {
         /// CPU number.
         cpu: u32,
-        /// What the kernel said.
+        /// What the kernel said, and what to do.
         reason: String,
     },
     /// Which CPUs there are could not be told.
@@ -135,6 +141,36 @@ fn describe(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// The error number of the system call at the root of `error`.
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    std::iter::successors(Some(error), |error| error.source())
+        .find_map(|error| error.downcast_ref::<std::io::Error>()?.raw_os_error())
+}
+
+/// `kernel.perf_event_max_sample_rate`, which the kernel itself lowers when sampling takes it too long.
+pub(crate) fn max_sample_rate() -> Option<u32> {
+    std::fs::read_to_string("/proc/sys/kernel/perf_event_max_sample_rate").ok()?.trim().parse().ok()
+}
+
+/// What to do when `perf_event_open` fails for samples, to be put behind what the kernel said; empty if nothing
+/// is known (perf_event_open(2), ERRORS).
+pub(crate) fn sampling_advice(errno: Option<i32>, frequency_hz: u32, max_rate: Option<u32>) -> String {
+    match (errno, max_rate) {
+        (Some(libc::EINVAL), Some(max_rate)) if frequency_hz > max_rate => format!(
+            "; {frequency_hz} Hz are more than kernel.perf_event_max_sample_rate allows: sample at {max_rate} Hz or \
+             less"
+        ),
+        (Some(libc::EACCES | libc::EPERM), _) => "; grant CAP_PERFMON, or lower kernel.perf_event_paranoid \
+             (at most 2 to sample processes of your own)"
+            .to_owned(),
+        (Some(libc::EMFILE), _) => "; allow more open files (ulimit -n)".to_owned(),
+        (Some(libc::ENOENT | libc::ENOSYS | libc::EOPNOTSUPP), _) => {
+            "; this kernel, or this virtual machine, has no such perf events".to_owned()
+        }
+        _ => String::new(),
+    }
+}
+
 /// Loads the object's maps and program code into this process, with maps made in the kernel.
 pub(crate) fn load_object() -> Result<Ebpf, LoadError> {
     EbpfLoader::new().load(OBJECT).map_err(|error| {
@@ -176,7 +212,10 @@ impl Kernel {
                     SamplePolicy::Frequency(u64::from(options.frequency_hz)),
                     false,
                 )
-                .map_err(|error| LoadError::Attach { cpu, reason: describe(&error) })?;
+                .map_err(|error| {
+                    let advice = sampling_advice(errno(&error), options.frequency_hz, max_sample_rate());
+                    LoadError::Attach { cpu, reason: format!("{}{advice}", describe(&error)) }
+                })?;
         }
         Ok(Self {
             _bpf: bpf,
@@ -211,8 +250,8 @@ impl Backend for Kernel {
         Ok(placed.header)
     }
 
-    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<()> {
-        self.generation = self.generation.wrapping_add(1);
+    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {
+        self.generation = next_generation(self.generation);
         let (entry, segments) = segments_of(mappings, self.generation);
         // Segments first: a walk that still has the old entry sees the new generation and stops.
         for (number, segment) in segments.iter().enumerate() {
@@ -225,7 +264,7 @@ impl Backend for Kernel {
                 break;
             }
         }
-        Ok(())
+        Ok(self.generation)
     }
 
     fn remove_process(&mut self, tgid: u32) {
@@ -246,7 +285,10 @@ impl Backend for Kernel {
             events: libc::POLLIN,
             revents: 0,
         }));
-        let timeout_ms = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+        let timeout_ms = match self.sideband.has_waiting() {
+            true => 0,
+            false => i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX),
+        };
         // SAFETY: the array is valid for its length during the call.
         let ready =
             unsafe { libc::poll(descriptors.as_mut_ptr(), descriptors.len() as libc::nfds_t, timeout_ms) };
@@ -256,19 +298,30 @@ impl Backend for Kernel {
                 return Err(error.into());
             }
         }
-        // Process events before samples: a sample of a new process then finds it known.
-        self.sideband.drain(sink);
+        // Samples are taken out first, so that all process events older than one of them are drained after
+        // it; and handed on last, so that these are known by then.
+        let mut samples = Vec::new();
         while let Some(item) = self.samples.next() {
-            if let Some(sample) = decode_sample(&item) {
-                sink(Event::Sample(sample));
-            }
+            samples.extend(decode_sample(&item));
         }
+        self.sideband.drain(sink);
+        samples.into_iter().for_each(|sample| sink(Event::Sample(sample)));
         Ok(())
     }
 
     fn lost_samples(&self) -> u64 {
-        self.counter(Counter::RingFull)
+        let lost = self.counter(Counter::RingFull);
+        if lost > 0 {
+            let taken = self.taken_samples();
+            tracing::warn!(lost, taken, "samples came faster than they were read: sample less often");
+        }
+        lost
     }
+}
+
+/// The generation after `generation`. 0 says that there is none.
+pub(crate) fn next_generation(generation: u32) -> u32 {
+    generation.wrapping_add(1).max(1)
 }
 
 /// The map values that state `mappings`. Left out are those beyond a process's limit, and those above
@@ -309,9 +362,36 @@ fn decode_sample(bytes: &[u8]) -> Option<Sample> {
         tgid: header.tgid,
         tid: header.tid,
         cpu: header.cpu,
+        generation: header.generation,
         comm: String::from_utf8_lossy(&header.comm[..name_bytes]).into_owned(),
         stop: StopReason::try_from(header.stop).unwrap_or(StopReason::TableCorrupt),
         user,
         kernel,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(errno: i32, frequency_hz: u32, max_rate: Option<u32>, naming: &str, not: &str) {
+        let advice = sampling_advice(Some(errno), frequency_hz, max_rate);
+        assert!(advice.contains(naming) && !advice.contains(not), "{advice}");
+    }
+
+    #[test]
+    fn advice_is_about_what_the_kernel_refused() {
+        check(libc::EINVAL, 5000, Some(1000), "perf_event_max_sample_rate", "paranoid");
+        check(libc::EACCES, 5000, Some(1000), "perf_event_paranoid", "max_sample_rate");
+        assert_eq!(sampling_advice(Some(libc::EINVAL), 97, Some(1000)), "");
+        assert_eq!(sampling_advice(None, 97, None), "");
+        let error = LoadError::Refused("no number".to_owned());
+        assert_eq!(errno(&error), None);
+        let syscall = ProgramError::SyscallError(aya::sys::SyscallError {
+            call: "perf_event_open",
+            io_error: std::io::Error::from_raw_os_error(libc::EINVAL),
+        });
+        assert_eq!(errno(&syscall), Some(libc::EINVAL));
+    }
 }

@@ -13,8 +13,10 @@ use crate::kernel::ChunkMaps;
 pub struct Charge {
     /// Bytes of all maps together.
     pub bytes: u64,
-    /// Bytes of the chunks that each table takes, in the order given; 0 for one that did not fit.
+    /// Bytes of the chunks that each table takes, in the order given; 0 for one that was not placed.
     pub per_table: Vec<u64>,
+    /// The tables that were not placed, by their number in the order given, and why. `bytes` is without them.
+    pub not_placed: Vec<(usize, String)>,
     /// Whether `bytes` was read from the kernel (`memlock` in each map's fdinfo) or, because BPF
     /// maps could not be made, computed from the same layout.
     pub measured: bool,
@@ -27,9 +29,14 @@ const ARRAY_MAP_BYTES: u64 = 320;
 pub fn charge<'a>(tables: impl Iterator<Item = &'a [u8]>) -> Charge {
     let mut maps = ChunkMaps::create().ok();
     let mut space = ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES));
+    let mut not_placed = Vec::new();
     let per_table = tables
-        .map(|file| {
-            let placed = Table::parse(file).ok().and_then(|table| space.place(&table).ok());
+        .enumerate()
+        .map(|(number, file)| {
+            let placed = match Table::parse(file) {
+                Ok(table) => space.place(&table).map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
             match &mut maps {
                 Some(present) => {
                     if space.flush(|number, chunk, last| present.write(number, chunk, last)).is_err() {
@@ -40,12 +47,31 @@ pub fn charge<'a>(tables: impl Iterator<Item = &'a [u8]>) -> Charge {
                     let Ok(()) = space.flush(|_, _, _| Ok::<(), Infallible>(()));
                 }
             }
-            placed.map_or(0, |placed| placed.bytes)
+            match placed {
+                Ok(placed) => placed.bytes,
+                Err(reason) => {
+                    not_placed.push((number, reason));
+                    0
+                }
+            }
         })
         .collect();
     let computed = ARRAY_MAP_BYTES
         + 8 * u64::from(MAX_CHUNKS)
         + space.used_bytes() / u64::from(CHUNK_BYTES) * (ARRAY_MAP_BYTES + u64::from(CHUNK_BYTES));
     let measured = maps.and_then(|maps| maps.memlock_bytes().ok());
-    Charge { bytes: measured.unwrap_or(computed), per_table, measured: measured.is_some() }
+    Charge { bytes: measured.unwrap_or(computed), per_table, not_placed, measured: measured.is_some() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_placed_is_named() {
+        let charge = charge([&b"no table"[..], b""].into_iter());
+        assert_eq!(charge.per_table, [0, 0]);
+        let numbers: Vec<_> = charge.not_placed.iter().map(|(number, _)| *number).collect();
+        assert_eq!(numbers, [0, 1], "{charge:?}");
+    }
 }

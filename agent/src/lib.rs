@@ -9,7 +9,7 @@
 //! - [`processes`]: which processes there are; [`selection`], [`scan_schedule`]
 //! - [`process`]: what one maps; [`proc_maps`], [`mapped_file`]
 //! - [`images`] and [`image`]: what is mapped
-//! - [`tables`]: how an image gets its table; [`table_cache`], [`skeleton`]
+//! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`]
 //! - [`otlp`], [`shipper`], [`spool`]: how samples become profiles and reach the service
 //! - [`kallsyms`]: the kernel's own addresses
 //! - [`service`]: what is asked of the service
@@ -38,6 +38,7 @@ pub mod shipper;
 pub mod skeleton;
 pub mod spool;
 pub mod table_cache;
+mod table_queue;
 pub mod tables;
 
-pub use agent::{Agent, BackendChoice, Config, StartError, StopError, Summary};
+pub use agent::{Agent, BackendChoice, Config, StartError, StopError, Summary, WarmUp};

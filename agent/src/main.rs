@@ -1,7 +1,7 @@
 //! The agent as a program.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -88,6 +88,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
+    if let Some(pid) = arguments.pid {
+        anyhow::ensure!(Path::new(&format!("/proc/{pid}")).exists(), "there is no process {pid}");
+    }
     let mut config = Config::new(arguments.server, arguments.cache_dir);
     config.frequency_hz = arguments.frequency;
     config.only_pid = arguments.pid;
@@ -137,5 +140,18 @@ fn report(summary: &Summary) {
     );
     for (reason, samples) in &summary.stop_reasons {
         tracing::info!(samples, "walks ended with {}", reason.as_str());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_is_not_there_is_an_error() {
+        // Above the highest that kernel.pid_max may be.
+        let arguments =
+            Arguments::parse_from(["windlass-agent", "--server", "http://127.0.0.1:1", "--pid", "4194305"]);
+        assert_eq!(run(arguments).unwrap_err().to_string(), "there is no process 4194305");
     }
 }

@@ -8,7 +8,8 @@
 //! successor's name when nobody does.
 //!
 //! A sample carries the attributes `process.pid`, `thread.id`, `thread.name`, `windlass.stop_reason`;
-//! a mapping `process.executable.build_id.gnu` or `.htlhash`. Entry 0 of each table is its zero value.
+//! a mapping `process.executable.build_id.gnu` or `.htlhash`, the resource `host.name` and
+//! `service.instance.id`, by which one agent's samples are found among those of all. Entry 0 of each table is its zero value.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -67,6 +68,8 @@ pub struct Labels<'a> {
 pub struct Recording {
     /// The host's name.
     pub host_name: String,
+    /// Which agent it is: no other one, on any host, has this.
+    pub instance_id: String,
     /// Samples a second on each CPU.
     pub frequency_hz: u32,
     /// Start, in nanoseconds since 1970.
@@ -219,7 +222,7 @@ impl Batch {
         };
         ExportProfilesServiceRequest {
             resource_profiles: vec![ResourceProfiles {
-                resource: Some(resource(&recording.host_name)),
+                resource: Some(resource(recording)),
                 scope_profiles: vec![ScopeProfiles {
                     scope: Some(InstrumentationScope {
                         name: "windlass-agent".to_owned(),
@@ -271,7 +274,7 @@ impl From<AttributeValue> for AnyValue {
     }
 }
 
-fn resource(host_name: &str) -> Resource {
+fn resource(recording: &Recording) -> Resource {
     let attribute = |(key, text): (&str, &str)| KeyValue {
         key: key.to_owned(),
         value: Some(AttributeValue::Text(text.to_owned()).into()),
@@ -279,7 +282,8 @@ fn resource(host_name: &str) -> Resource {
     };
     let attributes = [
         ("service.name", "windlass-agent"),
-        ("host.name", host_name),
+        ("service.instance.id", &recording.instance_id),
+        ("host.name", &recording.host_name),
         ("host.arch", host_architecture()),
         ("os.type", "linux"),
     ];
@@ -307,6 +311,7 @@ mod tests {
     fn recording() -> Recording {
         Recording {
             host_name: "alpha".to_owned(),
+            instance_id: "one-of-many".to_owned(),
             frequency_hz: 19,
             start_unix_ns: 1_700_000_000_000_000_000,
             duration_ns: 5_000_000_000,
@@ -431,9 +436,10 @@ mod tests {
         );
         assert_eq!(profile.profile_id, [7; 16]);
         let resource = request.resource_profiles[0].resource.as_ref().unwrap();
-        assert!(resource.attributes.iter().any(|attribute| {
-            attribute.key == "host.name"
-                && attribute.value == Some(AttributeValue::Text("alpha".to_owned()).into())
-        }));
+        for (key, text) in [("host.name", "alpha"), ("service.instance.id", "one-of-many")] {
+            assert!(resource.attributes.iter().any(|attribute| {
+                attribute.key == key && attribute.value == Some(AttributeValue::Text(text.to_owned()).into())
+            }));
+        }
     }
 }

@@ -46,8 +46,20 @@ const FLAG_EXCLUDE_CALLCHAIN_KERNEL: u64 = 1 << 21;
 const FLAG_MMAP2: u64 = 1 << 23;
 const FLAG_COMM_EXEC: u64 = 1 << 24;
 const FLAG_USE_CLOCKID: u64 = 1 << 25;
+/// Records that are no samples carry the fields of `sample_type` that name a task, time and CPU too.
+const FLAG_SAMPLE_ID_ALL: u64 = 1 << 18;
+/// Executable mappings, exec, fork and exit.
+const FLAGS_PROCESS_EVENTS: u64 =
+    FLAG_MMAP | FLAG_COMM | FLAG_TASK | FLAG_MMAP2 | FLAG_COMM_EXEC | FLAG_SAMPLE_ID_ALL;
+/// `PERF_SAMPLE_TIME`.
+const SAMPLE_TIME: u64 = 1 << 2;
 /// `PERF_SAMPLE_TID | TIME | CPU | REGS_USER | STACK_USER`.
-const SAMPLE_COPIED_STACK: u64 = 1 << 1 | 1 << 2 | 1 << 7 | 1 << 12 | 1 << 13;
+const SAMPLE_COPIED_STACK: u64 = 1 << 1 | SAMPLE_TIME | 1 << 7 | 1 << 12 | 1 << 13;
+/// Bytes from the time to the end of a process event of [`PerfEventAttr::sideband`]: the time is all that
+/// follows the record (`struct sample_id` in perf_event_open(2)).
+pub(crate) const SIDEBAND_TIME_FROM_END: usize = 8;
+/// The same of [`PerfEventAttr::copied_stacks`], where the CPU follows the time.
+pub(crate) const COPIED_TIME_FROM_END: usize = 16;
 const PERF_FLAG_FD_CLOEXEC: u64 = 8;
 /// `PERF_EVENT_IOC_ENABLE` and `PERF_EVENT_IOC_DISABLE`.
 const IOC_ENABLE: u64 = 0x2400;
@@ -69,17 +81,21 @@ impl PerfEventAttr {
         }
     }
 
-    /// Counts nothing; carries records of exec, fork, exit and executable mappings.
+    /// Counts nothing; carries records of exec, fork, exit and executable mappings, each with its time.
     pub(crate) fn sideband() -> Self {
-        Self::software(
-            CONFIG_DUMMY,
-            FLAG_MMAP | FLAG_COMM | FLAG_TASK | FLAG_MMAP2 | FLAG_COMM_EXEC | FLAG_WATERMARK,
-        )
+        Self {
+            sample_type: SAMPLE_TIME,
+            ..Self::software(CONFIG_DUMMY, FLAGS_PROCESS_EVENTS | FLAG_WATERMARK)
+        }
     }
 
-    /// Samples user registers and `stack_bytes` of the user stack.
+    /// Samples user registers and `stack_bytes` of the user stack; carries the thread's process events.
     pub(crate) fn copied_stacks(frequency_hz: u32, stack_bytes: u32) -> Self {
-        let flags = FLAG_DISABLED | FLAG_EXCLUDE_KERNEL | FLAG_EXCLUDE_CALLCHAIN_KERNEL | FLAG_FREQUENCY;
+        let flags = FLAG_DISABLED
+            | FLAG_EXCLUDE_KERNEL
+            | FLAG_EXCLUDE_CALLCHAIN_KERNEL
+            | FLAG_FREQUENCY
+            | FLAGS_PROCESS_EVENTS;
         Self {
             sample_period_or_frequency: u64::from(frequency_hz),
             sample_type: SAMPLE_COPIED_STACK,
@@ -97,6 +113,14 @@ pub(crate) enum PerfScope {
     Cpu(u32),
     /// A thread, on whatever CPU.
     Thread(u32),
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds, the clock of records and samples.
+pub(crate) fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call fills the structure it is given; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// One record, in place in the ring or copied when it wraps around.

@@ -53,11 +53,71 @@ pub enum Content {
 }
 
 /// Reads the executable mappings of process `pid`, sorted by start.
+///
+/// When its first thread has ended and others go on, `/proc/PID` shows no memory any more; then they are
+/// read of another thread, whose `/proc/TID` is the same but for not being listed.
 pub fn read_mappings(pid: u32, images: &mut Images) -> std::io::Result<Vec<ExecutableMapping>> {
+    let first = read_maps(pid);
+    let (reader, maps) = match first {
+        Ok(maps) if !maps.is_empty() => (pid, maps),
+        first => match living_threads(pid).find_map(|tid| Some((tid, read_maps(tid).ok()?))) {
+            Some(of_thread) => of_thread,
+            None => (pid, first?),
+        },
+    };
+    Ok(executable_mappings(&maps).iter().map(|entry| mapping(reader, entry, images)).collect())
+}
+
+fn read_maps(pid: u32) -> std::io::Result<Vec<u8>> {
     use std::io::Read as _;
     let mut maps = Vec::new();
     std::fs::File::open(format!("/proc/{pid}/maps"))?.take(MAX_MAPS_BYTES).read_to_end(&mut maps)?;
-    Ok(executable_mappings(&maps).iter().map(|entry| mapping(pid, entry, images)).collect())
+    Ok(maps)
+}
+
+/// The threads of process `pid` that have not ended.
+pub fn living_threads(pid: u32) -> impl Iterator<Item = u32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    threads
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(move |tid| is_alive(pid, *tid))
+}
+
+/// Whether a thread's state, the field behind the name in `/proc/PID/task/TID/stat` (proc_pid_stat(5)), is
+/// neither zombie nor dead.
+fn is_alive(pid: u32, tid: u32) -> bool {
+    let Ok(stat) = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")) else { return false };
+    // The name is in parentheses and may hold any others.
+    let name_end = stat.iter().rposition(|byte| *byte == b')');
+    let state = name_end.and_then(|end| stat.get(end + 2));
+    state.is_some_and(|state| !matches!(state, b'Z' | b'X' | b'x'))
+}
+
+/// Whether two lists say the same of the same addresses.
+pub fn are_same(left: &[ExecutableMapping], right: &[ExecutableMapping]) -> bool {
+    let is_same = |(left, right): (&ExecutableMapping, &ExecutableMapping)| {
+        let content = match (&left.content, &right.content) {
+            (Content::Image { bias: left, .. }, Content::Image { bias: right, .. }) => left == right,
+            (Content::NoTable(left), Content::NoTable(right)) => left == right,
+            _ => false,
+        };
+        content && (left.start, left.end, &left.module) == (right.start, right.end, &right.module)
+    };
+    left.len() == right.len() && left.iter().zip(right).all(is_same)
+}
+
+/// Whether executable memory that now appears at `start` and is `length` bytes long replaces any of `mappings`
+/// from which frames get a name. Those of anonymous memory stay bare addresses and end the walk either
+/// way, and just-in-time compilers change them all the time.
+pub fn is_replaced(mappings: &[ExecutableMapping], start: u64, length: u64) -> bool {
+    let end = start.saturating_add(length);
+    let behind = mappings.partition_point(|mapping| mapping.start < end);
+    mappings[..behind].iter().rev().take_while(|mapping| mapping.end > start).any(has_name)
+}
+
+/// Whether a profile shows addresses in a mapping as addresses of a file.
+fn has_name(mapping: &ExecutableMapping) -> bool {
+    matches!(mapping.content, Content::Image { .. }) || mapping.module.path.starts_with('/')
 }
 
 fn mapping(pid: u32, entry: &MapsEntry, images: &mut Images) -> ExecutableMapping {
@@ -69,7 +129,7 @@ fn mapping(pid: u32, entry: &MapsEntry, images: &mut Images) -> ExecutableMappin
     let source = match source {
         Ok(source) => source,
         Err(error) => {
-            tracing::debug!(pid, %error, "mapped file cannot be read");
+            images.note_unreadable(&shown_path(entry), &error);
             return without_table(entry, unreadable(&error));
         }
     };
@@ -161,9 +221,7 @@ pub fn frame(mappings: &[ExecutableMapping], address: ProcessAddress) -> Frame<'
         Some(ExecutableMapping { content: Content::Image { bias, .. }, module, .. }) => {
             Frame { module: Some(module), address: address.to_image(*bias).get() }
         }
-        Some(mapping) if mapping.module.path.starts_with('/') => {
-            Frame { module: Some(&mapping.module), address: address.get() }
-        }
+        Some(mapping) if has_name(mapping) => Frame { module: Some(&mapping.module), address: address.get() },
         _ => Frame { module: None, address: address.get() },
     }
 }
@@ -225,6 +283,43 @@ mod tests {
             assert_eq!(frame(&mappings, ProcessAddress::new(address)), Frame { module: None, address });
         }
         assert!(find(&[], ProcessAddress::new(0x1000)).is_none());
+    }
+
+    #[test]
+    fn what_replaces_a_mapping() {
+        let mapping = |start: u64, path: &str| {
+            let entry = MapsEntry {
+                start,
+                end: start + 0x1000,
+                file_offset: 0,
+                device: (0, 0),
+                inode: 0,
+                backing: Backing::Anonymous,
+            };
+            let mut mapping = without_table(&entry, StopReason::Jit);
+            mapping.module.path = path.into();
+            mapping
+        };
+        let mappings = [mapping(0x1000, "/a"), mapping(0x3000, ""), mapping(0x5000, "/b")];
+        for (start, length, replaces) in [
+            (0, 0x1000, false),
+            (0, 0x1001, true),
+            (0x1fff, 1, true),
+            (0x2000, 0x1000, false),
+            (0x2000, 0x3000, false),
+            (0x2000, 0x3001, true),
+            (0x3000, 0x1000, false),
+            (0x6000, 0x1000, false),
+            (0, u64::MAX, true),
+            (0x5800, u64::MAX, true),
+        ] {
+            assert_eq!(is_replaced(&mappings, start, length), replaces, "{start:#x} {length:#x}");
+        }
+        assert!(are_same(&mappings, &mappings.clone()));
+        let mut others = mappings.clone();
+        others[2] = mapping(0x5000, "/c");
+        assert!(!are_same(&mappings, &others), "another file at the same address");
+        assert!(!are_same(&mappings, &mappings[..2]));
     }
 
     #[test]

@@ -4,6 +4,12 @@
 //! table is asked for when a sample touches the image. Agents that prepare every library of every
 //! process at its first mapping spend most of it on code that no sample ever meets
 //! (opentelemetry-ebpf-profiler #1009).
+//!
+//! # Which mappings a sample goes by
+//! Addresses mean what was mapped when the stack was walked. So each list of mappings remembers under which
+//! generations the backend had it and when it was read, and a sample of any other generation, or an
+//! older one, gets no mapping at all. When a process maps something over what it had, its list is withdrawn
+//! from the backend until it is read again.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -13,13 +19,23 @@ use windlass_schema::{BuildId, StopReason, Table};
 
 use crate::backend::{Backend, Event, PlaceError, Sample};
 use crate::images::{Images, TableState};
-use crate::process::{Content, ExecutableMapping, find, lookup_address, plan, read_mappings};
+use crate::perf_ring::monotonic_ns;
+use crate::process::{
+    Content, ExecutableMapping, are_same, find, is_replaced, living_threads, lookup_address, plan,
+    read_mappings,
+};
 use crate::scan_schedule::ScanSchedule;
 use crate::selection::Selection;
 use crate::tables::{TableOutcome, TableRequest, TableResult};
 
 /// How long an ended process is remembered: its last samples are still on their way.
 const EXIT_GRACE: Duration = Duration::from_secs(3);
+/// How often known processes are looked up in `/proc`, for those whose end was not reported; a few hundred
+/// microseconds on a host with a thousand processes.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// Shortest time between two readings of all processes because events were lost: events are lost when there
+/// is much to do, and each reading takes some 100 microseconds a process.
+const FULL_SCAN_PAUSE: Duration = Duration::from_secs(5);
 
 /// The processes and their images.
 pub struct Processes {
@@ -27,13 +43,53 @@ pub struct Processes {
     images: Images,
     schedule: ScanSchedule,
     selection: Selection,
+    /// Whether events were lost since the last reading of all processes began.
+    lost_events: bool,
+    last_full_scan: Option<Instant>,
+    last_sweep: Instant,
 }
 
+#[derive(Clone)]
 struct Process {
     mappings: Arc<[ExecutableMapping]>,
+    /// When they began to be read: `CLOCK_MONOTONIC` in nanoseconds.
+    read_ns: u64,
+    /// Under which generations the backend had them; `None` if it does not have them.
+    stated: Option<Generations>,
+    /// Whether they are known to be out of date.
+    withdrawn: bool,
     exited: Option<Instant>,
+    /// Whether other threads went on when its first thread ended.
+    leaderless: bool,
     /// Whether the tables of all its images were asked for.
     prefetched: bool,
+}
+
+/// The backend's generations from the first to the last, which may have wrapped around.
+#[derive(Clone, Copy, Debug)]
+struct Generations {
+    first: u32,
+    last: u32,
+}
+
+impl Generations {
+    fn contain(self, generation: u32) -> bool {
+        generation.wrapping_sub(self.first) <= self.last.wrapping_sub(self.first)
+    }
+}
+
+impl Process {
+    fn new(mappings: Vec<ExecutableMapping>, read_ns: u64, leaderless: bool) -> Self {
+        Self {
+            mappings: mappings.into(),
+            read_ns,
+            stated: None,
+            withdrawn: false,
+            exited: None,
+            leaderless,
+            prefetched: false,
+        }
+    }
 }
 
 /// What came of a table.
@@ -50,22 +106,41 @@ pub enum Placement {
 impl Processes {
     /// None yet.
     pub fn new(selection: Selection, now: Instant) -> Self {
-        Self { known: HashMap::new(), images: Images::default(), schedule: ScanSchedule::new(now), selection }
+        Self {
+            known: HashMap::new(),
+            images: Images::default(),
+            schedule: ScanSchedule::new(now),
+            selection,
+            lost_events: false,
+            last_full_scan: None,
+            last_sweep: now,
+        }
     }
 
-    /// Reads every process of the selection. Those that are gone are noted as ended.
-    pub fn scan_all(&mut self, backend: &mut dyn Backend, now: Instant) {
-        let running: HashSet<u32> = match std::fs::read_dir("/proc") {
-            Ok(entries) => {
-                entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
-            }
-            Err(error) => return tracing::warn!(%error, "/proc cannot be listed"),
-        };
-        for tgid in &running {
-            self.scan(*tgid, backend);
+    /// Reads every process of the selection.
+    pub fn scan_all(&mut self, backend: &mut dyn Backend) {
+        for tgid in running().unwrap_or_default() {
+            self.scan(tgid, backend);
         }
+    }
+
+    /// Has every process of the selection read as the schedule allows.
+    fn want_all(&mut self, now: Instant) {
+        if let Some(running) = running() {
+            self.note_ended(&running, now);
+            for tgid in running {
+                self.want_scan(tgid, now);
+            }
+        }
+    }
+
+    /// Notes the ends of known processes that nobody reported.
+    fn note_ended(&mut self, running: &HashSet<u32>, now: Instant) {
+        self.schedule.retain(running);
         for (tgid, process) in &mut self.known {
-            if !running.contains(tgid) {
+            let is_running =
+                running.contains(tgid) && !(process.leaderless && living_threads(*tgid).next().is_none());
+            if !is_running {
                 process.exited.get_or_insert(now);
             }
         }
@@ -75,18 +150,22 @@ impl Processes {
         if !self.selection.includes(tgid) {
             return;
         }
+        let read_ns = monotonic_ns();
         match read_mappings(tgid, &mut self.images) {
             // A kernel thread, or a process about to be reaped.
             Ok(mappings) if mappings.is_empty() => {}
             Ok(mappings) => {
                 // To set what is set already would only disturb the walks of the moment.
-                let same = self.known.get(&tgid).is_some_and(|known| {
+                let known = self.known.get(&tgid);
+                let same = known.is_some_and(|known| {
                     known.exited.is_none()
-                        && plan(&known.mappings, &self.images) == plan(&mappings, &self.images)
+                        && !known.withdrawn
+                        && known.stated.is_some()
+                        && are_same(&known.mappings, &mappings)
                 });
                 if !same {
-                    let process = Process { mappings: mappings.into(), exited: None, prefetched: false };
-                    self.known.insert(tgid, process);
+                    let leaderless = known.is_some_and(|known| known.leaderless || known.exited.is_some());
+                    self.known.insert(tgid, Process::new(mappings, read_ns, leaderless));
                     self.set(tgid, backend);
                 }
             }
@@ -94,10 +173,30 @@ impl Processes {
         }
     }
 
-    fn set(&self, tgid: u32, backend: &mut dyn Backend) {
-        let Some(process) = self.known.get(&tgid) else { return };
-        if let Err(error) = backend.set_process(tgid, &plan(&process.mappings, &self.images)) {
-            tracing::warn!(tgid, error = format!("{error:#}"), "mappings of the process are not set");
+    fn set(&mut self, tgid: u32, backend: &mut dyn Backend) {
+        let Some(process) = self.known.get_mut(&tgid) else { return };
+        match backend.set_process(tgid, &plan(&process.mappings, &self.images)) {
+            Ok(last) => {
+                let first = process.stated.map_or(last, |stated| stated.first);
+                process.stated = Some(Generations { first, last });
+            }
+            Err(error) => {
+                process.stated = None;
+                tracing::warn!(tgid, error = format!("{error:#}"), "mappings of the process are not set");
+            }
+        }
+    }
+
+    /// A process mapped executable memory.
+    fn note_mapped(&mut self, tgid: u32, start: u64, length: u64, time_ns: u64) -> Mapped {
+        match self.known.get_mut(&tgid) {
+            Some(process) if time_ns <= process.read_ns => Mapped::Known,
+            Some(process) if process.withdrawn || is_replaced(&process.mappings, start, length) => {
+                process.withdrawn = true;
+                process.stated = None;
+                Mapped::Over
+            }
+            Some(_) | None => Mapped::Beside,
         }
     }
 
@@ -117,18 +216,38 @@ impl Processes {
                     self.schedule.exec(*tgid, now);
                 }
             }
-            Event::Mapped { tgid } => self.want_scan(*tgid, now),
-            Event::Forked { tgid, parent } => {
+            Event::Mapped { tgid, start, length, time_ns } => {
+                match self.note_mapped(*tgid, *start, *length, *time_ns) {
+                    Mapped::Known => {}
+                    Mapped::Beside => self.want_scan(*tgid, now),
+                    Mapped::Over => {
+                        backend.remove_process(*tgid);
+                        self.schedule.want_at_once(*tgid, now);
+                    }
+                }
+            }
+            Event::Forked { tgid, parent, time_ns } => {
+                // The number may have been another process's.
+                self.schedule.forget(*tgid);
+                if self.known.remove(tgid).is_some() {
+                    backend.remove_process(*tgid);
+                }
                 self.selection.forked(*tgid, *parent);
-                let parent = self.known.get(parent).filter(|_| self.selection.includes(*tgid));
-                if let Some(parent) = parent {
-                    let child = Process {
-                        mappings: parent.mappings.clone(),
-                        exited: None,
-                        prefetched: parent.prefetched,
-                    };
-                    self.known.insert(*tgid, child);
-                    self.set(*tgid, backend);
+                if !self.selection.includes(*tgid) {
+                    return;
+                }
+                match self.known.get(parent) {
+                    None => {}
+                    // What the parent has now may be newer than what it had then.
+                    Some(parent) if parent.withdrawn || *time_ns <= parent.read_ns => {
+                        self.schedule.want_at_once(*tgid, now);
+                    }
+                    Some(parent) => {
+                        let child =
+                            Process { stated: None, exited: None, leaderless: false, ..parent.clone() };
+                        self.known.insert(*tgid, child);
+                        self.set(*tgid, backend);
+                    }
                 }
             }
             Event::Exited { tgid } => {
@@ -137,7 +256,7 @@ impl Processes {
                     process.exited = Some(now);
                 }
             }
-            Event::Lost => self.scan_all(backend, now),
+            Event::Lost => self.lost_events = true,
         }
     }
 
@@ -149,6 +268,12 @@ impl Processes {
 
     /// Reads the processes that are due.
     pub fn scan_due(&mut self, backend: &mut dyn Backend, now: Instant) {
+        let is_late = |last: Instant| now.duration_since(last) >= FULL_SCAN_PAUSE;
+        if self.lost_events && self.last_full_scan.is_none_or(is_late) {
+            self.lost_events = false;
+            self.last_full_scan = Some(now);
+            self.want_all(now);
+        }
         for tgid in self.schedule.take_due(now) {
             self.scan(tgid, backend);
         }
@@ -161,9 +286,21 @@ impl Processes {
 
     /// Forgets processes that ended a while ago.
     pub fn expire(&mut self, backend: &mut dyn Backend, now: Instant) {
+        if now.duration_since(self.last_sweep) >= SWEEP_INTERVAL {
+            self.last_sweep = now;
+            if let Some(running) = running() {
+                self.note_ended(&running, now);
+            }
+        }
         let selection = &mut self.selection;
         self.known.retain(|tgid, process| {
-            let expired = process.exited.is_some_and(|exited| now.duration_since(exited) >= EXIT_GRACE);
+            let mut expired = process.exited.is_some_and(|exited| now.duration_since(exited) >= EXIT_GRACE);
+            // Asked now and not at the event: threads that end with their process are alive a little longer.
+            if expired && living_threads(*tgid).next().is_some() {
+                process.exited = None;
+                process.leaderless = true;
+                expired = false;
+            }
             if expired {
                 backend.remove_process(*tgid);
                 selection.forget(*tgid);
@@ -177,14 +314,21 @@ impl Processes {
         self.selection.includes(tgid)
     }
 
-    /// The executable mappings of a process; none if it is not known.
-    pub fn mappings(&self, tgid: u32) -> &[ExecutableMapping] {
-        self.known.get(&tgid).map_or(&[], |process| &process.mappings)
+    /// The executable mappings that a sample was walked by, if they are known and still hold.
+    pub fn mappings_of(&self, sample: &Sample) -> Option<&[ExecutableMapping]> {
+        let process = self.known.get(&sample.tgid)?;
+        let same = process.stated?.contain(sample.generation) && process.read_ns <= sample.time_ns;
+        same.then_some(&process.mappings)
     }
 
     /// Number of tables that were asked for and are not here yet.
     pub fn pending_tables(&self) -> usize {
         self.images.pending_tables()
+    }
+
+    /// Path and reason of the mapped files that were found unreadable since the last call.
+    pub fn take_unreadable(&mut self) -> Vec<(String, String)> {
+        self.images.take_unreadable()
     }
 
     /// The tables to ask for because of a sample: at once those of the images that it went through; and
@@ -243,17 +387,44 @@ impl Processes {
     }
 
     /// States the mappings of every process that maps one of these images again.
-    pub fn set_again(&self, images: &HashSet<BuildId>, backend: &mut dyn Backend) {
+    pub fn set_again(&mut self, images: &HashSet<BuildId>, backend: &mut dyn Backend) {
         let maps_one = |process: &Process| {
             process.mappings.iter().any(|mapping| match &mapping.content {
                 Content::Image { image, .. } => images.contains(&image.id.build_id()),
                 Content::NoTable(_) => false,
             })
         };
-        for (tgid, process) in &self.known {
-            if maps_one(process) {
-                self.set(*tgid, backend);
-            }
+        let concerned: Vec<u32> = self
+            .known
+            .iter()
+            .filter(|(_, process)| !process.withdrawn && maps_one(process))
+            .map(|(tgid, _)| *tgid)
+            .collect();
+        for tgid in concerned {
+            self.set(tgid, backend);
+        }
+    }
+}
+
+/// What a new mapping means for what is known of its process.
+enum Mapped {
+    /// It was there when the process was read.
+    Known,
+    /// Nothing that frames are named by was at its place.
+    Beside,
+    /// It is in the place of something known, or of what was so when the mappings were withdrawn.
+    Over,
+}
+
+/// The numbers of all processes, as `/proc` lists them.
+fn running() -> Option<HashSet<u32>> {
+    match std::fs::read_dir("/proc") {
+        Ok(entries) => {
+            Some(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+        }
+        Err(error) => {
+            tracing::warn!(%error, "/proc cannot be listed");
+            None
         }
     }
 }
@@ -274,3 +445,6 @@ fn wish(
         urgent,
     })
 }
+
+#[cfg(test)]
+mod tests;

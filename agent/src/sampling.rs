@@ -10,9 +10,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
-use windlass_schema::ReturnAddress;
+use windlass_schema::{ReturnAddress, StopReason};
 
-use crate::agent::Summary;
+use crate::agent::{Summary, WarmUp};
 use crate::backend::{Backend, Event, Sample};
 use crate::kallsyms::KernelImage;
 use crate::otlp::{Batch, Frame, Labels, Recording};
@@ -41,9 +41,11 @@ pub(crate) struct Sampling {
     pub(crate) frequency_hz: u32,
     pub(crate) ship_interval: Duration,
     pub(crate) host_name: String,
+    pub(crate) instance_id: String,
     pub(crate) batch: OpenBatch,
     /// False while samples only make tables come.
     pub(crate) keeps_samples: bool,
+    pub(crate) unkept_samples: u64,
     pub(crate) summary: Summary,
 }
 
@@ -63,12 +65,12 @@ impl OpenBatch {
 
 impl Sampling {
     /// Takes samples without keeping them until no table is pending, at most for `longest`.
-    pub(crate) fn warm_up(&mut self, longest: Duration, stop: &AtomicBool) {
+    pub(crate) fn warm_up(&mut self, longest: Duration, stop: &AtomicBool) -> WarmUp {
+        let start = Instant::now();
         if longest.is_zero() {
-            return;
+            return WarmUp::default();
         }
         self.keeps_samples = false;
-        let start = Instant::now();
         while start.elapsed() < longest && !stop.load(Ordering::Acquire) {
             if start.elapsed() >= SHORTEST_WARM_UP && self.processes.pending_tables() == 0 {
                 break;
@@ -77,6 +79,7 @@ impl Sampling {
         }
         self.keeps_samples = true;
         self.batch = OpenBatch::new(self.batch.number);
+        WarmUp { duration: start.elapsed(), samples: std::mem::take(&mut self.unkept_samples) }
     }
 
     /// Runs until `stop` is set.
@@ -126,10 +129,14 @@ impl Sampling {
             self.tables.request(wish);
         }
         if !self.keeps_samples {
+            self.unkept_samples += 1;
             return;
         }
-        self.summary.count(sample.stop);
-        let mappings = self.processes.mappings(sample.tgid);
+        let (mappings, stop) = match self.processes.mappings_of(sample) {
+            Some(mappings) => (mappings, sample.stop),
+            None => (&[][..], without_mappings(sample)),
+        };
+        self.summary.count(stop);
         let kernel = sample.kernel.iter().enumerate().map(|(depth, address)| {
             // Only the innermost kernel address is that of an instruction.
             let address = match depth {
@@ -139,11 +146,20 @@ impl Sampling {
             self.kernel.as_ref().map_or(Frame { module: None, address }, |kernel| kernel.frame(address))
         });
         let user = sample.user.iter().map(|address| frame(mappings, lookup_address(*address)));
-        let labels = Labels { tgid: sample.tgid, tid: sample.tid, comm: &sample.comm, stop: sample.stop };
+        let labels = Labels { tgid: sample.tgid, tid: sample.tid, comm: &sample.comm, stop };
         self.batch.batch.add(&labels, kernel.chain(user));
     }
 
+    fn note_unavailable(&mut self, path: String, reason: String) {
+        if self.summary.tables_unavailable.len() < MAX_NAMED_UNAVAILABLE {
+            self.summary.tables_unavailable.push((path, reason));
+        }
+    }
+
     fn place_tables(&mut self, now: Instant) {
+        for (path, reason) in self.processes.take_unreadable() {
+            self.note_unavailable(path, reason);
+        }
         let mut changed = HashSet::new();
         while let Some(result) = self.tables.try_result() {
             match self.processes.place(&result, &mut *self.backend, now) {
@@ -153,9 +169,7 @@ impl Sampling {
                 }
                 Placement::Unavailable(reason) => {
                     tracing::warn!(path = %result.path, id = %result.id, reason, "no unwind table");
-                    if self.summary.tables_unavailable.len() < MAX_NAMED_UNAVAILABLE {
-                        self.summary.tables_unavailable.push((result.path.to_string(), reason));
-                    }
+                    self.note_unavailable(result.path.to_string(), reason);
                 }
                 Placement::Postponed => {
                     tracing::debug!(path = %result.path, id = %result.id, "image is gone");
@@ -178,6 +192,7 @@ impl Sampling {
         let start = open.started_unix.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let recording = Recording {
             host_name: self.host_name.clone(),
+            instance_id: self.instance_id.clone(),
             frequency_hz: self.frequency_hz,
             start_unix_ns: u64::try_from(start.as_nanos()).unwrap_or(u64::MAX),
             duration_ns: u64::try_from(open.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
@@ -191,6 +206,16 @@ impl Sampling {
                 self.summary.dropped_batches += 1;
             }
         }
+    }
+}
+
+/// The reason to show for a walk whose mappings are not known any more: its addresses get no names, and so
+/// it cannot count as complete.
+fn without_mappings(sample: &Sample) -> StopReason {
+    if sample.user.is_empty() || sample.stop == StopReason::ProcessUnknown {
+        sample.stop
+    } else {
+        StopReason::MappingsChanged
     }
 }
 

@@ -9,17 +9,19 @@
 //! exec                       due after SETTLE
 //! first mapping or sample    due now
 //! next ones                  due at last scan + pause;  pause = 10 ms, 20 ms, ... 2 s
+//! mappings withdrawn         due at last scan + 10 ms, before all others
 //! none wanted for 10 s       pause = 10 ms
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 /// How long a dynamic linker is given to map its libraries after exec.
 const SETTLE: Duration = Duration::from_millis(10);
 /// First pause between two scans of a process.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
-/// Longest pause between two scans of a process. A library loaded meanwhile is walked within it.
+/// Longest pause between two scans of a process. A library loaded meanwhile, where nothing was before,
+/// is walked within it.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A process quiet for this long starts from the first pause again.
 const QUIET: Duration = Duration::from_secs(10);
@@ -29,7 +31,7 @@ const SCANS_PER_SECOND: f64 = 200.0;
 const BURST: f64 = 50.0;
 
 /// When each process is to be read.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ScanSchedule {
     processes: HashMap<u32, Scan>,
     budget: f64,
@@ -41,9 +43,10 @@ struct Scan {
     due: Option<Instant>,
     last: Option<Instant>,
     pause: Duration,
+    urgent: bool,
 }
 
-const NEVER_SCANNED: Scan = Scan { due: None, last: None, pause: FIRST_PAUSE };
+const NEVER_SCANNED: Scan = Scan { due: None, last: None, pause: FIRST_PAUSE, urgent: false };
 
 impl ScanSchedule {
     /// Nothing is due.
@@ -63,6 +66,14 @@ impl ScanSchedule {
         scan.due = Some(scan.last.map_or(now, |last| now.max(last + scan.pause)));
     }
 
+    /// A process cannot be walked until it is read again. The pause neither counts nor grows.
+    pub fn want_at_once(&mut self, tgid: u32, now: Instant) {
+        let scan = self.processes.entry(tgid).or_insert(NEVER_SCANNED);
+        let soonest = scan.last.map_or(now, |last| now.max(last + FIRST_PAUSE));
+        scan.due = Some(scan.due.map_or(soonest, |due| due.min(soonest)));
+        scan.urgent = true;
+    }
+
     /// A process runs another executable.
     pub fn exec(&mut self, tgid: u32, now: Instant) {
         self.processes.insert(tgid, Scan { due: Some(now + SETTLE), ..NEVER_SCANNED });
@@ -73,27 +84,38 @@ impl ScanSchedule {
         self.processes.remove(&tgid);
     }
 
-    /// The processes to read now, those that wait longest first, as many as the budget has.
+    /// Forgets all processes but those in `running`.
+    pub fn retain(&mut self, running: &HashSet<u32>) {
+        self.processes.retain(|tgid, _| running.contains(tgid));
+    }
+
+    /// The processes to read now, as many as the budget has: those that cannot be walked meanwhile first,
+    /// then those that wait longest.
     pub fn take_due(&mut self, now: Instant) -> Vec<u32> {
         let passed = now.duration_since(self.budget_at).as_secs_f64();
         self.budget = (self.budget + passed * SCANS_PER_SECOND).min(BURST);
         self.budget_at = now;
-        let mut due: Vec<(Instant, u32)> = self
+        let mut due: Vec<(bool, Instant, u32)> = self
             .processes
             .iter()
-            .filter_map(|(tgid, scan)| scan.due.filter(|due| *due <= now).map(|due| (due, *tgid)))
+            .filter_map(|(tgid, scan)| {
+                scan.due.filter(|due| *due <= now).map(|due| (!scan.urgent, due, *tgid))
+            })
             .collect();
         due.sort_unstable();
         due.truncate(self.budget as usize);
         self.budget -= due.len() as f64;
-        for (_, tgid) in &due {
+        for (_, _, tgid) in &due {
             if let Some(scan) = self.processes.get_mut(tgid) {
-                let pause =
-                    if scan.last.is_none() { FIRST_PAUSE } else { (scan.pause * 2).min(LONGEST_PAUSE) };
-                *scan = Scan { due: None, last: Some(now), pause };
+                let pause = match scan.last {
+                    None => FIRST_PAUSE,
+                    Some(_) if scan.urgent => scan.pause,
+                    Some(_) => (scan.pause * 2).min(LONGEST_PAUSE),
+                };
+                *scan = Scan { due: None, last: Some(now), pause, urgent: false };
             }
         }
-        due.into_iter().map(|(_, tgid)| tgid).collect()
+        due.into_iter().map(|(_, _, tgid)| tgid).collect()
     }
 
     /// How long until the next one is due.
@@ -148,6 +170,33 @@ mod tests {
         schedule.exec(7, exec);
         schedule.forget(7);
         assert!(schedule.take_due(exec + SETTLE).is_empty());
+    }
+
+    #[test]
+    fn withdrawn_mappings_are_read_at_once_whatever_the_pause() {
+        let start = Instant::now();
+        let mut schedule = ScanSchedule::new(start);
+        for elapsed in 0..3000 {
+            schedule.want(7, start + elapsed * MS);
+            schedule.take_due(start + elapsed * MS);
+        }
+        let now = start + 3000 * MS;
+        schedule.want(7, now);
+        assert!(schedule.next_due(now).unwrap() > 500 * MS, "the pause has grown");
+        for other in 100..200 {
+            schedule.want(other, start);
+        }
+        schedule.want_at_once(7, now);
+        assert_eq!(schedule.take_due(now).first(), Some(&7), "before those that wait longer");
+        schedule.want_at_once(7, now + MS);
+        schedule.want_at_once(7, now + 2 * MS);
+        assert!(!schedule.take_due(now + 2 * MS).contains(&7), "a hundred times a second");
+        assert_eq!(schedule.take_due(now + FIRST_PAUSE).first(), Some(&7));
+        schedule.retain(&HashSet::from([7]));
+        schedule.want(7, now + FIRST_PAUSE);
+        assert!(schedule.next_due(now + FIRST_PAUSE).unwrap() > 500 * MS, "for others the pause stands");
+        schedule.retain(&HashSet::new());
+        assert_eq!(schedule.next_due(now), None);
     }
 
     #[test]

@@ -54,14 +54,19 @@ pub enum TableAnswer {
 /// The service did not do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ServiceError {
-    /// No answer.
+    /// No connection.
     #[error("service cannot be reached: {0}")]
     Unreachable(String),
+    /// A connection, but no whole answer in time.
+    #[error("service does not answer: {0}")]
+    NoAnswer(String),
     /// An answer that may be another later.
-    #[error("service is not able to answer (status {status})")]
+    #[error("service is not able to answer (status {status}): {reason}")]
     Busy {
         /// HTTP status.
         status: u16,
+        /// What it said.
+        reason: String,
         /// When to ask again.
         retry_after: Option<Duration>,
     },
@@ -81,14 +86,14 @@ pub enum ServiceError {
 impl ServiceError {
     /// Whether the same request may succeed later.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::Busy { .. })
+        matches!(self, Self::Unreachable(_) | Self::NoAnswer(_) | Self::Busy { .. })
     }
 
     /// When the service wants to be asked again.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Busy { retry_after, .. } => *retry_after,
-            Self::Unreachable(_) | Self::Refused { .. } | Self::Client(_) => None,
+            Self::Unreachable(_) | Self::NoAnswer(_) | Self::Refused { .. } | Self::Client(_) => None,
         }
     }
 }
@@ -102,7 +107,9 @@ impl From<reqwest::Error> for ServiceError {
             text = inner.to_string();
             source = inner.source();
         }
-        Self::Unreachable(if text.is_empty() { error.without_url().to_string() } else { text })
+        let connecting = error.is_connect();
+        let text = if text.is_empty() { error.without_url().to_string() } else { text };
+        if connecting { Self::Unreachable(text) } else { Self::NoAnswer(text) }
     }
 }
 
@@ -138,7 +145,8 @@ impl Service {
             || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
         {
             let retry_after = retry_after(&response);
-            return Err(ServiceError::Busy { status: status.as_u16(), retry_after });
+            let (status, reason) = stated(response).await;
+            return Err(ServiceError::Busy { status, reason, retry_after });
         }
         Err(refusal(response).await)
     }
@@ -232,6 +240,12 @@ fn retry_after(response: &Response) -> Option<Duration> {
 }
 
 async fn refusal(response: Response) -> ServiceError {
+    let (status, reason) = stated(response).await;
+    ServiceError::Refused { status, reason }
+}
+
+/// The status of an answer and what it says.
+async fn stated(response: Response) -> (u16, String) {
     let status = response.status().as_u16();
     let text = response.text().await.unwrap_or_default();
     let mut reason = match serde_json::from_str::<ErrorBody>(&text) {
@@ -243,5 +257,5 @@ async fn refusal(response: Response) -> ServiceError {
         end -= 1;
     }
     reason.truncate(end);
-    ServiceError::Refused { status, reason }
+    (status, reason)
 }

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 const MAX_SPOOLS: u32 = 64;
 /// Ending of a batch's file name: a request, compressed.
 const ENDING: &str = "otlp.zst";
+/// Start of the name of a file that is being written.
+const UNFINISHED: &str = ".unfinished-";
 
 /// Batches on disk, oldest first.
 pub struct Spool {
@@ -53,7 +55,12 @@ impl Spool {
             .flatten()
             .filter_map(|entry| {
                 let name = entry.file_name();
-                let (number, ending) = name.to_str()?.split_once('.')?;
+                let name = name.to_str()?;
+                if name.starts_with(UNFINISHED) {
+                    // Left by an agent that was killed: whoever holds the lock writes alone.
+                    let _ = fs::remove_file(entry.path());
+                }
+                let (number, ending) = name.split_once('.')?;
                 if ending != ENDING {
                     return None;
                 }
@@ -72,7 +79,7 @@ impl Spool {
 
     /// Appends a batch. Returns how many older ones were dropped for it.
     pub fn push(&mut self, batch: &[u8]) -> io::Result<u64> {
-        let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
+        let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.directory)?;
         file.write_all(batch)?;
         file.persist(self.path(self.next))?;
         self.batches.push_back(Spooled { number: self.next, bytes: batch.len() as u64 });
@@ -140,6 +147,19 @@ mod tests {
         expect.push("later".to_owned());
         assert_eq!(drain(&mut spool), expect);
         assert!(spool.is_empty());
+    }
+
+    #[test]
+    fn what_a_killed_agent_left_unfinished_goes() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut spool = Spool::open(directory.path(), 100).unwrap();
+        spool.push(b"whole").unwrap();
+        let unfinished = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(directory.path().join("0"));
+        let (_, path) = unfinished.unwrap().keep().unwrap();
+        drop(spool);
+        let mut spool = Spool::open(directory.path(), 100).unwrap();
+        assert!(!path.exists());
+        assert_eq!(drain(&mut spool), ["whole"]);
     }
 
     #[test]

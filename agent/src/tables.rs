@@ -11,14 +11,13 @@
 //! before a sample touches it, and what samples wait for goes first. Requests run on the agent's own
 //! runtime; results come back through a bounded channel, so that tables wait on disk or in the network
 //! rather than in memory. A network that fails is asked again, without end and without hurry, and never
-//! holds up sampling.
+//! holds up sampling; a service that fails for one image holds up no other (`table_queue`).
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore, mpsc};
-use tokio::time::{Instant, sleep};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
 use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 
@@ -26,22 +25,29 @@ use crate::mapped_file::ImageSource;
 use crate::service::{Service, ServiceError, TableAnswer};
 use crate::skeleton::skeleton;
 use crate::table_cache::{TableCache, check};
+use crate::table_queue::{Job, Queue};
 
 /// Requests under way for images that samples wait for.
 const URGENT_WORKERS: usize = 6;
 /// Requests under way for anything: images that a sampled process maps and may run into.
 const WORKERS: usize = 2;
-/// Longest pause between two requests for a table that is being made: a tenth of the two seconds
-/// within which walks are to start.
-const LONGEST_POLL: Duration = Duration::from_millis(200);
-/// Shortest pause, whatever the service says.
-const SHORTEST_POLL: Duration = Duration::from_millis(50);
+/// Pause between two requests for a table that is being made: a tenth of the two seconds within which
+/// walks are to start.
+const FIRST_POLL: Duration = Duration::from_millis(200);
+/// Longest pause between them: one that takes long may be noticed late in proportion.
+const LONGEST_POLL: Duration = Duration::from_secs(1);
+/// A table is asked for again when it has been made for another of so many parts of its time.
+const POLL_PARTS: u32 = 8;
 /// How long a table may take to be made: librustc_driver, 1.1 million rows, takes seconds.
 const MAKING_LIMIT: Duration = Duration::from_secs(300);
-/// First pause after the network failed; it doubles up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-/// Longest pause after the network failed. Walks start within two seconds of its return.
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// First pause after the service failed for an image; it doubles up to [`LONGEST_BACK_OFF`].
+const FIRST_BACK_OFF: Duration = Duration::from_millis(200);
+/// Longest pause after the service failed for an image: a thousand such images are a hundred requests
+/// a second, and what was mended is noticed while somebody still looks.
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(10);
+/// Failures in a row for one image before the log says so, within 0.6 s: a service that restarts
+/// behind a proxy fails once or twice for many.
+const FAILURES_TO_WARN: u32 = 3;
 /// Skeletons in memory at once: the largest have tens of megabytes, and a small one must not wait long.
 const SKELETONS: usize = 2;
 /// Results that wait for the agent's loop.
@@ -88,20 +94,6 @@ pub struct Tables {
     results: mpsc::Receiver<TableResult>,
 }
 
-#[derive(Default)]
-struct Queue {
-    waiting: Mutex<Waiting>,
-    urgent_came: Notify,
-    any_came: Notify,
-}
-
-#[derive(Default)]
-struct Waiting {
-    urgent: VecDeque<TableRequest>,
-    background: VecDeque<TableRequest>,
-    running: Vec<BuildId>,
-}
-
 impl Tables {
     /// Starts the workers on `runtime`.
     pub fn start(runtime: &tokio::runtime::Handle, service: &Service, cache: TableCache) -> Self {
@@ -118,56 +110,12 @@ impl Tables {
 
     /// Queues a wish. One that is queued or under way is not repeated, but may become urgent.
     pub fn request(&self, request: TableRequest) {
-        let mut waiting = self.queue.lock();
-        if waiting.running.contains(&request.id) || waiting.urgent.iter().any(|other| other.id == request.id)
-        {
-            return;
-        }
-        if request.urgent {
-            waiting.background.retain(|other| other.id != request.id);
-            waiting.urgent.push_back(request);
-            drop(waiting);
-            self.queue.urgent_came.notify_one();
-        } else {
-            if waiting.background.iter().all(|other| other.id != request.id) {
-                waiting.background.push_back(request);
-            }
-            drop(waiting);
-        }
-        self.queue.any_came.notify_one();
+        self.queue.request(request);
     }
 
     /// A result, if one is there.
     pub fn try_result(&mut self) -> Option<TableResult> {
         self.results.try_recv().ok()
-    }
-}
-
-impl Queue {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The next request for a worker.
-    async fn next(&self, only_urgent: bool) -> TableRequest {
-        loop {
-            let came = if only_urgent { &self.urgent_came } else { &self.any_came };
-            let mut came = std::pin::pin!(came.notified());
-            // Registered before the look into the queue, so that nothing comes unnoticed in between.
-            came.as_mut().enable();
-            {
-                let mut waiting = self.lock();
-                let request = waiting
-                    .urgent
-                    .pop_front()
-                    .or_else(|| if only_urgent { None } else { waiting.background.pop_front() });
-                if let Some(request) = request {
-                    waiting.running.push(request.id);
-                    return request;
-                }
-            }
-            came.await;
-        }
     }
 }
 
@@ -178,14 +126,75 @@ async fn work(
     only_urgent: bool,
 ) {
     loop {
-        let request = queue.next(only_urgent).await;
-        let outcome = source.obtain(&request).await;
-        queue.lock().running.retain(|id| *id != request.id);
-        let result = TableResult { id: request.id, path: request.path, outcome };
+        let mut job = queue.next(only_urgent).await;
+        let attempt = source.attempt(&mut job).await;
+        let now = Instant::now();
+        if let Attempt::Failed(error @ ServiceError::Unreachable(_)) = &attempt {
+            if queue.service_away() {
+                tracing::warn!(
+                    %error,
+                    "unwind tables wait for the service: check that it runs and that its address is right"
+                );
+            }
+            job.making_since = None;
+            queue.put_back(job, now);
+            continue;
+        }
+        // Answers from disk say nothing of the service.
+        if !matches!(attempt, Attempt::Cached(_)) && queue.service_answered() {
+            tracing::info!("the service can be reached again");
+        }
+        let outcome = match attempt {
+            Attempt::Cached(table) => TableOutcome::Table(table),
+            Attempt::Done(outcome) => outcome,
+            Attempt::Making { pause } => {
+                job.failures = 0;
+                queue.put_back(job, now + pause);
+                continue;
+            }
+            Attempt::Failed(error) => {
+                let pause = back_off(&mut job, &error);
+                queue.put_back(job, now + pause);
+                continue;
+            }
+        };
+        queue.finish(job.request.id);
+        let result = TableResult { id: job.request.id, path: job.request.path, outcome };
         if results.send(result).await.is_err() {
             return;
         }
     }
+}
+
+/// Counts a failure of the service for one image, says so once, and returns the pause before the next try.
+fn back_off(job: &mut Job, error: &ServiceError) -> Duration {
+    job.failures = job.failures.saturating_add(1);
+    tracing::debug!(%error, path = %job.request.path, id = %job.request.id, "unwind table not to be had yet");
+    if job.failures == FAILURES_TO_WARN {
+        tracing::warn!(
+            %error, path = %job.request.path, id = %job.request.id,
+            "the service fails for this image again and again, and stacks stop in it with table_pending; \
+             it is asked every {LONGEST_BACK_OFF:?}: look for this build-ID in the log of windlassd"
+        );
+    }
+    let doublings = (job.failures - 1).min(LONGEST_BACK_OFF.as_millis().ilog2());
+    let pause = FIRST_BACK_OFF.saturating_mul(1 << doublings);
+    error.retry_after().unwrap_or_default().max(pause).min(LONGEST_BACK_OFF)
+}
+
+/// What one try came to.
+enum Attempt {
+    /// The table, from disk.
+    Cached(Vec<u8>),
+    /// What the service says.
+    Done(TableOutcome),
+    /// It is being made.
+    Making {
+        /// When to ask again.
+        pause: Duration,
+    },
+    /// To be tried again.
+    Failed(ServiceError),
 }
 
 /// Where tables come from.
@@ -196,46 +205,38 @@ struct TableSource {
 }
 
 impl TableSource {
-    async fn obtain(&self, request: &TableRequest) -> TableOutcome {
-        if let Some(table) = self.cache.get(request.id) {
-            return TableOutcome::Table(table);
+    async fn attempt(&self, job: &mut Job) -> Attempt {
+        let id = job.request.id;
+        if let Some(table) = self.cache.get(id) {
+            return Attempt::Cached(table);
         }
-        let started = Instant::now();
-        let (mut pause, mut skeleton_sent) = (FIRST_PAUSE, false);
+        let unavailable = |reason: String| Attempt::Done(TableOutcome::Unavailable(reason));
         loop {
-            match self.service.table(request.id).await {
-                Ok(TableAnswer::Table(table)) => return self.take(request.id, table),
-                Ok(TableAnswer::Making { .. }) if started.elapsed() > MAKING_LIMIT => {
-                    return TableOutcome::Unavailable(format!("not made within {MAKING_LIMIT:?}"));
-                }
-                Ok(TableAnswer::Making { retry_after }) => {
-                    sleep(retry_after.unwrap_or(LONGEST_POLL).clamp(SHORTEST_POLL, LONGEST_POLL)).await;
-                }
-                Ok(TableAnswer::UnknownImage) if skeleton_sent => {
-                    return TableOutcome::Unavailable(
-                        "the service does not know the image it was sent".to_owned(),
-                    );
-                }
-                Ok(TableAnswer::UnknownImage) => match self.send_skeleton(request).await {
-                    Ok(()) => skeleton_sent = true,
-                    Err(SendError::Service(error)) if error.is_transient() => {
-                        self.rest(&error, &mut pause).await;
+            match self.service.table(id).await {
+                Ok(TableAnswer::Table(table)) => return Attempt::Done(self.take(id, table)),
+                Ok(TableAnswer::Making { .. }) => {
+                    let made_for = job.making_since.get_or_insert_with(Instant::now).elapsed();
+                    if made_for > MAKING_LIMIT {
+                        return unavailable(format!("not made within {MAKING_LIMIT:?}"));
                     }
-                    Err(SendError::Service(error)) => return TableOutcome::Unavailable(error.to_string()),
-                    Err(SendError::Image(reason)) => return TableOutcome::Unavailable(reason),
-                    Err(SendError::Gone(reason)) => return TableOutcome::ImageGone(reason),
+                    return Attempt::Making {
+                        pause: (made_for / POLL_PARTS).clamp(FIRST_POLL, LONGEST_POLL),
+                    };
+                }
+                Ok(TableAnswer::UnknownImage) if job.skeleton_sent => {
+                    return unavailable("the service does not know the image it was sent".to_owned());
+                }
+                Ok(TableAnswer::UnknownImage) => match self.send_skeleton(&job.request).await {
+                    Ok(()) => job.skeleton_sent = true,
+                    Err(SendError::Service(error)) if error.is_transient() => return Attempt::Failed(error),
+                    Err(SendError::Service(error)) => return unavailable(error.to_string()),
+                    Err(SendError::Image(reason)) => return unavailable(reason),
+                    Err(SendError::Gone(reason)) => return Attempt::Done(TableOutcome::ImageGone(reason)),
                 },
-                Err(error) if error.is_transient() => self.rest(&error, &mut pause).await,
-                Err(error) => return TableOutcome::Unavailable(error.to_string()),
+                Err(error) if error.is_transient() => return Attempt::Failed(error),
+                Err(error) => return unavailable(error.to_string()),
             }
         }
-    }
-
-    /// Waits before the next try.
-    async fn rest(&self, error: &ServiceError, pause: &mut Duration) {
-        tracing::debug!(%error, "unwind table not to be had yet");
-        sleep(error.retry_after().map_or(*pause, |wanted| wanted.min(LONGEST_PAUSE))).await;
-        *pause = (*pause * 2).min(LONGEST_PAUSE);
     }
 
     fn take(&self, id: BuildId, table: Vec<u8>) -> TableOutcome {

@@ -6,6 +6,8 @@
 use std::fs;
 use std::path::Path;
 
+use windlass_agent::kernel::SETCAP;
+
 /// What decides whether the kernel lets a process sample.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Privilege {
@@ -26,9 +28,6 @@ const CAP_PERFMON: u32 = 38;
 const CAP_BPF: u32 = 39;
 /// Highest `kernel.perf_event_paranoid` at which a process may sample its own user-mode code.
 const PARANOID_USER: i64 = 2;
-
-/// What `setcap` grants for sampling in the kernel.
-const SETCAP: &str = "cap_bpf,cap_perfmon,cap_sys_ptrace,cap_dac_read_search,cap_syslog+ep";
 
 impl Privilege {
     /// Of this process.
@@ -61,7 +60,7 @@ impl Privilege {
                 std::env::current_exe().map_or("windlass".into(), |path| path.display().to_string());
             advice.push(format!(
                 "this process lacks {}: run as root (sudo), or once `sudo setcap {SETCAP} {program}`; \
-                 in a container add these capabilities (docker run --cap-add ...)",
+                 in a container run with --cap-add and each of them",
                 lacking.join(", ")
             ));
         }
@@ -138,6 +137,7 @@ mod tests {
     fn advice_names_what_stands_in_the_way() {
         let user = Privilege { capabilities: 0, ..ROOT };
         check(&user.bpf_advice(), &["CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE", "setcap", "root"], &["btf"]);
+        check(&user.bpf_advice(), &["cap_dac_read_search", "cap_checkpoint_restore", "cap_syslog"], &[]);
         let admin = Privilege { capabilities: 1 << CAP_SYS_ADMIN | 1 << CAP_SYS_PTRACE, ..ROOT };
         check(&admin.bpf_advice(), &["seccomp"], &["setcap"]);
         check(

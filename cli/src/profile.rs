@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use windlass_schema::pprof;
 
+use crate::mapped_elf;
 use crate::privilege::Privilege;
 use crate::recording::{Mode, Recorded, Recording, Target, embedded_service};
 use crate::server::{Server, TokenArgs};
@@ -166,8 +167,7 @@ fn has_dwarf(path: &Path) -> bool {
     if !file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() <= MAX_DEBUGINFO_BYTES) {
         return false;
     }
-    // SAFETY: the map is read-only; an image that a process runs is not truncated in place.
-    let Ok(elf) = (unsafe { memmap2::Mmap::map(&file) }) else { return false };
+    let Ok(elf) = mapped_elf::map_open(&file) else { return false };
     windlass_symbol_index::describe(&elf).is_ok_and(|contents| contents.debug_info)
 }
 

@@ -52,8 +52,16 @@ pub(crate) struct Recording {
 pub(crate) struct Recorded {
     pub(crate) gzipped: Vec<u8>,
     pub(crate) profile: pprof::Profile,
-    /// The time range, for asking again.
+    /// For asking again.
+    asked: Asked,
+}
+
+/// Which samples are those of a recording.
+#[derive(Clone, Debug)]
+struct Asked {
     range_ns: (u64, u64),
+    /// Others may send to the same service at the same time.
+    instance_id: String,
 }
 
 impl Recording {
@@ -76,6 +84,12 @@ impl Recording {
         let start_ns = unix_ns(SystemTime::now() - RANGE_MARGIN);
         // The agent has its own threads and waits for them, which an asynchronous task must not.
         let agent = tokio::task::spawn_blocking(move || Agent::start(config)).await??;
+        let warm_up = agent.warm_up();
+        eprintln!(
+            "windlass: fetched the unwind tables of what runs in {:.1} s; {} samples of that time are not kept",
+            warm_up.duration.as_secs_f64(),
+            warm_up.samples
+        );
         Ok(Self { agent, server: server.clone(), start_ns })
     }
 
@@ -86,6 +100,7 @@ impl Recording {
             _ = tokio::signal::ctrl_c() => eprintln!("windlass: interrupted; showing what was sampled so far"),
         }
         let Self { agent, server, start_ns } = self;
+        let instance_id = agent.instance_id().to_owned();
         let summary = tokio::task::spawn_blocking(move || agent.stop()).await?.context("the agent failed")?;
         if summary.lost_samples > 0 {
             eprintln!(
@@ -96,27 +111,29 @@ impl Recording {
         if summary.dropped_batches > 0 {
             eprintln!("windlass: {} batches of samples did not reach the service", summary.dropped_batches);
         }
-        fetch(&server, (start_ns, unix_ns(SystemTime::now() + RANGE_MARGIN))).await
+        let range_ns = (start_ns, unix_ns(SystemTime::now() + RANGE_MARGIN));
+        fetch(&server, Asked { range_ns, instance_id }).await
     }
 }
 
 impl Recorded {
     /// Fetches the same samples again, with the names that the service knows by now.
     pub(crate) async fn again(&self, server: &Server) -> anyhow::Result<Self> {
-        fetch(server, self.range_ns).await
+        fetch(server, self.asked.clone()).await
     }
 }
 
-async fn fetch(server: &Server, range_ns: (u64, u64)) -> anyhow::Result<Recorded> {
+async fn fetch(server: &Server, asked: Asked) -> anyhow::Result<Recorded> {
     let spinner = terminal::spinner("naming");
-    let gzipped = server.profiles(range_ns.0, range_ns.1).await;
+    let gzipped = server.profiles(asked.range_ns.0, asked.range_ns.1, &asked.instance_id).await;
     spinner.finish_and_clear();
     let gzipped = gzipped?;
     let profile = decode(&gzipped).with_context(|| format!("{} sent a broken profile", server.url()))?;
-    Ok(Recorded { gzipped, profile, range_ns })
+    Ok(Recorded { gzipped, profile, asked })
 }
 
-fn decode(gzipped: &[u8]) -> anyhow::Result<pprof::Profile> {
+/// Reads a gzipped profile.
+pub(crate) fn decode(gzipped: &[u8]) -> anyhow::Result<pprof::Profile> {
     let mut bytes = Vec::new();
     flate2::read::MultiGzDecoder::new(gzipped).take(MAX_PROFILE_BYTES + 1).read_to_end(&mut bytes)?;
     anyhow::ensure!(bytes.len() as u64 <= MAX_PROFILE_BYTES, "more than {MAX_PROFILE_BYTES} bytes");

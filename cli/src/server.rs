@@ -213,12 +213,23 @@ impl Server {
         self.bytes(answer).await
     }
 
-    /// What was sampled between two times (Unix time in nanoseconds), merged and symbolized: gzipped pprof.
-    pub(crate) async fn profiles(&self, start_ns: u64, end_ns: u64) -> Result<Vec<u8>, ServerError> {
-        let mut url = self.route(["api", "v1", "profiles"]);
-        url.set_query(Some(&format!("start={start_ns}&end={end_ns}")));
+    /// What one agent sampled between two times (Unix time in nanoseconds), merged and symbolized: gzipped pprof.
+    pub(crate) async fn profiles(
+        &self,
+        start_ns: u64,
+        end_ns: u64,
+        instance_id: &str,
+    ) -> Result<Vec<u8>, ServerError> {
+        let url = self.profiles_url(start_ns, end_ns, instance_id);
         let answer = self.send(self.request_to(Method::GET, url).header(ACCEPT, PPROF)).await?;
         self.bytes(answer).await
+    }
+
+    fn profiles_url(&self, start_ns: u64, end_ns: u64, instance_id: &str) -> Url {
+        let mut url = self.route(["api", "v1", "profiles"]);
+        let instance = percent_encoded(instance_id);
+        url.set_query(Some(&format!("start={start_ns}&end={end_ns}&instance={instance}")));
+        url
     }
 
     fn route<'a>(&self, segments: impl IntoIterator<Item = &'a str>) -> Url {
@@ -314,6 +325,12 @@ mod tests {
         let server = server("http://host/prefix/").unwrap();
         let request = server.request(Method::PUT, ["api", "a b", "c++.cc", "x?y#z"]).build().unwrap();
         assert_eq!(request.url().as_str(), "http://host/prefix/api/a%20b/c++.cc/x%3Fy%23z");
+    }
+
+    #[test]
+    fn a_recording_asks_for_its_own_samples() {
+        let url = server("http://host").unwrap().profiles_url(1, 9, "a&b");
+        assert_eq!(url.as_str(), "http://host/api/v1/profiles?start=1&end=9&instance=a%26b");
     }
 
     #[test]

@@ -1,14 +1,17 @@
 //! `windlass symbolize`: addresses, or a whole pprof profile, to the service and back with names.
 
+use std::collections::HashSet;
+use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use windlass_schema::BuildId;
 use windlass_schema::http::{ImageAddresses, ImageFrames, SymbolizeRequest, SymbolizeResponse, Unresolved};
+use windlass_schema::{BuildId, pprof};
 
 use crate::address_input;
+use crate::recording;
 use crate::server::ServerArgs;
 
 const EXAMPLES: &str = "\
@@ -17,8 +20,8 @@ Examples:
   grep -o '0x[0-9a-f]*' crash.log | windlass symbolize --build-id 6be6a8c1 --json
   windlass symbolize profile.pb.gz -o named.pb.gz
 
-Addresses are image addresses (as nm prints them), hex. Of a stack's return addresses, give each less
-one, or the line is the one after the call. Exit status: 1 if some address has no name.";
+A profile may be of perf, gperftools or any other tool that writes pprof with build-IDs. Single addresses are image addresses (as nm prints them), hex. Of a stack's return addresses, give each less
+one, or the line is the one after the call. Exit status: 1 if some address has no name (in a profile: some address in an image with a build-ID).";
 
 /// Arguments of `windlass symbolize`.
 #[derive(Debug, clap::Args)]
@@ -58,8 +61,12 @@ pub(crate) async fn run(args: SymbolizeArgs) -> anyhow::Result<ExitCode> {
         let output = args.output.expect("required without --build-id");
         let bytes = std::fs::read(profile).with_context(|| format!("failed to read {profile}"))?;
         let named = server.symbolize_pprof(bytes).await?;
-        std::fs::write(&output, named).with_context(|| format!("failed to write {}", output.display()))?;
-        return Ok(ExitCode::from(crate::DONE));
+        std::fs::write(&output, &named).with_context(|| format!("failed to write {}", output.display()))?;
+        let profile =
+            recording::decode(&named).with_context(|| format!("{} sent a broken profile", server.url()))?;
+        let counts = Counts::of(&profile);
+        println!("{counts}");
+        return Ok(ExitCode::from(if counts.unnamed == 0 { crate::DONE } else { crate::FINDINGS }));
     };
     let addresses: Vec<u64> = addresses(&args.inputs)?.into_iter().map(|address| address.get()).collect();
     let request = SymbolizeRequest {
@@ -83,6 +90,48 @@ pub(crate) async fn run(args: SymbolizeArgs) -> anyhow::Result<ExitCode> {
     }
     let all_named = image.addresses.iter().all(|frames| !frames.is_empty());
     Ok(ExitCode::from(if all_named { crate::DONE } else { crate::FINDINGS }))
+}
+
+/// How many locations of a profile have names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Counts {
+    named: usize,
+    all: usize,
+    /// Those without a name though their image has a build-ID.
+    unnamed: usize,
+}
+
+impl Counts {
+    fn of(profile: &pprof::Profile) -> Self {
+        let identified =
+            profile.mapping.iter().filter(|mapping| !profile.string(mapping.build_id).is_empty());
+        let identified: HashSet<u64> = identified.map(|mapping| mapping.id).collect();
+        let mut counts = Self { named: 0, all: profile.location.len(), unnamed: 0 };
+        for location in &profile.location {
+            counts.named += usize::from(!location.line.is_empty());
+            counts.unnamed +=
+                usize::from(location.line.is_empty() && identified.contains(&location.mapping_id));
+        }
+        counts
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { named, all, unnamed } = self;
+        write!(f, "{named} of {all} locations named")?;
+        if *unnamed > 0 {
+            write!(
+                f,
+                "; {unnamed} without a name are in images with a build-ID: upload those, as they were before \
+                 strip, with `windlass upload`"
+            )?;
+        }
+        if named + unnamed < *all {
+            write!(f, "; {} are in no image with a build-ID", all - named - unnamed)?;
+        }
+        Ok(())
+    }
 }
 
 fn addresses(inputs: &[String]) -> anyhow::Result<Vec<windlass_schema::ImageAddress>> {
@@ -168,6 +217,29 @@ mod tests {
                       0x20\n  ?? in the function at 0x10 (no symbol covers this address)\n\
                       0x99\n  ?? (what is stored has no symbols: upload the file as it was before strip)\n";
         assert_eq!(text, expect);
+    }
+
+    #[test]
+    fn named_locations_are_counted() {
+        let mapping = |id, build_id| pprof::Mapping { id, build_id, ..pprof::Mapping::default() };
+        let location = |mapping_id, lines| pprof::Location {
+            mapping_id,
+            line: vec![pprof::Line::default(); lines],
+            ..pprof::Location::default()
+        };
+        let mut profile = pprof::Profile {
+            string_table: ["", "abcd"].map(str::to_owned).to_vec(),
+            mapping: vec![mapping(1, 1), mapping(2, 0)],
+            location: vec![location(1, 2), location(2, 1)],
+            ..pprof::Profile::default()
+        };
+        assert_eq!(Counts::of(&profile).to_string(), "2 of 2 locations named");
+        profile.location.extend([location(1, 0), location(2, 0), location(0, 0)]);
+        let counts = Counts::of(&profile);
+        assert_eq!(counts, Counts { named: 2, all: 5, unnamed: 1 });
+        let text = counts.to_string();
+        assert!(text.starts_with("2 of 5 locations named; 1 without a name"), "{text}");
+        assert!(text.ends_with("; 2 are in no image with a build-ID"), "{text}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Lookups print what llvm-symbolizer prints, so that scripts and comparisons can change one for the
 //! other: an interactive peer that writes one address and waits for the answer works too.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufRead as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,6 +14,7 @@ use windlass_schema::ImageAddress;
 use windlass_symbol_index::{Frame, Index, Input};
 
 use crate::address_input;
+use crate::mapped_elf::map;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -79,15 +80,6 @@ pub(crate) fn run(args: SymbolsArgs) -> anyhow::Result<ExitCode> {
         }
         Command::Lookup { obj, output_style, addresses } => lookup(&obj, output_style, &addresses),
     }
-}
-
-fn map(path: &Path) -> anyhow::Result<memmap2::Mmap> {
-    let failed = || format!("failed to read {}", path.display());
-    let file = File::open(path).with_context(failed)?;
-    anyhow::ensure!(file.metadata().with_context(failed)?.is_file(), "{} is no regular file", path.display());
-    // SAFETY: the map is read-only. Whoever truncates the file meanwhile can end this process with
-    // SIGBUS, as with every symbolizer; nothing is written.
-    unsafe { memmap2::Mmap::map(&file) }.with_context(failed)
 }
 
 fn build(path: &Path, elf: &[u8]) -> anyhow::Result<Vec<u8>> {

@@ -19,6 +19,7 @@ use windlass_schema::{BuildId, ImageAddress, Rule, Table};
 use windlass_unwind_compiler::{Compiled, build_id_of, compile};
 
 use crate::address_input;
+use crate::mapped_elf::map;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -96,15 +97,6 @@ pub(crate) fn run(args: UnwindArgs) -> anyhow::Result<ExitCode> {
         Command::Verify(args) => return verify::run(&args),
     }
     Ok(ExitCode::from(crate::DONE))
-}
-
-fn map(path: &Path) -> anyhow::Result<memmap2::Mmap> {
-    let failed = || format!("failed to read {}", path.display());
-    let file = fs::File::open(path).with_context(failed)?;
-    anyhow::ensure!(file.metadata().with_context(failed)?.is_file(), "{} is no regular file", path.display());
-    // SAFETY: the map is read-only. Whoever truncates the file meanwhile can end this process with
-    // SIGBUS, as with every tool that maps ELF files; nothing is written.
-    unsafe { memmap2::Mmap::map(&file) }.with_context(failed)
 }
 
 fn compile_file(path: &Path, elf: &[u8]) -> anyhow::Result<Compiled> {

@@ -4,6 +4,10 @@
 //! half-written object is served as if it were whole. Here the name is the hash of the
 //! content: equal contents are one blob, writing twice is harmless, and whatever is read can be
 //! checked. A blob without a catalog row is never served. Blobs are in [`crate::seekable`] form.
+//!
+//! A disk that is not mounted looks like an empty folder, and a bucket of the wrong name like an empty bucket. So
+//! the store holds one more object, [`MARKER`]: where that is missing the storage is away, and nothing in it is
+//! taken for lost.
 
 use std::fs::File;
 use std::io::Write;
@@ -31,6 +35,21 @@ const BATCH_FRAMES: usize = 4;
 /// Blobs up to this stored size in bytes are fetched with one read, seek table included.
 const SINGLE_READ_BYTES: u64 = 256 * 1024;
 
+/// Name of the object that says that this is the storage, beneath its prefix.
+pub const MARKER: &str = "windlass-storage";
+/// What it holds, for whoever finds it.
+const MARKER_TEXT: &[u8] =
+    b"Contents stored by windlassd. It does not start on a storage without this object.\n";
+
+/// What a storage must be to be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Nothing is on record: whatever is missing is created, the marker too.
+    New,
+    /// Contents are on record: it must be there, with its marker.
+    Marked,
+}
+
 /// A stored content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blob {
@@ -52,6 +71,15 @@ pub enum BlobError {
         url: String,
         /// What is wrong with it.
         why: String,
+    },
+    /// The marker is missing: another folder or bucket than the one that was written to.
+    #[error(
+        "storage {url:?} is away: the catalog lists contents, but there is no object {MARKER:?} in the storage \
+         (mount or restore it, or correct --storage; if only this object was lost, create an empty one)"
+    )]
+    Away {
+        /// As configured.
+        url: String,
     },
     /// The store failed.
     #[error("object store: {0}")]
@@ -84,23 +112,37 @@ pub struct BlobStore {
     store: Arc<dyn ObjectStore>,
     prefix: Path,
     scratch: PathBuf,
+    url: Arc<str>,
 }
 
 impl BlobStore {
     /// Opens `url` (`file:///...`, `s3://bucket/prefix`; credentials come from the environment).
     /// `scratch` is a local folder for temporary files.
-    pub fn open(url: &str, scratch: PathBuf) -> Result<Self, BlobError> {
-        let fail = |why: &dyn ToString| BlobError::Storage { url: url.to_owned(), why: why.to_string() };
-        let parsed = Url::parse(url).map_err(|e| fail(&e))?;
-        if parsed.scheme() == "file" {
-            let root = parsed.to_file_path().map_err(|()| fail(&"not an absolute path"))?;
-            std::fs::create_dir_all(&root).map_err(|e| fail(&e))?;
-            let store = LocalFileSystem::new_with_prefix(root)?.with_fsync(true);
-            return Ok(Self { store: Arc::new(store), prefix: Path::default(), scratch });
+    pub async fn open(url: &str, scratch: PathBuf, expected: Expected) -> Result<Self, BlobError> {
+        let (store, prefix) = connect(url, expected)?;
+        let opened = Self { store, prefix, scratch, url: url.into() };
+        match (opened.require_marker().await, expected) {
+            (Err(BlobError::Away { .. }), Expected::New) => {
+                opened.store.put(&opened.marker(), Bytes::from_static(MARKER_TEXT).into()).await?;
+                Ok(opened)
+            }
+            (found, _) => found.map(|()| opened),
         }
-        let environment = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
-        let (store, prefix) = object_store::parse_url_opts(&parsed, environment).map_err(|e| fail(&e))?;
-        Ok(Self { store: store.into(), prefix, scratch })
+    }
+
+    fn marker(&self) -> Path {
+        self.prefix.clone().join(MARKER)
+    }
+
+    /// Fails with [`BlobError::Away`] if the marker is missing.
+    pub async fn require_marker(&self) -> Result<(), BlobError> {
+        match self.store.head(&self.marker()).await {
+            Ok(_) => Ok(()),
+            Err(object_store::Error::NotFound { .. }) => {
+                Err(BlobError::Away { url: self.url.as_ref().to_owned() })
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn path(&self, hash: ContentHash) -> Path {
@@ -113,11 +155,13 @@ impl BlobStore {
         tempfile::tempfile_in(&self.scratch)
     }
 
-    /// Stores `content`, whose SHA-256 is `hash`. On return it is durable.
+    /// Stores `content`, whose SHA-256 is `hash`. On return it is durable. Nothing is written to a storage that is
+    /// away: it would be hidden as soon as the right one is back.
     pub async fn put<C>(&self, content: Arc<C>, hash: ContentHash) -> Result<Blob, BlobError>
     where
         C: AsRef<[u8]> + Send + Sync + 'static,
     {
+        self.require_marker().await?;
         let size = (*content).as_ref().len() as u64;
         let (frames, mut encoded) = mpsc::channel::<Vec<u8>>(BATCH_FRAMES);
         let encoding = tokio::task::spawn_blocking(move || -> std::io::Result<()> {
@@ -163,7 +207,10 @@ impl BlobStore {
         match self.store.get_range(&self.path(blob.hash), range).await {
             Ok(bytes) if bytes.len() as u64 == expected => Ok(bytes),
             Ok(_) => Err(damaged(blob.hash, &"shorter than recorded")),
-            Err(object_store::Error::NotFound { .. }) => Err(damaged(blob.hash, &"the blob is gone")),
+            Err(object_store::Error::NotFound { .. }) => {
+                self.require_marker().await?;
+                Err(damaged(blob.hash, &"the blob is gone"))
+            }
             // A range beyond the end of the object, in words that differ by store.
             Err(error) => match self.store.head(&self.path(blob.hash)).await {
                 Ok(meta) if meta.size < blob.stored_size => Err(damaged(blob.hash, &"shorter than recorded")),
@@ -243,6 +290,27 @@ pub fn scratch_folder(data: &FilePath) -> std::io::Result<PathBuf> {
     let folder = data.join("tmp");
     std::fs::create_dir_all(&folder)?;
     Ok(folder)
+}
+
+/// The store behind `url`, and the path in it. The folder of a file URL is created only if nothing is expected there.
+fn connect(url: &str, expected: Expected) -> Result<(Arc<dyn ObjectStore>, Path), BlobError> {
+    let fail = |why: &dyn ToString| BlobError::Storage { url: url.to_owned(), why: why.to_string() };
+    let parsed = Url::parse(url).map_err(|e| fail(&e))?;
+    if parsed.scheme() == "file" {
+        let root = parsed.to_file_path().map_err(|()| fail(&"not an absolute path"))?;
+        match expected {
+            Expected::New => std::fs::create_dir_all(&root).map_err(|e| fail(&e))?,
+            Expected::Marked if !root.try_exists().map_err(|e| fail(&e))? => {
+                return Err(BlobError::Away { url: url.to_owned() });
+            }
+            Expected::Marked => {}
+        }
+        let store = LocalFileSystem::new_with_prefix(root)?.with_fsync(true);
+        return Ok((Arc::new(store), Path::default()));
+    }
+    let environment = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
+    let (store, prefix) = object_store::parse_url_opts(&parsed, environment).map_err(|e| fail(&e))?;
+    Ok((store.into(), prefix))
 }
 
 fn damaged(hash: ContentHash, why: &dyn ToString) -> BlobError {

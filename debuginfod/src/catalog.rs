@@ -90,6 +90,17 @@ pub struct ProfileBatch {
     pub start_ns: u64,
     /// See `start_ns`.
     pub end_ns: u64,
+    /// Whether its content was found unreadable.
+    pub damaged: bool,
+}
+
+/// A content on record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// The content.
+    pub blob: Blob,
+    /// Whether it was found unreadable.
+    pub damaged: bool,
 }
 
 /// How `/metadata` asks.
@@ -137,7 +148,8 @@ pub trait Catalog: Send + Sync {
     fn artefact(&self, id: BuildId, kind: ArtefactKind, path: &str)
     -> Result<Option<Artefact>, CatalogError>;
 
-    /// Records an artefact whose blob is durable, unless its name is taken.
+    /// Records an artefact whose blob is durable, unless its name is taken. A damaged content does not take a name:
+    /// it is replaced.
     fn put_artefact(&self, artefact: &Artefact) -> Result<Put, CatalogError>;
 
     /// The blob of this name, unless it is damaged.
@@ -158,17 +170,20 @@ pub trait Catalog: Send + Sync {
     /// Records a batch of profiles; a second time it changes nothing.
     fn put_profiles(&self, batch: ProfileBatch) -> Result<(), CatalogError>;
 
-    /// Batches that overlap `range_ns`, oldest first.
+    /// Batches that overlap `range_ns`, oldest first, with those that are damaged.
     fn profiles(&self, range_ns: Range<u64>, limit: usize) -> Result<Vec<ProfileBatch>, CatalogError>;
 
     /// Artefacts that match, at most `limit`.
     fn metadata(&self, query: &MetadataQuery, limit: usize) -> Result<Vec<Artefact>, CatalogError>;
 
     /// Blobs after `after` in order of their hashes, with those that are damaged.
-    fn blobs(&self, after: Option<ContentHash>, limit: usize) -> Result<Vec<Blob>, CatalogError>;
+    fn blobs(&self, after: Option<ContentHash>, limit: usize) -> Result<Vec<Recorded>, CatalogError>;
 
     /// Artefacts whose content is this blob.
     fn artefacts_of(&self, hash: ContentHash) -> Result<Vec<Artefact>, CatalogError>;
+
+    /// The batch of profiles whose content is this blob.
+    fn profiles_of(&self, hash: ContentHash) -> Result<Option<ProfileBatch>, CatalogError>;
 
     /// What the database finds wrong with itself.
     fn integrity(&self) -> Result<Vec<String>, CatalogError>;

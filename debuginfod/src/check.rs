@@ -1,10 +1,11 @@
 //! `windlassd check`: is everything on record there, and what it should be?
 //!
 //! elfutils' advice for a damaged database is to delete it. Here every content is read back, decoded and hashed, and
-//! every row held against its content. A damaged content is marked, so `windlass upload` restores it.
+//! every row held against its content. A damaged content is marked, so `windlass upload` restores it; one that is
+//! sound again loses its mark.
 
-use crate::blob::{Blob, BlobError};
-use crate::catalog::Artefact;
+use crate::blob::BlobError;
+use crate::catalog::{Artefact, ProfileBatch, Recorded};
 use crate::config::Config;
 use crate::elf;
 use crate::error::ServiceError;
@@ -30,16 +31,16 @@ pub struct CheckReport {
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
     /// Storage or catalog do not open.
-    #[error("{0}")]
+    #[error(transparent)]
     Open(#[from] StartError),
     /// Storage or catalog fail on the way.
-    #[error("{0}")]
+    #[error(transparent)]
     Service(#[from] ServiceError),
 }
 
 /// Checks what `config` names. The service may run meanwhile.
 pub async fn check(config: &Config) -> Result<CheckReport, CheckError> {
-    let app = App::open(config)?;
+    let app = App::open(config).await?;
     let mut report =
         CheckReport { findings: app.catalog(|catalog| catalog.integrity()).await?, ..CheckReport::default() };
     let mut last = None;
@@ -48,14 +49,15 @@ pub async fn check(config: &Config) -> Result<CheckReport, CheckError> {
         let Some(end) = page.last() else {
             return Ok(report);
         };
-        last = Some(end.hash);
-        for blob in page {
-            check_blob(&app, blob, &mut report).await?;
+        last = Some(end.blob.hash);
+        for recorded in page {
+            check_blob(&app, recorded, &mut report).await?;
         }
     }
 }
 
-async fn check_blob(app: &App, blob: Blob, report: &mut CheckReport) -> Result<(), CheckError> {
+async fn check_blob(app: &App, recorded: Recorded, report: &mut CheckReport) -> Result<(), CheckError> {
+    let Recorded { blob, damaged } = recorded;
     let hash = blob.hash;
     report.blobs += 1;
     let artefacts = app.catalog(move |catalog| catalog.artefacts_of(hash)).await?;
@@ -63,14 +65,14 @@ async fn check_blob(app: &App, blob: Blob, report: &mut CheckReport) -> Result<(
         Ok(content) => content,
         Err(error @ BlobError::Damaged { .. }) => {
             app.catalog(move |catalog| catalog.mark_damaged(hash)).await?;
-            let names = artefacts.iter().map(name).collect::<Vec<_>>().join(", ");
-            report.findings.push(format!("{error} ({names}); marked, upload it again"));
+            let profiles = app.catalog(move |catalog| catalog.profiles_of(hash)).await?;
+            report.findings.push(format!("{error} ({}", damage(&artefacts, profiles)));
             return Ok(());
         }
         Err(error) => return Err(ServiceError::from(error).into()),
     };
     report.bytes += blob.size;
-    if artefacts.iter().any(|artefact| artefact.damaged) {
+    if damaged {
         report
             .findings
             .push(format!("stored content {hash} is marked as damaged but sound again; mark removed"));
@@ -89,6 +91,21 @@ async fn check_blob(app: &App, blob: Blob, report: &mut CheckReport) -> Result<(
     .map_err(ServiceError::from)?;
     report.findings.extend(findings);
     Ok(())
+}
+
+/// What a damaged content is to whom, and what to do about it.
+fn damage(artefacts: &[Artefact], profiles: Option<ProfileBatch>) -> String {
+    if let Some(ProfileBatch { start_ns, end_ns, .. }) = profiles {
+        return format!(
+            "profiles of {start_ns} to {end_ns} ns); marked, left out of profiles until the storage is \
+             restored and checked"
+        );
+    }
+    if artefacts.is_empty() {
+        return "derived); marked, made again when it is asked for".to_owned();
+    }
+    let names = artefacts.iter().map(name).collect::<Vec<_>>().join(", ");
+    format!("{names}); marked, upload it again")
 }
 
 fn name(artefact: &Artefact) -> String {

@@ -162,7 +162,8 @@ fn make(
     match key.kind {
         DerivedKind::Unwind => windlass_unwind_compiler::compile(image.unwrap_or_default(), key.build_id)
             .map(|compiled| compiled.table)
-            .map_err(|e| e.to_string()),
+            // With its sources: why a table cannot be read back is the one clue to a fault of the compiler.
+            .map_err(|e| format!("{:#}", anyhow::Error::from(e))),
         DerivedKind::Symbols => {
             windlass_symbol_index::build(Input { debug, image, kallsyms }).map_err(|e| e.to_string())
         }

@@ -17,6 +17,13 @@ use windlass_schema::http::ArtefactKind;
 
 /// Most sections kept on record: what `e_shnum` can say without extension. Later ones are not served.
 const MAX_SECTIONS: usize = 0xff00;
+/// Longest name of a section kept on record, in bytes; sections of DWARF, which clients ask for, have names of
+/// at most 27. Names of many sections may be the same bytes of a file, so that without a limit a file of
+/// some megabytes could make a record of terabytes.
+const MAX_SECTION_NAME_BYTES: usize = 256;
+
+/// Types of kernel symbols that are functions: global, local and weak text.
+const KERNEL_CODE_TYPES: [u8; 4] = *b"TtWw";
 
 /// A section as a client may ask for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +108,12 @@ pub enum ContentError {
     /// No line at all.
     #[error("no kernel symbols in the file")]
     EmptyKallsyms,
+    /// Lines, but no code in them: what a reader without privilege is shown.
+    #[error(
+        "no function of the kernel has an address in the kernel symbols \
+         (read /proc/kallsyms as root, and with kernel.kptr_restrict at most 1)"
+    )]
+    HiddenKallsyms,
 }
 
 /// Checks that `content` is a `kind` of `stated`, and says what it brings.
@@ -197,7 +210,8 @@ fn facts<H: FileHeader<Endian = Endianness>>(
             _ => {}
         }
         facts.code |= data && section.sh_flags(endian).0 & elf::SHF_EXECINSTR.0 != 0;
-        if facts.sections.len() < MAX_SECTIONS && !name.is_empty() && (nobits || inside) {
+        let is_named = (1..=MAX_SECTION_NAME_BYTES).contains(&name.len());
+        if facts.sections.len() < MAX_SECTIONS && is_named && (nobits || inside) {
             let name = String::from_utf8_lossy(name).into_owned();
             facts.sections.push(Section { name, offset, size, nobits });
         }
@@ -213,21 +227,29 @@ fn facts<H: FileHeader<Endian = Endianness>>(
 }
 
 fn check_kallsyms(content: &[u8]) -> Result<(), ContentError> {
-    let mut lines = 0;
+    let (mut lines, mut usable) = (0, false);
     for (number, line) in
         content.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty())
     {
         lines += 1;
         let mut words = line.split(|byte| byte.is_ascii_whitespace());
         let address = words.next().and_then(|word| std::str::from_utf8(word).ok());
-        let symbol_type = words.next().is_some_and(|word| word.len() == 1);
+        let address = address.and_then(|word| u64::from_str_radix(word, 16).ok());
+        let symbol_type = words.next().filter(|word| word.len() == 1);
         let name = words.next().is_some_and(|word| !word.is_empty());
-        if address.is_none_or(|word| u64::from_str_radix(word, 16).is_err()) || !symbol_type || !name {
+        let (Some(address), Some(symbol_type), true) = (address, symbol_type, name) else {
             let text = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
             return Err(ContentError::Kallsyms { line: number + 1, text });
-        }
+        };
+        // A module is an image of its own: a fourth word names it, and its line names nothing of the kernel.
+        let of_kernel = words.all(<[u8]>::is_empty);
+        usable |= address != 0 && of_kernel && KERNEL_CODE_TYPES.contains(&symbol_type[0]);
     }
-    if lines == 0 { Err(ContentError::EmptyKallsyms) } else { Ok(()) }
+    match (lines, usable) {
+        (0, _) => Err(ContentError::EmptyKallsyms),
+        (_, false) => Err(ContentError::HiddenKallsyms),
+        (_, true) => Ok(()),
+    }
 }
 
 /// The facts as they are kept in the catalog.
@@ -263,6 +285,44 @@ mod tests {
         }
     }
 
+    /// An ELF file with sections of code whose names are all but the first bytes of one name.
+    fn sections_named_alike(sections: u16, name_bytes: usize) -> Vec<u8> {
+        const HEADER_BYTES: usize = 64;
+        let section = |name: u32, section_type: u32, flags: u64, size: usize| {
+            let words = [name, section_type].map(u32::to_le_bytes).concat();
+            let longs = [flags, 0, HEADER_BYTES as u64, size as u64, 0, 0, 0].map(u64::to_le_bytes).concat();
+            [words, longs].concat()
+        };
+        let mut file = vec![0; HEADER_BYTES];
+        file.resize(HEADER_BYTES + name_bytes, b'n');
+        file.push(0);
+        let table = file.len() as u64;
+        let strings = section(name_bytes as u32, elf::SHT_STRTAB.0, 0, name_bytes + 1);
+        file.extend(section(name_bytes as u32, elf::SHT_NULL.0, 0, 0));
+        file.extend(strings);
+        for name in 1..=sections {
+            file.extend(section(name.into(), elf::SHT_PROGBITS.0, elf::SHF_EXECINSTR.0, 1));
+        }
+        file[..20].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0\x3e\0");
+        file[20] = 1;
+        file[40..48].copy_from_slice(&table.to_le_bytes());
+        for (at, value) in [(52, 64), (54, 56), (58, 64), (60, sections + 2), (62, 1)] {
+            file[at..at + 2].copy_from_slice(&u16::to_le_bytes(value));
+        }
+        file
+    }
+
+    #[test]
+    fn names_of_sections_do_not_multiply_the_file() {
+        let names = |file: &[u8]| -> Vec<usize> {
+            let facts = check(file, ArtefactKind::Executable, htlhash(file)).unwrap();
+            assert!(facts.code);
+            facts.sections.iter().map(|section| section.name.len()).collect()
+        };
+        assert_eq!(names(&sections_named_alike(3, 20)), [19, 18, 17]);
+        assert_eq!(names(&sections_named_alike(1000, 1255)), [256, 255]);
+    }
+
     #[test]
     fn kernel_symbols_are_checked_line_by_line() {
         let check =
@@ -273,5 +333,9 @@ mod tests {
             Err(ContentError::Kallsyms { line: 2, .. })
         ));
         assert_eq!(check(""), Err(ContentError::EmptyKallsyms));
+        let hidden = Err(ContentError::HiddenKallsyms);
+        assert_eq!(check("0000000000000000 T _text\n0000000000000000 t helper\n"), hidden);
+        assert_eq!(check("0000000000000000 T _text\nffffffff82000000 D data\n"), hidden);
+        assert_eq!(check("0000000000000000 T _text\nffffffffc0000000 t x\t[mod]\n"), hidden);
     }
 }

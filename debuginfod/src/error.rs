@@ -6,7 +6,7 @@
 //! | no or wrong token | 401 | - |
 //! | not stored | 404 | 404 `not found` |
 //! | other content under the name | 409 | - |
-//! | body beyond its limit | 413 | - |
+//! | body beyond its limit, on the wire or in memory | 413 | - |
 //! | unknown Content-Encoding | 415 | - |
 //! | not what it claims, cannot be compiled | 422 | - |
 //! | storage, catalog, upstream trouble | 500 | connection reset |
@@ -26,7 +26,7 @@ use crate::blob::BlobError;
 use crate::catalog::CatalogError;
 use crate::content_hash::ContentHash;
 use crate::elf::ContentError;
-use crate::profiles::OtlpError;
+use crate::profiles::{OtlpError, TooManyParts};
 
 /// Whatever keeps a request from its answer.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +60,7 @@ pub enum ServiceError {
     NotFound(String),
     /// Something else is there.
     #[error(
-        "{name} is stored with SHA-256 {stored}, the upload has {offered}; stored content is never replaced"
+        "{name} is stored with SHA-256 {stored}, the upload has {offered}; sound content is never replaced"
     )]
     Conflict {
         /// Build-ID, kind and path.
@@ -76,6 +76,9 @@ pub enum ServiceError {
         /// In bytes.
         limit: u64,
     },
+    /// Few bytes that decode to more than allowed.
+    #[error("{0}")]
+    Parts(#[from] TooManyParts),
     /// Damaged on its way.
     #[error("the body has SHA-256 {found}, its header says {declared}")]
     Checksum {
@@ -121,11 +124,15 @@ impl ServiceError {
             | Self::MissingHeader(_)
             | Self::Malformed(_)
             | Self::Body(_)
-            | Self::Otlp(_) => StatusCode::BAD_REQUEST,
+            | Self::Otlp(OtlpError::Protobuf(_) | OtlpError::Index { .. } | OtlpError::Shape { .. }) => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Kind(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict { .. } => StatusCode::CONFLICT,
-            Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::TooLarge { .. } | Self::Parts(_) | Self::Otlp(OtlpError::Size(_)) => {
+                StatusCode::PAYLOAD_TOO_LARGE
+            }
             Self::Encoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Checksum { .. } | Self::Content(_) | Self::Compile(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Catalog(_) | Self::Blob(_) | Self::Io(_) | Self::Upstream(_) | Self::Interrupted => {

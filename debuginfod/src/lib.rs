@@ -6,7 +6,7 @@
 //! - [`config`], [`service`]: what it is started with; its parts, start and stop
 //! - `routes`: every route; `connection`: how connections are accepted and end
 //! - [`error`]: from what went wrong to what the client is told; `access`: who may write
-//! - `intake`, [`elf`], `upload`, `missing`: how contents come in
+//! - `intake`, [`elf`], `upload`, `missing`: how contents come in; `memory`: how much of it decoded requests may take
 //! - [`content_hash`], [`seekable`], [`blob`], [`catalog`]: how they are kept
 //! - `protocol`, `metadata`, `delivery`: how debuginfod clients are served; `upstream`: what others have
 //! - `derive`, `flight`: what is made from contents, once; `unwind`, `symbols`, `symbolize`: what for
@@ -36,6 +36,7 @@ pub mod elf;
 pub mod error;
 mod flight;
 mod intake;
+mod memory;
 mod metadata;
 mod metrics;
 mod missing;

@@ -11,13 +11,14 @@ use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 
 use crate::access::Access;
-use crate::blob::{BlobError, BlobStore, scratch_folder};
+use crate::blob::{BlobError, BlobStore, Expected, scratch_folder};
 use crate::catalog::{Artefact, Catalog, CatalogError, SqliteCatalog};
 use crate::config::Config;
 use crate::connection::{Shutdown, accept};
 use crate::content_hash::ContentHash;
 use crate::derive::Derivations;
 use crate::error::ServiceError;
+use crate::memory::MemoryBudget;
 use crate::metrics::Metrics;
 use crate::routes;
 use crate::symbols::Indexes;
@@ -56,13 +57,13 @@ pub enum StartError {
         error: std::io::Error,
     },
     /// The blob storage.
-    #[error("{0}")]
+    #[error(transparent)]
     Blob(#[from] BlobError),
     /// The catalog.
-    #[error("{0}")]
+    #[error(transparent)]
     Catalog(#[from] CatalogError),
     /// The upstream servers.
-    #[error("{0}")]
+    #[error(transparent)]
     Upstreams(#[from] UpstreamsError),
 }
 
@@ -78,11 +79,15 @@ pub struct App {
     pub(crate) max_upload_bytes: u64,
     /// Compilations and conversions at once: as many as there are processors.
     pub(crate) compute: Semaphore,
+    /// Memory of requests being decoded.
+    pub(crate) decoding: MemoryBudget,
+    /// Memory of merges.
+    pub(crate) merging: MemoryBudget,
 }
 
 impl App {
     /// Opens the storage and the catalog that `config` names.
-    pub(crate) fn open(config: &Config) -> Result<Self, StartError> {
+    pub(crate) async fn open(config: &Config) -> Result<Self, StartError> {
         let folder = |error| StartError::DataFolder { path: config.data_dir.clone(), error };
         let scratch = scratch_folder(&config.data_dir).map_err(folder)?;
         let data = std::fs::canonicalize(&config.data_dir).map_err(folder)?;
@@ -96,10 +101,12 @@ impl App {
             Some(url) => SqliteCatalog::open_url(url)?,
             None => SqliteCatalog::open(&data.join("catalog.sqlite"))?,
         };
+        // An empty catalog has nothing to miss: it is the first start, or the first before an upload.
+        let expected = if catalog.blobs(None, 1)?.is_empty() { Expected::New } else { Expected::Marked };
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             catalog: Arc::new(catalog),
-            blobs: BlobStore::open(&storage, scratch)?,
+            blobs: BlobStore::open(&storage, scratch, expected).await?,
             access: Access::new(config.token.as_deref()),
             upstreams: Upstreams::new(&config.upstreams)?,
             derivations: Derivations::default(),
@@ -107,6 +114,8 @@ impl App {
             metrics: Metrics::default(),
             max_upload_bytes: config.max_upload_bytes,
             compute: Semaphore::new(processors),
+            decoding: MemoryBudget::for_decoding(),
+            merging: MemoryBudget::for_merging(),
         })
     }
 
@@ -181,7 +190,7 @@ pub async fn start(config: Config) -> Result<Service, StartError> {
         _ => {}
     }
     let listen = |error| StartError::Listen { address: config.listen, error };
-    let app = Arc::new(App::open(&config)?);
+    let app = Arc::new(App::open(&config).await?);
     let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     let (shutdown, tracker) = (Shutdown::default(), TaskTracker::new());

@@ -14,10 +14,14 @@ pub(crate) async fn health() -> &'static str {
     "ok\n"
 }
 
-/// The catalog answers.
+/// The catalog answers, and the storage is there.
 pub(crate) async fn ready(State(app): State<Arc<App>>) -> Response {
-    match app.catalog(|catalog| catalog.blobs(None, 1)).await {
-        Ok(_) => "ready\n".into_response(),
+    let ready = async {
+        app.catalog(|catalog| catalog.blobs(None, 1)).await?;
+        Ok::<_, ServiceError>(app.blobs.require_marker().await?)
+    };
+    match ready.await {
+        Ok(()) => "ready\n".into_response(),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
     }
 }

@@ -29,6 +29,10 @@ use crate::symbols;
 /// Largest request in bytes: the most addresses at 64 bytes each.
 const MAX_BODY_BYTES: u64 = 64 * MAX_SYMBOLIZE_ADDRESSES as u64;
 
+/// What a pprof profile counts as in the memory budget: a batch of this encoded size weighs more than the
+/// largest profile that is decoded.
+const PPROF_WEIGHT_BYTES: u64 = 4 << 20;
+
 /// Symbolizes a [`SymbolizeRequest`] or a pprof profile, and answers in kind.
 pub(crate) async fn symbolize(
     State(app): State<Arc<App>>,
@@ -47,6 +51,8 @@ pub(crate) async fn symbolize(
             Ok(Json(resolve(&app, request).await?).into_response())
         }
         PPROF_TYPE | "application/x-protobuf" | "application/octet-stream" | "application/gzip" => {
+            // Held until the answer is made.
+            let _admission = app.decoding.admit(PPROF_WEIGHT_BYTES).await;
             let profile =
                 tokio::task::spawn_blocking(move || decode_pprof(&received, MAX_BODY_BYTES)).await??;
             let named = name_locations(&app, profile, Unnamed::Leave).await?;

@@ -171,7 +171,7 @@ pub(crate) async fn store(
     }
 }
 
-/// Something is stored under the name already. The same content is welcome; of skeletons and kernel symbols
+/// Something sound is stored under the name already. The same content is welcome; of skeletons and kernel symbols
 /// the first is as good as any, since both are cut from the same image on different hosts.
 fn settle(present: Artefact, offered: ContentHash) -> Result<(bool, Artefact), ServiceError> {
     let interchangeable = matches!(present.kind, ArtefactKind::Skeleton | ArtefactKind::Kallsyms);

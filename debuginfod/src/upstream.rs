@@ -4,9 +4,11 @@
 //! minutes of remembering failures; users report gdb hanging for a minute a module when a
 //! distribution's server is ill. Here all upstreams are asked at once with one deadline, a
 //! server that keeps failing is left alone for a while, only a clear "not found" from all is
-//! remembered, for a minute, and an upload ends even that.
+//! remembered, for a minute, and an upload ends even that. A server that sends another file than the one asked for
+//! fails too; what it has under that name is not fetched again for a minute.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -26,7 +28,7 @@ use crate::upload::{Origin, base_name, store};
 
 /// How long an upstream may take to begin its answer: well under the client's 90 s, with two retries.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// How long "no upstream has it" is believed.
+/// How long "no upstream has it" and "what this upstream has is not usable" are believed.
 const NEGATIVE_TTL: Duration = Duration::from_secs(60);
 /// Most negative answers remembered; at the limit all are forgotten.
 const MAX_NEGATIVES: usize = 100_000;
@@ -79,12 +81,44 @@ impl Upstream {
 
 type Wanted = (BuildId, ArtefactKind);
 
+/// What is known to be of no use, each for [`NEGATIVE_TTL`].
+struct Negatives<K>(Mutex<HashMap<K, Instant>>);
+
+impl<K: Eq + Hash> Negatives<K> {
+    fn contains(&self, key: &K) -> bool {
+        let mut until = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match until.get(key) {
+            Some(end) if Instant::now() < *end => true,
+            Some(_) => {
+                until.remove(key);
+                false
+            }
+            None => false,
+        }
+    }
+
+    fn insert(&self, key: K) {
+        let mut until = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if until.len() >= MAX_NEGATIVES {
+            until.clear();
+        }
+        until.insert(key, Instant::now() + NEGATIVE_TTL);
+    }
+
+    fn forget(&self, is_meant: impl Fn(&K) -> bool) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| !is_meant(key));
+    }
+}
+
 /// The configured upstream servers.
 pub(crate) struct Upstreams {
     servers: Vec<Arc<Upstream>>,
     client: Option<reqwest::Client>,
     flights: Flights<Wanted, Result<bool, Arc<str>>>,
-    negatives: Mutex<HashMap<Wanted, Instant>>,
+    /// What none has.
+    missing: Negatives<Wanted>,
+    /// What a server, by its number, has but should not.
+    unusable: Negatives<(usize, Wanted)>,
 }
 
 /// What an upstream is told of the client.
@@ -116,7 +150,13 @@ impl Upstreams {
                 Some(reqwest::Client::builder().connect_timeout(DEADLINE).read_timeout(DEADLINE).build()?)
             }
         };
-        Ok(Self { servers, client, flights: Flights::default(), negatives: Mutex::default() })
+        Ok(Self {
+            servers,
+            client,
+            flights: Flights::default(),
+            missing: Negatives(Mutex::default()),
+            unusable: Negatives(Mutex::default()),
+        })
     }
 
     /// Whether there are any.
@@ -126,27 +166,8 @@ impl Upstreams {
 
     /// Forgets what upstreams did not have of this image.
     pub(crate) fn forget(&self, id: BuildId) {
-        self.negatives.lock().unwrap_or_else(PoisonError::into_inner).retain(|(known, _), _| *known != id);
-    }
-
-    fn known_missing(&self, wanted: Wanted) -> bool {
-        let mut negatives = self.negatives.lock().unwrap_or_else(PoisonError::into_inner);
-        match negatives.get(&wanted) {
-            Some(until) if Instant::now() < *until => true,
-            Some(_) => {
-                negatives.remove(&wanted);
-                false
-            }
-            None => false,
-        }
-    }
-
-    fn remember_missing(&self, wanted: Wanted) {
-        let mut negatives = self.negatives.lock().unwrap_or_else(PoisonError::into_inner);
-        if negatives.len() >= MAX_NEGATIVES {
-            negatives.clear();
-        }
-        negatives.insert(wanted, Instant::now() + NEGATIVE_TTL);
+        self.missing.forget(|(known, _)| *known == id);
+        self.unusable.forget(|(_, (known, _))| *known == id);
     }
 }
 
@@ -158,7 +179,7 @@ pub(crate) async fn fetch(
     caller: Caller,
 ) -> Result<bool, ServiceError> {
     let wanted = (id, kind);
-    if app.upstreams.is_empty() || app.upstreams.known_missing(wanted) {
+    if app.upstreams.is_empty() || app.upstreams.missing.contains(&wanted) {
         return Ok(false);
     }
     let shared = Arc::clone(app);
@@ -170,7 +191,7 @@ pub(crate) async fn fetch(
             Err(error) => Err(error),
         };
         if matches!(found, Ok(false)) {
-            shared.upstreams.remember_missing(wanted);
+            shared.upstreams.missing.insert(wanted);
         }
         found.map_err(|error| Arc::from(error.to_string()))
     });
@@ -189,12 +210,16 @@ async fn ask_all(
     caller: &Caller,
 ) -> Result<bool, ServiceError> {
     let mut asking: FuturesUnordered<_> =
-        app.upstreams.servers.iter().map(|server| ask(app, server, id, kind, caller)).collect();
+        (0..app.upstreams.servers.len()).map(|number| ask(app, number, id, kind, caller)).collect();
     let mut trouble = None;
     while let Some(answer) = asking.next().await {
         let stored = match answer {
             Ok(None) => continue,
-            Ok(Some(response)) => take(app, id, kind, response).await,
+            Ok(Some((number, response))) => {
+                let taken = take(app, id, kind, response).await;
+                judge(app, number, (id, kind), &taken);
+                taken
+            }
             Err(error) => Err(error),
         };
         match stored {
@@ -208,14 +233,35 @@ async fn ask_all(
     trouble.map_or(Ok(false), Err)
 }
 
-/// The beginning of a good answer, or `None` for a clear no.
+/// What became of an answer that began well decides about the server: a head says nothing about the file behind it.
+fn judge(app: &App, number: usize, wanted: Wanted, taken: &Result<(), ServiceError>) {
+    let server = &app.upstreams.servers[number];
+    match taken {
+        Ok(()) | Err(ServiceError::Conflict { .. }) => server.record(true),
+        // The same would come again: another file than the one asked for, or one beyond the limit.
+        Err(ServiceError::Content(_) | ServiceError::TooLarge { .. }) => {
+            app.upstreams.unusable.insert((number, wanted));
+            server.record(false);
+        }
+        Err(ServiceError::Body(_)) => server.record(false),
+        // Trouble of our own.
+        Err(_) => {}
+    }
+}
+
+/// The number of the server and the beginning of its good answer, or `None` for a clear no and for what is known to
+/// be unusable.
 async fn ask(
     app: &App,
-    server: &Upstream,
+    number: usize,
     id: BuildId,
     kind: ArtefactKind,
     caller: &Caller,
-) -> Result<Option<reqwest::Response>, ServiceError> {
+) -> Result<Option<(usize, reqwest::Response)>, ServiceError> {
+    let server = &app.upstreams.servers[number];
+    if app.upstreams.unusable.contains(&(number, (id, kind))) {
+        return Ok(None);
+    }
     let trouble = |why: String| ServiceError::Upstream(format!("{}: {why}", server.base));
     if !server.open() {
         return Err(trouble("left alone after repeated failures".to_owned()));
@@ -230,14 +276,16 @@ async fn ask(
     let answer = tokio::time::timeout(DEADLINE, request.send()).await;
     let answer = match answer {
         Ok(Ok(response)) => match response.status() {
-            StatusCode::OK => Ok(Some(response)),
+            StatusCode::OK => Ok(Some((number, response))),
             StatusCode::NOT_FOUND => Ok(None),
             status => Err(trouble(format!("status {status}"))),
         },
         Ok(Err(error)) => Err(trouble(error.to_string())),
         Err(_) => Err(trouble(format!("no answer within {} s", DEADLINE.as_secs()))),
     };
-    server.record(answer.is_ok());
+    if !matches!(answer, Ok(Some(_))) {
+        server.record(answer.is_ok());
+    }
     answer
 }
 

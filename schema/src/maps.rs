@@ -143,6 +143,7 @@ pub mod no_table {
 #[repr(C)]
 pub struct ProcessEntry {
     /// Changes with every change of the mappings, so that a walk can tell that they changed under it.
+    /// Never 0.
     pub generation: u32,
     /// Segments in use.
     pub segments: u32,
@@ -203,7 +204,9 @@ pub struct SampleHeader {
     /// Code of the [`crate::StopReason`].
     pub stop: u8,
     /// Zero.
-    pub reserved: [u8; 7],
+    pub reserved: [u8; 3],
+    /// [`ProcessEntry::generation`] of the mappings that the walk went by; 0 if it had none.
+    pub generation: u32,
     /// The thread's name, zero-padded.
     pub comm: [u8; 16],
 }

@@ -143,6 +143,8 @@ impl Profile {
 
 /// Label keys that Windlass writes on each sample.
 pub mod label {
+    /// Name of the host, of a sample that says it.
+    pub const HOST: &str = "host";
     /// Process ID (number).
     pub const PID: &str = "pid";
     /// Thread ID (number).

@@ -39,7 +39,8 @@
 //! # Runs: a prologue's pushes or an epilogue's pops
 //! ```text
 //! byte 0      kind 7 PUSH_RUN or 8 POP_RUN (bits 0-3), base frame-pointer rule (bits 4-5: SAME or
-//!             AT_CFA), bit 6: the last change sets CFA = rbp + offset (PUSH_RUN only)
+//!             AT_CFA), bit 6: the last change sets CFA = rbp + offset (PUSH_RUN) or ends the
+//!             coverage (POP_RUN)
 //! byte 1      base CFA offset / 8: CFA = rsp + 8 * byte at distance 0
 //! bytes 2-3   mask: bit i set means that CFA changes at distance i + 1 from the run's first byte
 //! byte 4      frame-pointer event: bit 7 present, bits 0-3 its distance - 1
@@ -47,16 +48,21 @@
 //! bytes 6-7   i16 f of the base frame-pointer rule
 //! ```
 //! At distance `d`, with `n` = number of set bits among mask bits 0..d: CFA = rsp + 8 * (base + n) in
-//! a push run, rsp + 8 * (base - n) in a pop run. With bit 6, the last set bit does not count but
-//! changes the CFA register to rbp. At and after its event's distance, a push run has saved rbp at
-//! the CFA's own offset (`push rbp` at CFA = rsp + 16 saves it at CFA - 16); a pop run has restored
-//! it (`SAME`).
+//! a push run, rsp + 8 * (base - n) in a pop run. With bit 6, the last set bit does not count: in a push
+//! run it changes the CFA register to rbp, from it on a pop run is `NO_CFI` (the byte behind `ret`);
+//! there is one, and an event comes before it. At and after its event's distance, a push run has saved
+//! rbp at the CFA's own offset (`push rbp` at CFA = rsp + 16 saves it at CFA - 16); a pop run has
+//! restored it (`SAME`).
 //!
 //! # Example
 //! `push rbp; mov rbp, rsp` of every function with a frame pointer, at distances 1 and 4:
 //! `47 01 09 00 80 00 00 00` is a push run with base 1, mask 0b1001, rbp event at distance 1, the
 //! last change setting rbp. Distance 0: CFA = rsp + 8. Distances 1 to 3: CFA = rsp + 16, rbp at
 //! CFA - 16. From distance 4: CFA = rbp + 16, rbp at CFA - 16.
+//!
+//! `pop rbx; pop rbp; ret`, the function's last instructions, at distances 1, 2 and 3:
+//! `58 03 07 00 81 00 f0 ff` is a pop run with base 3, mask 0b111, rbp at CFA - 16 restored at distance 2, the
+//! last change ending the coverage. Distance 0: CFA = rsp + 24; 1: rsp + 16; 2: rsp + 8; from 3: none.
 
 /// DWARF register number of rbx.
 pub const DWARF_RBX: u8 = 3;
@@ -229,11 +235,12 @@ impl Record {
         let mut frame_pointer = self.frame_pointer();
         let mut f = (self.0 >> 48) as u16;
         let has_event = event & 0x80 != 0 && reach >= event_distance;
+        let is_last = self.0 as u8 & 0x40 != 0 && changes == ones(mask) && changes != 0;
         let mut cfa_kind = kind::RSP;
         let words;
         if self.kind() == kind::PUSH_RUN {
             let mut counted = changes;
-            if self.0 as u8 & 0x40 != 0 && changes == ones(mask) && changes != 0 {
+            if is_last {
                 cfa_kind = kind::RBP;
                 counted -= 1;
             }
@@ -244,6 +251,9 @@ impl Record {
                 f = 0u16.wrapping_sub((8 * at_event) as u16);
             }
         } else {
+            if is_last {
+                return Self::NO_CFI;
+            }
             words = base.wrapping_sub(changes);
             if has_event {
                 frame_pointer = frame_pointer::SAME;
@@ -294,6 +304,14 @@ mod tests {
         }
         for distance in [4, 5, 16, 17, u32::MAX] {
             assert_eq!(run.at(distance), Record::plain(kind::RBP, frame_pointer::AT_CFA, 0, 0, -16, 16));
+        }
+
+        let run = Record(u64::from_le_bytes([0x58, 0x03, 0x07, 0x00, 0x81, 0x00, 0xf0, 0xff]));
+        assert_eq!(run.at(0), rsp(3, frame_pointer::AT_CFA, -16));
+        assert_eq!(run.at(1), rsp(2, frame_pointer::AT_CFA, -16));
+        assert_eq!(run.at(2), rsp(1, frame_pointer::SAME, 0));
+        for distance in [3, 4, 16, 17, u32::MAX] {
+            assert_eq!(run.at(distance), Record::NO_CFI);
         }
     }
 }

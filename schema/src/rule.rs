@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::record::{DWARF_RBP, DWARF_RSP, Record, frame_pointer, kind, return_address};
+use crate::record::{DWARF_RBP, DWARF_RSP, MAX_RUN_BYTES, Record, frame_pointer, kind, return_address};
 
 /// An x86-64 general-purpose register, by DWARF number 0 to 15.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -256,6 +256,29 @@ fn canonical(rule: Rule, record: Record) -> Result<Rule, RecordError> {
     if rule.to_record() == record { Ok(rule) } else { Err(RecordError(record.0)) }
 }
 
+/// Whether the record module describes this record, plain or a run: then each of its states is a rule.
+pub(crate) fn has_meaning(record: Record) -> bool {
+    if record.is_run() {
+        let [first, _, _, _, event, spare, ..] = record.0.to_le_bytes();
+        let mask = record.run_mask();
+        // Unused: bit 7 of byte 0, bits 4 to 6 of the event, its distance if there is none, byte 5.
+        if first & 0x80 != 0 || event & 0x70 != 0 || (event & 0x80 == 0 && event != 0) || spare != 0 {
+            return false;
+        }
+        let is_pop = record.kind() == kind::POP_RUN;
+        let has_last = first & 0x40 != 0;
+        let last_change = mask.checked_ilog2();
+        let event_change = (event & 0x80 != 0).then_some(u32::from(event & 15));
+        if record.frame_pointer() > frame_pointer::AT_CFA
+            || has_last && (last_change.is_none() || event_change >= last_change)
+            || is_pop && u32::from(record.aux()) < mask.count_ones() - u32::from(has_last)
+        {
+            return false;
+        }
+    }
+    (0..=MAX_RUN_BYTES).all(|distance| Rule::try_from(record.at(distance)).is_ok())
+}
+
 impl fmt::Debug for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -298,21 +321,151 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn register() -> impl Strategy<Value = Register> {
+        (0u16..16).prop_map(|number| Register::new(number).unwrap())
+    }
+
+    fn rule() -> impl Strategy<Value = Rule> {
+        let cfa = prop_oneof![
+            (register(), any::<i32>()).prop_map(|(register, offset)| CfaRule::Offset(register, offset)),
+            (register(), any::<i16>(), any::<i16>())
+                .prop_map(|(register, a, b)| CfaRule::Deref(register, a, b)),
+            (any::<i16>(), any::<i16>()).prop_map(|(a, b)| CfaRule::DerefIndexed(a, b)),
+            (any::<i16>(), any::<i16>()).prop_map(|(threshold, base)| CfaRule::Plt { threshold, base }),
+        ];
+        let return_address =
+            prop_oneof![Just(ReturnAddressRule::AtCfa), register().prop_map(ReturnAddressRule::Register)];
+        let frame_pointer = prop_oneof![
+            Just(FramePointerRule::Same),
+            any::<i16>().prop_map(FramePointerRule::AtCfa),
+            any::<i16>().prop_map(FramePointerRule::AtRbp),
+            Just(FramePointerRule::Undefined),
+        ];
+        let frame = (cfa, return_address, frame_pointer).prop_map(|(cfa, return_address, frame_pointer)| {
+            Rule::Frame { cfa, return_address, frame_pointer }
+        });
+        prop_oneof![
+            12 => frame,
+            2 => any::<i16>().prop_map(Rule::Signal),
+            1 => Just(Rule::End),
+            1 => Just(Rule::NoCfi),
+            2 => prop::sample::select(UnsupportedReason::ALL).prop_map(Rule::Unsupported),
+        ]
+    }
+
+    /// The fields of a run that the record module describes.
+    #[derive(Clone, Copy, Debug)]
+    struct Run {
+        is_push: bool,
+        /// Whether the last change is that of bit 6.
+        has_last: bool,
+        base: u8,
+        mask: u16,
+        /// `f` if rbp is saved at distance 0.
+        saved: Option<i16>,
+        /// Distance of the event.
+        event: Option<u8>,
+    }
+
+    impl Run {
+        fn record(self) -> Record {
+            let kind = if self.is_push { kind::PUSH_RUN } else { kind::POP_RUN };
+            let first = kind | u8::from(self.saved.is_some()) << 4 | u8::from(self.has_last) << 6;
+            let [m0, m1] = self.mask.to_le_bytes();
+            let [f0, f1] = self.saved.unwrap_or(0).to_le_bytes();
+            let event = self.event.map_or(0, |distance| 0x80 | (distance - 1));
+            Record(u64::from_le_bytes([first, self.base, m0, m1, event, 0, f0, f1]))
+        }
+
+        /// The equations of the record module, one distance at a time.
+        fn state(self, distance: u32) -> Rule {
+            let last = (1..=16).rfind(|at| self.mask >> (at - 1) & 1 != 0);
+            let (mut register, mut words) = (Register::RSP, i32::from(self.base));
+            let mut saved = self.saved;
+            for at in 1..=distance.min(16) {
+                if self.mask >> (at - 1) & 1 != 0 {
+                    match (self.is_push, self.has_last && Some(at) == last) {
+                        (true, true) => register = Register::RBP,
+                        (false, true) => return Rule::NoCfi,
+                        (true, false) => words += 1,
+                        (false, false) => words -= 1,
+                    }
+                }
+                if self.event.map(u32::from) == Some(at) {
+                    saved = if self.is_push { Some(-8 * words as i16) } else { None };
+                }
+            }
+            Rule::Frame {
+                cfa: CfaRule::Offset(register, 8 * words),
+                return_address: ReturnAddressRule::AtCfa,
+                frame_pointer: saved.map_or(FramePointerRule::Same, FramePointerRule::AtCfa),
+            }
+        }
+    }
+
+    fn run() -> impl Strategy<Value = Run> {
+        let saved = prop::option::of(any::<i16>());
+        let event = prop::option::of(1u8..=16);
+        (any::<bool>(), any::<bool>(), any::<u8>(), any::<u16>(), saved, event).prop_map(
+            |(is_push, has_last, base, mask, saved, event)| {
+                let last = 16 - mask.leading_zeros() as u8;
+                let has_last = has_last && last > event.unwrap_or(0);
+                let pops = if is_push { 0 } else { mask.count_ones() as u8 - u8::from(has_last) };
+                Run { is_push, has_last, base: base.max(pops), mask, saved, event }
+            },
+        )
+    }
+
     proptest! {
         #[test]
-        fn decode_inverts_encode(bits: u64) {
-            if let Ok(rule) = Rule::try_from(Record(bits)) {
-                prop_assert_eq!(rule.to_record(), Record(bits));
+        fn decode_inverts_encode(rule in rule()) {
+            prop_assert_eq!(Rule::try_from(rule.to_record()), Ok(rule));
+        }
+
+        /// No two records state one rule: a bit that is flipped changes it, or has no meaning.
+        #[test]
+        fn encode_inverts_decode(rule in rule(), bit in 0u32..64) {
+            let record = Record(rule.to_record().0 ^ 1 << bit);
+            if let Ok(other) = Rule::try_from(record) {
+                prop_assert!(other != rule);
+                prop_assert_eq!(other.to_record(), record);
             }
         }
 
         #[test]
-        fn every_state_of_a_run_has_a_meaning(bits: u64, push: bool, distance in 0u32..20) {
-            let kind = if push { kind::PUSH_RUN } else { kind::POP_RUN };
-            let run = Record(bits & !0x1f_ff00_00af_u64 & !15 & !0x20 | u64::from(kind) | bits & 0xff00);
-            let state = run.at(distance);
-            prop_assert!(!state.is_run());
+        fn every_state_of_a_run_is_what_the_equations_say(run in run()) {
+            prop_assert!(has_meaning(run.record()));
+            for distance in (0..20).chain([u32::MAX]) {
+                prop_assert_eq!(Rule::try_from(run.record().at(distance)), Ok(run.state(distance)), "{}", distance);
+            }
         }
+    }
+
+    #[test]
+    fn runs_without_meaning() {
+        let push = Run { is_push: true, has_last: true, base: 1, mask: 0b1001, saved: None, event: Some(1) };
+        let pop =
+            Run { is_push: false, has_last: false, base: 2, mask: 0b11, saved: Some(-16), event: Some(2) };
+        assert!(has_meaning(push.record()) && has_meaning(pop.record()));
+        for run in [
+            Run { event: Some(4), ..push },
+            Run { event: Some(16), ..push },
+            Run { event: None, mask: 0, ..push },
+            Run { base: 1, ..pop },
+            Run { has_last: true, ..pop },
+            Run { has_last: true, base: 0, event: None, ..pop },
+        ] {
+            assert!(!has_meaning(run.record()), "{run:?}");
+        }
+        // Bits that no run uses; a base rule that no run has; an offset without its rule.
+        for bits in [1 << 5, 1 << 7, 1 << 36, 1 << 38, 1 << 40, 1 << 47] {
+            assert!(!has_meaning(Record(push.record().0 | bits)), "{bits:#x}");
+        }
+        assert!(
+            !has_meaning(Record(push.record().0 & !(0x80 << 32) | 1 << 32)),
+            "a distance without an event"
+        );
+        assert!(!has_meaning(Record(push.record().0 | 1 << 48)), "an offset without a save");
     }
 
     #[test]

@@ -26,7 +26,9 @@
 //!         u32      only if P is odd: 0
 //!         [u8; B]  page area: pages (see the page module), each padded with zeros to 8 bytes
 //! ```
-//! The file ends behind the page area. Sentinel: [`NO_PAGE`].
+//! The file ends behind the page area. Sentinel: [`NO_PAGE`]. Pages lie in the page area in the order of
+//! the directory and share no byte: an offset that is not `NO_PAGE` is at or behind the end of the
+//! page before it, padding included. So checking a table takes time in proportion to its file.
 //!
 //! # Lookup of image address `a`
 //! 1. `p = (a - base) >> 16`; outside 0..P, or a directory entry of `NO_PAGE`: no CFI.
@@ -48,7 +50,8 @@
 
 use crate::build_id::{BuildId, MAX_BUILD_ID_BYTES};
 use crate::page::{BLOCK_SHIFT, MAX_BLOCK_ENTRIES, PAGE_SHIFT, PageLayout, WIDE_INDEX, WIDE_RECORDS, search};
-use crate::record::{MAX_RUN_BYTES, Record, frame_pointer, kind};
+use crate::record::{MAX_RUN_BYTES, Record};
+use crate::rule::has_meaning;
 use crate::{ImageAddress, Rule};
 
 /// Version of the format. A table of another version is made anew, never converted.
@@ -215,23 +218,28 @@ impl<'a> Table<'a> {
             pages: page_area,
         };
         for number in 0..records {
-            if !record_has_meaning(table.record(number)) {
+            if !has_meaning(table.record(number)) {
                 return Err(TableError::Record(number));
             }
         }
+        let mut free = 0;
         for page in 0..pages {
-            table.check_page(page, records).map_err(|why| TableError::Page(page, why))?;
+            free = table.check_page(page, records, free).map_err(|why| TableError::Page(page, why))?;
         }
         Ok(table)
     }
 
-    /// Checks everything about a page that its lookups rely on.
-    fn check_page(&self, number: u32, records: u32) -> Result<(), &'static str> {
+    /// Checks everything about a page that its lookups rely on. Pages before it take the page area
+    /// up to offset `free`; gives the offset behind this one.
+    fn check_page(&self, number: u32, records: u32, free: usize) -> Result<usize, &'static str> {
         let at = u32_at(self.directory, number as usize * 4);
         if at == NO_PAGE {
-            return Ok(());
+            return Ok(free);
         }
         let start = at as usize * 8;
+        if start < free {
+            return Err("out of order or on another page");
+        }
         if start >= self.pages.len() {
             return Err("outside the page area");
         }
@@ -282,7 +290,7 @@ impl<'a> Table<'a> {
                 return Err("record number beyond the dictionary");
             }
         }
-        Ok(())
+        Ok(start + page.len().next_multiple_of(8))
     }
 
     /// The record with this dictionary number, which must be one of the table's.
@@ -392,27 +400,6 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Whether each state of a record is a rule.
-fn record_has_meaning(record: Record) -> bool {
-    if record.is_run() {
-        // byte 5 and the spare bits must be zero, base and offset must agree with the layout.
-        let event = (record.0 >> 32) as u8;
-        let spare = (record.0 >> 40) as u8;
-        let pops = record.run_mask().count_ones();
-        let is_pop = record.kind() == kind::POP_RUN;
-        if event & 0x70 != 0
-            || (event & 0x80 == 0 && event != 0)
-            || spare != 0
-            || record.0 as u8 & 0x80 != 0
-            || record.frame_pointer() > frame_pointer::AT_CFA
-            || is_pop && (record.0 as u8 & 0x40 != 0 || u32::from(record.aux()) < pops)
-        {
-            return false;
-        }
-    }
-    (0..=MAX_RUN_BYTES).all(|distance| Rule::try_from(record.at(distance)).is_ok())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -463,6 +450,36 @@ mod tests {
             [(0xfff, "no_cfi"), (0x1003, "cfa=rsp+16 ra=*(cfa-8) rbp=*(cfa-16)"), (0x9000, "no_cfi")]
         {
             assert_eq!(table.rule(ImageAddress::new(address)).to_string(), expect);
+        }
+    }
+
+    /// The example with this directory, and as many copies of its page as `pages` says.
+    fn with_directory(directory: &[u32], pages: usize) -> Vec<u8> {
+        let example = example();
+        let (head, page) = (&example[..HEADER_BYTES + 2 * 8], &example[HEADER_BYTES + 3 * 8..]);
+        let mut file = head.to_vec();
+        file[24..28].copy_from_slice(&(directory.len() as u32).to_le_bytes());
+        file[32..36].copy_from_slice(&((pages * page.len()) as u32).to_le_bytes());
+        file.extend(directory.iter().flat_map(|at| at.to_le_bytes()));
+        file.resize(file.len().next_multiple_of(8), 0);
+        (0..pages).for_each(|_| file.extend(page));
+        seal(&mut file);
+        file
+    }
+
+    /// A directory that names one page 65,536 times would make 2 billion checks of 320 KB.
+    #[test]
+    fn pages_lie_in_order_and_apart() {
+        // The page takes three units of 8 bytes.
+        for directory in [&[0, 3][..], &[NO_PAGE, 0, NO_PAGE, 3], &[3], &[]] {
+            assert!(Table::parse(&with_directory(directory, 2)).is_ok(), "{directory:?}");
+        }
+        for (directory, page) in [(&[0, 0][..], 1), (&[3, 0], 1), (&[0, NO_PAGE, 0], 2), (&[0, 2], 1)] {
+            assert_eq!(
+                Table::parse(&with_directory(directory, 2)).err(),
+                Some(TableError::Page(page, "out of order or on another page")),
+                "{directory:?}"
+            );
         }
     }
 

@@ -56,7 +56,7 @@ pub fn build(input: Input<'_>) -> Result<Vec<u8>, BuildError> {
 
     let mut parts = Parts { broken: unreadable.is_some(), ..Parts::default() };
     if let Some((bytes, file)) = files.iter().find(|(_, file)| elf::has_debug_info(file)) {
-        match dwarf::convert(bytes, file, &symbols) {
+        match dwarf::convert(file, bytes.len(), &symbols) {
             Some(converted) => {
                 parts.base = converted.base;
                 parts.symcache = converted.symcache;

@@ -9,42 +9,27 @@
 //! `symbolic` is written for files that compilers made. On damaged ones its arithmetic can overflow,
 //! which panics where overflow checks are on; [`guarded`] turns that into an error.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
-use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use gimli::{AbbreviationsCacheStrategy, EndianSlice, RunTimeEndian, SectionId};
-use object::Object;
+use gimli::{AbbreviationsCacheStrategy, EndianSlice, RunTimeEndian};
+use object::{Object, ObjectSegment};
 use symbolic::common::{Name, NameMangling};
-use symbolic::debuginfo::dwarf::{Dwarf, DwarfDebugSession};
-use symbolic::debuginfo::elf::ElfObject;
-use symbolic::debuginfo::{Function, ParseObjectOptions, SymbolMap};
+use symbolic::debuginfo::dwarf::DwarfDebugSession;
+use symbolic::debuginfo::{Function, ObjectKind, SymbolMap};
 use symbolic::symcache::{SymCache, SymCacheConverter};
 
+use crate::debug_sections::DebugSections;
 use crate::name::{self, Demangler};
 use crate::symbol::Symbol;
 use crate::{die_tree, line_only};
 
-/// The largest debug section that is decompressed, in bytes: as far as offsets in 32-bit DWARF reach, and the
-/// SymCache's.
-const MAX_SECTION_BYTES: usize = 4 << 30;
-/// The sections that line tables and the tree of DIEs need.
-const SECTIONS: [SectionId; 7] = [
-    SectionId::DebugAbbrev,
-    SectionId::DebugAddr,
-    SectionId::DebugInfo,
-    SectionId::DebugLine,
-    SectionId::DebugLineStr,
-    SectionId::DebugStr,
-    SectionId::DebugStrOffsets,
-];
 /// Most frames of one address: one more than DIEs may nest, so that only a damaged chain gets there.
 const MAX_CHAIN: usize = die_tree::MAX_DEPTH as usize + 1;
 
 /// What DWARF brought.
 pub(crate) struct Converted {
-    /// The image address of the SymCache's address 0.
+    /// The image address of the SymCache's address 0: where the first segment is loaded.
     pub(crate) base: u64,
     pub(crate) symcache: Vec<u8>,
     /// Whether some of the DWARF could not be read.
@@ -62,25 +47,26 @@ pub(crate) struct DwarfFrame<'a> {
 /// Bytes of a section of DWARF.
 pub(crate) type Reader<'a> = EndianSlice<'a, RunTimeEndian>;
 
-/// Converts the DWARF in `elf`, an ELF file that was parsed as `file`. `symbols` are its functions.
-pub(crate) fn convert(elf: &[u8], file: &object::File<'_>, symbols: &[Symbol<'_>]) -> Option<Converted> {
+/// Converts the DWARF in `file`, which has `file_bytes`. `symbols` are its functions.
+pub(crate) fn convert(
+    file: &object::File<'_>,
+    file_bytes: usize,
+    symbols: &[Symbol<'_>],
+) -> Option<Converted> {
     guarded(|| {
-        let mut options = ParseObjectOptions::default();
-        options.max_decompressed_section_size = Some(MAX_SECTION_BYTES);
-        let object = ElfObject::parse_with_opts(elf, options).ok()?;
-        let sections = load_sections(&object);
-        let endian = if file.is_little_endian() { RunTimeEndian::Little } else { RunTimeEndian::Big };
-        let mut dwarf = sections.borrow(|data| EndianSlice::new(data, endian));
+        let sections = DebugSections::load(file, file_bytes).ok()?;
+        let mut dwarf = sections.dwarf();
         dwarf.populate_abbreviations_cache(AbbreviationsCacheStrategy::Duplicates);
         if !die_tree::is_bounded(&dwarf) {
             return None;
         }
 
-        let base = object.load_address();
+        let base = file.segments().next().map_or(0, |segment| segment.address());
         let mut converter = SymCacheConverter::new();
         converter.add_transformer(Demangler::default());
         let mut covered = Vec::new();
-        let mut broken = !add_functions(&mut converter, &object, symbols, &mut covered)?;
+        let mut broken = !sections.complete;
+        broken |= !add_functions(&mut converter, &sections, base, symbols, &mut covered)?;
         broken |= !line_only::add(&mut converter, &dwarf, file, base, covered);
         let mut symcache = Vec::new();
         converter.serialize(&mut symcache).ok()?;
@@ -89,27 +75,18 @@ pub(crate) fn convert(elf: &[u8], file: &object::File<'_>, symbols: &[Symbol<'_>
     .flatten()
 }
 
-/// The sections that [`die_tree`] and [`line_only`] need, as `symbolic` finds them.
-fn load_sections<'a>(object: &ElfObject<'a>) -> gimli::DwarfSections<Cow<'a, [u8]>> {
-    let load = |id: SectionId| -> Result<_, Infallible> {
-        let name = id.name().trim_start_matches('.');
-        let section = SECTIONS.contains(&id).then(|| object.section(name)).flatten();
-        Ok(section.map(|section| section.data).unwrap_or_default())
-    };
-    let Ok(sections) = gimli::DwarfSections::load(load);
-    sections
-}
-
 /// Adds what DWARF has functions for, and the ranges relative to the base that they cover. Says whether all
 /// of them could be read; none if nothing could.
 fn add_functions(
     converter: &mut SymCacheConverter<'_>,
-    object: &ElfObject<'_>,
+    sections: &DebugSections<'_>,
+    base: u64,
     symbols: &[Symbol<'_>],
     covered: &mut Vec<(u64, u64)>,
 ) -> Option<bool> {
-    let base = object.load_address();
-    let session = DwarfDebugSession::parse(object, SymbolMap::new(), base as i64, object.kind()).ok()?;
+    // All that the kind decides is whether code may be at address 0, as in relocatable objects.
+    let kind = ObjectKind::Library;
+    let session = DwarfDebugSession::parse(&sections, SymbolMap::new(), base as i64, kind).ok()?;
     let linkage_names: HashMap<u64, &str> = symbols
         .iter()
         .filter(|symbol| name::is_mangled(symbol.name))

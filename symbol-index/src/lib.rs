@@ -5,6 +5,7 @@
 //!
 //! - [`build`]: what the inputs bring, put together ([`Input`], [`BuildError`])
 //! - `elf`: opening an ELF file, and what it holds ([`describe`], [`Contents`])
+//! - `debug_sections`: DWARF's sections, decompressed within bounds
 //! - `dwarf`: functions, inlined calls and lines; `die_tree`: what has to hold before; `line_only`: lines of code
 //!   that no function describes
 //! - `elf_symbols`, `kallsyms`: functions by name only; `symbol`: which of several names counts
@@ -16,6 +17,7 @@
 mod build;
 mod call_frames;
 mod container;
+mod debug_sections;
 mod die_tree;
 mod dwarf;
 mod elf;

@@ -7,6 +7,7 @@ mod corpus;
 mod debuginfod;
 mod live;
 mod quickstart;
+mod readme;
 mod unwind;
 mod user_mode;
 mod walks;

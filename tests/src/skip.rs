@@ -36,11 +36,16 @@ pub fn skip(test: &str, reason: &str) {
 /// Highest `kernel.perf_event_paranoid` at which a user samples processes of their own.
 const PARANOID_OWN_PROCESSES: i32 = 2;
 
+/// Whether this process may load BPF programs and sample all CPUs.
+pub fn bpf_is_permitted() -> bool {
+    let capabilities = capabilities();
+    capabilities & SYS_ADMIN != 0 || capabilities & PERFMON_AND_BPF == PERFMON_AND_BPF
+}
+
 /// Whether this process may load BPF programs and sample all CPUs; if not, `test` is skipped.
 #[track_caller]
 pub fn may_use_bpf(test: &str) -> bool {
-    let capabilities = capabilities();
-    let may = capabilities & SYS_ADMIN != 0 || capabilities & PERFMON_AND_BPF == PERFMON_AND_BPF;
+    let may = bpf_is_permitted();
     if !may {
         skip(test, "loading BPF programs needs root, or CAP_BPF and CAP_PERFMON");
     }

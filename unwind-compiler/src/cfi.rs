@@ -15,7 +15,7 @@ use gimli::{
 };
 use windlass_schema::ImageAddress;
 
-use crate::elf::{EhFrameSection, Image};
+use crate::elf::Image;
 use crate::report::{SkipReason, SkippedFde};
 
 pub(crate) type Reader<'a> = EndianSlice<'a, LittleEndian>;
@@ -75,9 +75,19 @@ impl Fde<'_, '_> {
     }
 }
 
-/// Calls `visit` with each FDE of `image` that is of use, and with what was skipped.
-pub(crate) fn for_each_fde(image: &Image<'_>, mut visit: impl FnMut(Result<Fde<'_, '_>, SkippedFde>)) {
+/// Calls `visit` with each FDE of `image` that is of use, and with what was skipped. Holds one section at a
+/// time; gives the bytes of all that were read.
+pub(crate) fn for_each_fde(image: &Image<'_>, mut visit: impl FnMut(Result<Fde<'_, '_>, SkippedFde>)) -> u64 {
+    let mut read_bytes = 0;
+    for skipped in &image.skipped {
+        visit(Err(*skipped));
+    }
     for section in &image.eh_frames {
+        let Some(data) = section.data() else {
+            visit(Err(section.skipped(SkipReason::Unreadable)));
+            continue;
+        };
+        read_bytes += data.len() as u64;
         let mut bases = BaseAddresses::default().set_eh_frame(section.address);
         if let Some(text) = image.text {
             bases = bases.set_text(text);
@@ -85,28 +95,28 @@ pub(crate) fn for_each_fde(image: &Image<'_>, mut visit: impl FnMut(Result<Fde<'
         if let Some(got) = image.got {
             bases = bases.set_got(got);
         }
-        let mut eh_frame = EhFrame::new(&section.data, LittleEndian);
+        let mut eh_frame = EhFrame::new(&data, LittleEndian);
         eh_frame.set_address_size(8);
         let mut cies = Cies::default();
-        for_each_entry(section, |entry| {
+        for_each_entry(&data, section.stated_bytes, |entry| {
             visit(entry.and_then(|offset| parse(image, &eh_frame, &bases, &mut cies, offset)));
         });
     }
+    read_bytes
 }
 
 /// The CIEs met so far, by offset; `None` for those of no use.
 type Cies<'a> = HashMap<usize, Option<CommonInformationEntry<Reader<'a>>>>;
 
 /// Calls `visit` with the offset of each entry of a section that is not a CIE.
-fn for_each_entry(section: &EhFrameSection<'_>, mut visit: impl FnMut(Result<usize, SkippedFde>)) {
-    let data = &section.data[..];
+fn for_each_entry(data: &[u8], stated_bytes: Option<u64>, mut visit: impl FnMut(Result<usize, SkippedFde>)) {
     let half = |at: usize| Some(u32::from_le_bytes(data.get(at..at + 4)?.try_into().ok()?));
     let mut at = 0;
     let skip = |at: usize, reason| Err(SkippedFde { offset: at as u64, address: None, reason });
     while let Some(length) = half(at) {
         let (header, length) = match length {
             // A terminator. Linkers leave one where an input object brought it, followed by more.
-            0 if section.stated_bytes.is_some() => {
+            0 if stated_bytes.is_some() => {
                 at += 4;
                 continue;
             }
@@ -129,7 +139,7 @@ fn for_each_entry(section: &EhFrameSection<'_>, mut visit: impl FnMut(Result<usi
         }
         at = end;
     }
-    if section.stated_bytes.is_some_and(|stated| stated > data.len() as u64) {
+    if stated_bytes.is_some_and(|stated| stated > data.len() as u64) {
         visit(skip(at, SkipReason::Truncated));
     }
 }

@@ -1,7 +1,7 @@
 //! From ELF bytes to a table: the steps in order.
 
 use gimli::UnwindContext;
-use windlass_schema::{BuildId, Rule, UnsupportedReason};
+use windlass_schema::{BuildId, Rule, Table, UnsupportedReason};
 
 use crate::cfi::for_each_fde;
 use crate::density::bound;
@@ -23,17 +23,15 @@ pub struct Compiled {
 /// Compiles the `.eh_frame` of an x86-64 ELF image. `build_id` is written into the table, not checked.
 ///
 /// An image without call frame information gives an empty table, and whatever is malformed in it
-/// is skipped and reported; only a file that is no 64-bit little-endian x86-64 ELF is an error. Takes
+/// is skipped and reported; only a file that is no 64-bit little-endian x86-64 ELF is an error. The table
+/// has passed [`Table::parse`]. Takes
 /// memory in proportion to `.eh_frame`: 8 times its size for compilers' output, about 40 at worst.
 pub fn compile(elf: &[u8], build_id: BuildId) -> Result<Compiled, CompileError> {
     let image = Image::parse(elf)?;
-    let mut report = Report {
-        eh_frame_bytes: image.eh_frames.iter().map(|section| section.data.len() as u64).sum(),
-        ..Report::default()
-    };
+    let mut report = Report::default();
     let mut intervals = Vec::new();
     let mut context = UnwindContext::new();
-    for_each_fde(&image, |fde| {
+    let eh_frame_bytes = for_each_fde(&image, |fde| {
         let fde = match fde {
             Ok(fde) => fde,
             Err(skipped) => return report.skip(skipped),
@@ -53,8 +51,12 @@ pub fn compile(elf: &[u8], build_id: BuildId) -> Result<Compiled, CompileError> 
         }
     });
     let rows = bound(merge(intervals));
+    report.eh_frame_bytes = eh_frame_bytes;
     report.count_rows(&rows);
-    Ok(Compiled { table: encode(build_id, &rows), report })
+    let table = encode(build_id, &rows);
+    // A table that its readers refuse must not be handed on, kept and served. One pass, small against the rest.
+    Table::parse(&table).map_err(CompileError::Table)?;
+    Ok(Compiled { table, report })
 }
 
 /// Appends an interval, or extends the last if it is of the same FDE and record. `first` is the number of

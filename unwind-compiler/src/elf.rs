@@ -3,8 +3,12 @@
 //! # Why this shape
 //! Section headers come last in a file and are the first to go (`sstrip`, a cut download), while what the
 //! running program unwinds by is named by a program header. So sections are read if they can be, and
-//! `PT_GNU_EH_FRAME` leads to `.eh_frame` where they cannot; a section that reaches past the end of the
-//! file is read as far as it goes. Only headers decide whether a file is supported at all.
+//! `PT_GNU_EH_FRAME` leads to `.eh_frame` where no section has that name; a section that reaches past the
+//! end of the file is read as far as it goes. Only headers decide whether a file is supported at all.
+//!
+//! Section headers may name one range of a file many times, and compression makes much of little. So each
+//! byte is read for one section only, what decompresses has a budget for all sections together, and
+//! sections are held in memory one at a time; what is left out is reported.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -12,15 +16,28 @@ use std::ops::Range;
 use gimli::{BaseAddresses, EhFrameHdr, LittleEndian as GimliLittleEndian, Pointer};
 use object::elf::{self, FileHeader64, ProgramHeader64, SectionHeader64};
 use object::read::elf::{CompressionHeader, FileHeader, ProgramHeader, SectionHeader};
-use object::read::{CompressedFileRange, CompressionFormat};
+use object::read::{CompressedData, CompressedFileRange, CompressionFormat};
 use object::{LittleEndian, ReadRef};
-use windlass_schema::BuildId;
-use windlass_schema::page::PAGE_SHIFT;
-use windlass_schema::table::MAX_PAGES;
+use windlass_schema::page::{BLOCK_SHIFT, PAGE_SHIFT};
+use windlass_schema::table::{MAX_PAGES, TableError};
+use windlass_schema::{BuildId, ImageAddress};
 
-/// Largest `.eh_frame` after decompression, in bytes. The largest of a Debian developer's machine has 15 MB;
+use crate::report::{SkipReason, SkippedFde};
+
+/// Most bytes of `.eh_frame`, all sections together. The largest of a Debian developer's machine has 15 MB;
 /// compiling takes memory in proportion.
 const MAX_EH_FRAME_BYTES: u64 = 512 << 20;
+
+/// Most bytes of `.eh_frame` for each byte of the file, all sections together. What is not compressed is
+/// part of the file; compilers' `.eh_frame` deflates to a third, a bomb to a thousandth.
+const EH_FRAME_BYTES_PER_FILE_BYTE: u64 = 8;
+
+/// Bytes of `.eh_frame` that any file may have, however small: repetitive code of few functions deflates
+/// better, and compiling so little takes 40 MiB at worst.
+const MIN_EH_FRAME_BUDGET_BYTES: u64 = 1 << 20;
+
+/// Most sections named `.eh_frame` that are read. Linkers write one, or none.
+const MAX_EH_FRAME_SECTIONS: usize = 16;
 
 /// What a segment's end is rounded up to when it is mapped.
 const MEMORY_PAGE_BYTES: u64 = 4096;
@@ -40,22 +57,53 @@ pub enum CompileError {
     /// An instruction set other than x86-64.
     #[error("ELF machine {0}, expected 62 (x86-64)")]
     Machine(u16),
+    /// The table that was made breaks its own format: a fault of the compiler, not of the file.
+    #[error("compiled table cannot be read back: this is a fault of the compiler, report it with the file")]
+    Table(#[source] TableError),
 }
 
 /// One `.eh_frame`.
 pub(crate) struct EhFrameSection<'a> {
     /// Image address of its first byte.
     pub(crate) address: u64,
-    /// Its bytes, as many as the file has.
-    pub(crate) data: Cow<'a, [u8]>,
     /// Size that the headers state, if they do.
     pub(crate) stated_bytes: Option<u64>,
+    stored: Stored<'a>,
+}
+
+/// How a file holds a section.
+enum Stored<'a> {
+    /// As it is, as far as the file goes.
+    Plain(&'a [u8]),
+    Compressed(CompressedData<'a>),
+}
+
+impl<'a> EhFrameSection<'a> {
+    /// Its bytes, as many as the file has; `None` if they do not decompress to the size that is stated.
+    pub(crate) fn data(&self) -> Option<Cow<'a, [u8]>> {
+        match self.stored {
+            Stored::Plain(data) => Some(data.into()),
+            // Takes the stated size, and a window of zstd of at most 128 MiB.
+            Stored::Compressed(data) => data.decompress().ok(),
+        }
+    }
+
+    /// This section, as one that was skipped.
+    pub(crate) fn skipped(&self, reason: SkipReason) -> SkippedFde {
+        skipped_section(self.address, reason)
+    }
+}
+
+fn skipped_section(address: u64, reason: SkipReason) -> SkippedFde {
+    SkippedFde { offset: 0, address: Some(ImageAddress::new(address)), reason }
 }
 
 /// What unwinding needs of an image.
 #[derive(Default)]
 pub(crate) struct Image<'a> {
     pub(crate) eh_frames: Vec<EhFrameSection<'a>>,
+    /// Sections that are there but are not read.
+    pub(crate) skipped: Vec<SkippedFde>,
     /// Address of `.text`, which text-relative pointers count from.
     pub(crate) text: Option<u64>,
     /// Address of `.got`, which data-relative pointers count from.
@@ -111,22 +159,34 @@ impl<'a> Image<'a> {
             }
             image.loaded.push(range);
         }
-        let Ok(sections) = header.sections(LE, file) else {
-            image.eh_frames.extend(eh_frame_of_header(file, segments));
-            return Ok(image);
-        };
+        let sections = header.sections(LE, file).unwrap_or_default();
+        let mut intake = Intake::of(file);
+        let mut is_named = false;
         for section in sections.iter() {
             match sections.section_name(LE, section).unwrap_or_default() {
-                b".eh_frame" => image.eh_frames.extend(eh_frame_of_section(file, section)),
+                b".eh_frame" => {
+                    is_named = true;
+                    image.add(section.sh_addr(LE), intake.eh_frame(section));
+                }
                 b".text" => image.text = Some(section.sh_addr(LE)),
                 b".got" => image.got = Some(section.sh_addr(LE)),
                 _ => {}
             }
         }
-        if sections.is_empty() {
-            image.eh_frames.extend(eh_frame_of_header(file, segments));
+        let header = segments.iter().find(|segment| segment.p_type(LE) == elf::PT_GNU_EH_FRAME);
+        // Split debug files have the section without its bytes, and program headers that lead nowhere.
+        if let Some(header) = header.filter(|header| !is_named && header.p_filesz(LE) > 0) {
+            let section = eh_frame_of_header(file, segments, header).ok_or(SkipReason::Unreadable);
+            image.add(header.p_vaddr(LE), section.map(Some));
         }
         Ok(image)
+    }
+
+    fn add(&mut self, address: u64, section: Result<Option<EhFrameSection<'a>>, SkipReason>) {
+        match section {
+            Ok(section) => self.eh_frames.extend(section),
+            Err(reason) => self.skipped.push(skipped_section(address, reason)),
+        }
     }
 
     /// Whether address 0 is loaded as code.
@@ -135,67 +195,81 @@ impl<'a> Image<'a> {
     }
 
     /// Whether one table reaches the code at `range`, and it is loaded as far as program headers say: a
-    /// segment ends with its last page.
+    /// segment ends with its last page. The row that ends the coverage needs a page of the table as
+    /// well; it is at the end of `range`, or at that of its block if the block is overfull.
     pub(crate) fn reaches(&self, range: &Range<u64>) -> bool {
         let first = self.first_code.unwrap_or(0) >> PAGE_SHIFT << PAGE_SHIFT;
-        let reach = first.saturating_add(u64::from(MAX_PAGES) << PAGE_SHIFT);
+        // The last page of the address space ends where no address can say.
+        let last_page = u64::MAX >> PAGE_SHIFT << PAGE_SHIFT;
+        let reach = first.saturating_add(u64::from(MAX_PAGES) << PAGE_SHIFT).min(last_page);
         let loads = |load: &Range<u64>| {
             load.contains(&range.start) && range.end <= load.end.saturating_add(MEMORY_PAGE_BYTES - 1)
         };
         range.start >= first
-            && range.end <= reach
+            && range.end < reach - (1 << BLOCK_SHIFT)
             && (self.loaded.is_empty() || self.loaded.iter().any(loads))
     }
 }
 
-/// `None` for a section without bytes, as in split debug files.
-fn eh_frame_of_section<'a>(file: &'a [u8], section: &SectionRow) -> Option<EhFrameSection<'a>> {
-    let (file_offset, stored_bytes) = section.file_range(LE)?;
-    let address = section.sh_addr(LE);
-    match section.compression(LE, file) {
-        Ok(None) => {
-            let start = usize::try_from(file_offset).unwrap_or(usize::MAX).min(file.len());
-            let len = usize::try_from(stored_bytes.min(MAX_EH_FRAME_BYTES)).unwrap_or(usize::MAX);
-            let data = &file[start..start.saturating_add(len).min(file.len())];
-            Some(EhFrameSection { address, data: data.into(), stated_bytes: Some(stored_bytes) })
-        }
-        Ok(Some((header, offset, compressed_size))) => {
-            let uncompressed_size = header.ch_size(LE);
-            let data = compressed(file, header.ch_type(LE), offset, compressed_size, uncompressed_size);
-            let data = data.unwrap_or_default();
-            Some(EhFrameSection { address, data, stated_bytes: Some(uncompressed_size) })
-        }
-        Err(_) => {
-            let data = Cow::default();
-            Some(EhFrameSection { address, data, stated_bytes: Some(stored_bytes) })
-        }
-    }
+/// Takes sections as long as there is room.
+struct Intake<'a> {
+    file: &'a [u8],
+    budget_bytes: u64,
+    /// Ranges of the file that have been taken.
+    taken: Vec<Range<u64>>,
 }
 
-fn compressed(
-    file: &[u8],
-    kind: elf::CompressionType,
-    offset: u64,
-    compressed_size: u64,
-    uncompressed_size: u64,
-) -> Option<Cow<'_, [u8]>> {
-    let format = match kind {
-        elf::ELFCOMPRESS_ZLIB => CompressionFormat::Zlib,
-        elf::ELFCOMPRESS_ZSTD => CompressionFormat::Zstandard,
-        _ => return None,
-    };
-    if uncompressed_size > MAX_EH_FRAME_BYTES {
-        return None;
+impl<'a> Intake<'a> {
+    fn of(file: &'a [u8]) -> Self {
+        let by_size = (file.len() as u64).saturating_mul(EH_FRAME_BYTES_PER_FILE_BYTE);
+        let budget_bytes = by_size.clamp(MIN_EH_FRAME_BUDGET_BYTES, MAX_EH_FRAME_BYTES);
+        Self { file, budget_bytes, taken: Vec::new() }
     }
-    CompressedFileRange { format, offset, compressed_size, uncompressed_size }
-        .data(file)
-        .and_then(|data| data.decompress())
-        .ok()
+
+    /// `None` for a section without bytes, as in split debug files.
+    fn eh_frame(&mut self, section: &SectionRow) -> Result<Option<EhFrameSection<'a>>, SkipReason> {
+        let Some((file_offset, stored_bytes)) = section.file_range(LE) else { return Ok(None) };
+        let range = file_offset..file_offset.saturating_add(stored_bytes);
+        if self.taken.len() == MAX_EH_FRAME_SECTIONS {
+            return Err(SkipReason::SectionLimit);
+        }
+        if self.taken.iter().any(|taken| taken.start < range.end && range.start < taken.end) {
+            return Err(SkipReason::SectionOverlap);
+        }
+        let (stored, read_bytes, stated_bytes) = match section.compression(LE, self.file) {
+            Ok(None) => {
+                let end = range.end.min(self.file.len() as u64);
+                let read_bytes = end.saturating_sub(range.start).min(self.budget_bytes);
+                // Past the end of the file there is nothing to read, which is reported as truncated.
+                let data = self.file.read_bytes_at(range.start.min(end), read_bytes);
+                (Stored::Plain(data.unwrap_or_default()), read_bytes, stored_bytes)
+            }
+            Ok(Some((header, offset, compressed_size))) => {
+                let uncompressed_size = header.ch_size(LE);
+                let format = match header.ch_type(LE) {
+                    elf::ELFCOMPRESS_ZLIB => CompressionFormat::Zlib,
+                    elf::ELFCOMPRESS_ZSTD => CompressionFormat::Zstandard,
+                    _ => return Err(SkipReason::Unreadable),
+                };
+                let data = CompressedFileRange { format, offset, compressed_size, uncompressed_size }
+                    .data(self.file)
+                    .map_err(|_| SkipReason::Truncated)?;
+                (Stored::Compressed(data), uncompressed_size, uncompressed_size)
+            }
+            Err(_) => return Err(SkipReason::Truncated),
+        };
+        self.budget_bytes = self.budget_bytes.checked_sub(read_bytes).ok_or(SkipReason::SectionLimit)?;
+        self.taken.push(range);
+        Ok(Some(EhFrameSection { address: section.sh_addr(LE), stated_bytes: Some(stated_bytes), stored }))
+    }
 }
 
 /// Follows `PT_GNU_EH_FRAME`. The size of `.eh_frame` is not stated; its terminator ends it.
-fn eh_frame_of_header<'a>(file: &'a [u8], segments: &[Segment]) -> Option<EhFrameSection<'a>> {
-    let segment = segments.iter().find(|segment| segment.p_type(LE) == elf::PT_GNU_EH_FRAME)?;
+fn eh_frame_of_header<'a>(
+    file: &'a [u8],
+    segments: &[Segment],
+    segment: &Segment,
+) -> Option<EhFrameSection<'a>> {
     let bases = BaseAddresses::default().set_eh_frame_hdr(segment.p_vaddr(LE));
     let data = segment.data(LE, file).ok()?;
     let header = EhFrameHdr::new(data, GimliLittleEndian).parse(&bases, 8).ok()?;
@@ -208,7 +282,7 @@ fn eh_frame_of_header<'a>(file: &'a [u8], segments: &[Segment]) -> Option<EhFram
     let file_offset = load.p_offset(LE).checked_add(skip)?;
     let end = load.p_offset(LE).saturating_add(load.p_filesz(LE)).min(file.len() as u64);
     let data = file.read_bytes_at(file_offset, end.checked_sub(file_offset)?.min(MAX_EH_FRAME_BYTES)).ok()?;
-    Some(EhFrameSection { address, data: data.into(), stated_bytes: None })
+    Some(EhFrameSection { address, stated_bytes: None, stored: Stored::Plain(data) })
 }
 
 /// The GNU build-ID of an ELF file of any class, byte order and machine: from the notes that program
@@ -231,4 +305,25 @@ pub fn build_id_of(elf: &[u8]) -> Option<BuildId> {
         })
     }
     of::<FileHeader64<object::Endianness>>(elf).or_else(|| of::<elf::FileHeader32<object::Endianness>>(elf))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where the reach of an image with code at `first` ends, which `end` is just short of or at.
+    #[track_caller]
+    fn check_reach(first: u64, end: u64) {
+        let image = Image { first_code: Some(first), ..Image::default() };
+        assert!(image.reaches(&(first..end - 1)), "{first:#x}..{end:#x}");
+        assert!(!image.reaches(&(first..end)), "{first:#x}..{end:#x}");
+    }
+
+    #[test]
+    fn the_row_behind_the_last_fde_has_a_page() {
+        check_reach(0, (1 << 32) - 256);
+        check_reach(0x40_0123, 0x40_0000 + (1 << 32) - 256);
+        // The kernel's half: the last page of the address space is out of reach.
+        check_reach(0xffff_ffff_8000_0000, 0xffff_ffff_fffe_ff00);
+    }
 }

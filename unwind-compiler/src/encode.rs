@@ -63,7 +63,7 @@ mod tests {
     use crate::rows::push;
     use proptest::prelude::*;
     use windlass_schema::page::MAX_BLOCK_ENTRIES;
-    use windlass_schema::table::MAX_RECORDS;
+    use windlass_schema::table::{MAX_PAGES, MAX_RECORDS};
     use windlass_schema::{
         CfaRule, FramePointerRule, ImageAddress, Record, Register, ReturnAddressRule, Rule, Table,
     };
@@ -123,6 +123,8 @@ mod tests {
         fn a_table_gives_back_the_rows_it_was_made_of(
             base in 0u64..0x3_0000,
             steps in prop::collection::vec((prop_oneof![8 => 1u64..6, 3 => 1u64..300, 1 => 1u64..0x2_0000], record()), 0..400),
+            // Bytes from the last address that `Image::reaches` lets end an FDE back to the end of coverage.
+            from_reach in prop_oneof![15 => Just(None), 1 => (0u64..0x300).prop_map(Some)],
         ) {
             let mut rows = Vec::new();
             let mut address = base;
@@ -130,9 +132,38 @@ mod tests {
                 push(&mut rows, address, record);
                 address += step;
             }
+            if let (Some(bytes), Some(first)) = (from_reach, rows.first()) {
+                address = last_end(first.address) - bytes;
+            }
             push(&mut rows, address, Record::NO_CFI);
             check(&bound(rows));
         }
+    }
+
+    /// Where the last FDE of an image ends at the most, if its first code is at `first`.
+    fn last_end(first: u64) -> u64 {
+        let first_page = first >> PAGE_SHIFT << PAGE_SHIFT;
+        first_page + (u64::from(MAX_PAGES) << PAGE_SHIFT) - 257
+    }
+
+    #[test]
+    fn the_last_page_that_a_table_reaches() {
+        let first = 0x40_0123;
+        let start = Row { address: first, record: rsp(8) };
+        let end = Row { address: last_end(first), record: Record::NO_CFI };
+        check(&[start, end]);
+        let pages = |rows: &[Row]| {
+            let file = encode(BuildId::new(&[7; 20]).unwrap(), rows);
+            Table::parse(&file).unwrap().page_count()
+        };
+        assert_eq!(pages(&[start, end]), MAX_PAGES);
+        // An overfull block is left at its end.
+        let dense = (0..255u64)
+            .map(|back| Row { address: end.address - 255 + back, record: rsp(8 * (back as i32 % 3) + 16) });
+        let rows = bound([start].into_iter().chain(dense).chain([end]).collect());
+        assert_eq!(unsupported(&rows), 1);
+        assert_eq!(pages(&rows), MAX_PAGES);
+        check(&rows);
     }
 
     #[test]

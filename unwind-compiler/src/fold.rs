@@ -157,7 +157,7 @@ struct Run {
     base_words: u32,
     mask: u16,
     event: u8,
-    sets_rbp: bool,
+    has_last: bool,
     /// State at the last distance.
     words: u32,
     frame_pointer: (u8, i16),
@@ -177,7 +177,7 @@ impl Run {
             base_words,
             mask: 0,
             event: 0,
-            sets_rbp: false,
+            has_last: false,
             words: base_words,
             frame_pointer: (base.frame_pointer(), base.frame_pointer_offset()),
         })
@@ -185,13 +185,19 @@ impl Run {
 
     /// Takes `next`, the state from `distance` on, into the run if it can.
     fn extend(&mut self, distance: u64, next: Record) -> bool {
-        if self.sets_rbp
+        if self.has_last
             || !(1..=u64::from(MAX_RUN_BYTES)).contains(&distance)
             || next.return_address() != return_address::AT_CFA
         {
             return false;
         }
         let is_push = self.kind == kind::PUSH_RUN;
+        let bit = distance as u8 - 1;
+        if !is_push && next == Record::NO_CFI {
+            self.mask |= 1 << bit;
+            self.has_last = true;
+            return true;
+        }
         let words = if is_push { Some(self.words + 1) } else { self.words.checked_sub(1) };
         let offset_is = |words: u32| i64::from(next.offset()) == 8 * i64::from(words);
         let sets_rbp = is_push && next.kind() == kind::RBP && offset_is(self.words);
@@ -208,19 +214,18 @@ impl Run {
         if has_event && (saves != event || self.event != 0 || sets_rbp) {
             return false;
         }
-        let bit = distance as u8 - 1;
         if sets_rbp || moves {
             self.mask |= 1 << bit;
         }
         if has_event {
             self.event = 0x80 | bit;
         }
-        (self.words, self.frame_pointer, self.sets_rbp) = (words, saves, sets_rbp);
+        (self.words, self.frame_pointer, self.has_last) = (words, saves, sets_rbp);
         true
     }
 
     fn to_record(&self) -> Record {
-        let first = self.kind | self.base.frame_pointer() << 4 | u8::from(self.sets_rbp) << 6;
+        let first = self.kind | self.base.frame_pointer() << 4 | u8::from(self.has_last) << 6;
         Record(
             u64::from(first)
                 | u64::from(self.base_words) << 8
@@ -280,6 +285,17 @@ mod tests {
         check(&[(0, rows[0]), (1, rows[1]), (2, rows[2]), (3, rows[3])], &[0]);
         check(&[(0, rows[0]), (17, rows[1]), (18, rows[2])], &[0, 17]);
         check(&[(0, rsp(0, None)), (1, rsp(-1, None))], &[0, 1]);
+    }
+
+    #[test]
+    fn the_end_of_coverage_is_the_last_change_of_pops() {
+        let rows = [rsp(3, Some(-16)), rsp(2, Some(-16)), rsp(1, None), Record::NO_CFI];
+        check(&[(0, rows[0]), (1, rows[1]), (2, rows[2]), (3, rows[3])], &[0]);
+        check(&[(0, rows[2]), (7, rows[3])], &[0]);
+        check(&[(0, rows[2]), (17, rows[3])], &[0, 17]);
+        // Another function, or pushes before the end.
+        check(&[(0, rows[2]), (1, rows[3]), (2, rows[2])], &[0, 2]);
+        check(&[(0, rows[2]), (1, rsp(2, None)), (2, rows[3])], &[0, 2]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::rows::Row;
 /// Most skipped FDEs that a report names; all are counted.
 pub const MAX_SKIPPED_LISTED: usize = 100;
 
-/// Why an FDE gave no rows, or not all of them.
+/// Why an FDE, or a section of them, gave no rows, or not all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SkipReason {
     /// The entry, or the section, reaches past the end of the data.
@@ -32,6 +32,12 @@ pub enum SkipReason {
     Tombstone,
     /// It covers addresses that the image does not load, or that a table does not reach.
     OutsideImage,
+    /// Headers say that there is a section, but its bytes cannot be found or decompressed.
+    Unreadable,
+    /// The section shares bytes of the file with another one, which is read.
+    SectionOverlap,
+    /// The image has more sections, or they hold more bytes, than are read for a file of its size.
+    SectionLimit,
 }
 
 impl SkipReason {
@@ -46,16 +52,19 @@ impl SkipReason {
             Self::AddressOverflow => "address_overflow",
             Self::Tombstone => "tombstone",
             Self::OutsideImage => "outside_image",
+            Self::Unreadable => "unreadable",
+            Self::SectionOverlap => "section_overlap",
+            Self::SectionLimit => "section_limit",
         }
     }
 }
 
-/// An FDE that gave no rows, or not all of them.
+/// An FDE that gave no rows, or not all of them; or a section of which no FDE was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SkippedFde {
-    /// Offset of the entry in its `.eh_frame` section.
+    /// Offset of the entry in its `.eh_frame` section; 0 for a section.
     pub offset: u64,
-    /// First address that it covers, where known.
+    /// First address that it covers, where known; for a section its own.
     pub address: Option<ImageAddress>,
     /// Why.
     pub reason: SkipReason,
@@ -70,7 +79,7 @@ pub struct Report {
     pub cfi_rows: u64,
     /// Rows of the table: changes of (CFA, return address, frame pointer), ends of coverage included.
     pub rows: u64,
-    /// Size of `.eh_frame` in bytes.
+    /// Size of `.eh_frame` in bytes, as far as it was read.
     pub eh_frame_bytes: u64,
     /// Bytes of code that FDEs cover.
     pub code_bytes: u64,
@@ -80,7 +89,7 @@ pub struct Report {
     pub exact_code_bytes: u64,
     /// Rows without an exact rule, by reason.
     pub unsupported: BTreeMap<UnsupportedReason, u64>,
-    /// FDEs skipped, by reason.
+    /// FDEs skipped, by reason. A section that is not read counts once.
     pub skipped_fdes: BTreeMap<SkipReason, u64>,
     /// The first [`MAX_SKIPPED_LISTED`] of them.
     pub skipped: Vec<SkippedFde>,

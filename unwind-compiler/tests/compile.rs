@@ -5,7 +5,8 @@
 
 use std::path::PathBuf;
 
-use windlass_schema::table::checksum;
+use windlass_schema::page::PAGE_SHIFT;
+use windlass_schema::table::{MAX_PAGES, checksum};
 use windlass_schema::{BuildId, ImageAddress, Record, Rule, Table};
 use windlass_unwind_compiler::{
     CompileError, Compiled, SkipReason, Verification, build_id_of, compile, verify,
@@ -206,7 +207,121 @@ fn a_compressed_section_is_read() {
     let chdr_size = elf.len() + 8;
     compressed[chdr_size..chdr_size + 8].fill(0x7f);
     let report = compiled(&compressed).report;
-    assert_eq!((report.rows, report.skipped_fdes[&SkipReason::Truncated]), (0, 1));
+    assert_eq!((report.rows, report.skipped_fdes[&SkipReason::SectionLimit]), (0, 1));
+    // One that is only wrong: found out when it is read.
+    compressed[chdr_size..chdr_size + 8].copy_from_slice(&(len as u64 + 1).to_le_bytes());
+    let report = compiled(&compressed).report;
+    assert_eq!((report.rows, report.skipped_fdes[&SkipReason::Unreadable]), (0, 1));
+}
+
+/// Bytes that a section of [`bomb`] decompresses to.
+const BOMB_BYTES: u64 = 3 << 17;
+
+/// `Elf64_Chdr` and a zstd frame (RFC 8878) of three blocks that repeat a zero 128 Ki times.
+fn bomb() -> Vec<u8> {
+    let mut bytes: Vec<u8> = [2, BOMB_BYTES, 8].iter().flat_map(|field| field.to_le_bytes()).collect();
+    bytes.extend([0x28, 0xb5, 0x2f, 0xfd, 0xa0]);
+    bytes.extend((BOMB_BYTES as u32).to_le_bytes());
+    for is_last in [0, 0, 1u32] {
+        bytes.extend(&(is_last | 1 << 1 | 1 << 20).to_le_bytes()[..3]);
+        bytes.push(0);
+    }
+    bytes
+}
+
+/// `rules.elf` with further sections named `.eh_frame`, compressed, at these offsets from its end, where
+/// `payload` lies.
+fn with_sections(payload: &[u8], sections: &[(u64, u64)]) -> Vec<u8> {
+    let mut elf = rules_elf();
+    let (eh_frame, _, _) = eh_frame(&elf);
+    let (whole, headers) = (elf.len() as u64, elf[40..48].try_into().unwrap());
+    let count = u16::from_le_bytes([elf[60], elf[61]]);
+    let start = u64::from_le_bytes(headers) as usize;
+    let mut headers = elf[start..start + 64 * usize::from(count)].to_vec();
+    for (offset, len) in sections {
+        let mut header = elf[eh_frame..eh_frame + 64].to_vec();
+        header[9] |= 8; // SHF_COMPRESSED
+        header[24..32].copy_from_slice(&(whole + offset).to_le_bytes());
+        header[32..40].copy_from_slice(&len.to_le_bytes());
+        headers.extend(header);
+    }
+    elf.extend(payload);
+    let at = elf.len() as u64;
+    elf.extend(headers);
+    elf[40..48].copy_from_slice(&at.to_le_bytes());
+    elf[60..62].copy_from_slice(&(count + sections.len() as u16).to_le_bytes());
+    elf
+}
+
+#[test]
+fn sections_that_decompress_to_much_have_a_budget_together() {
+    let whole = compiled(&rules_elf());
+    let own_bytes = whole.report.eh_frame_bytes;
+    let bomb = bomb();
+    let len = bomb.len() as u64;
+    let check = |elf: &[u8], bombs_read: u64, reason: SkipReason, skipped: u64| {
+        let found = compiled(elf);
+        assert_eq!(found.table, whole.table);
+        assert_eq!(found.report.eh_frame_bytes, own_bytes + bombs_read * BOMB_BYTES);
+        assert_eq!(found.report.skipped_fdes.get(&reason), Some(&skipped), "{:?}", found.report);
+        verified(elf);
+    };
+    // Four headers that name one payload, then four with a payload each: 1 MiB is for all of a small file.
+    check(&with_sections(&bomb, &[(0, len); 4]), 1, SkipReason::SectionOverlap, 3);
+    let four = [0, len, 2 * len, 3 * len].map(|offset| (offset, len));
+    check(&with_sections(&bomb.repeat(4), &four), 2, SkipReason::SectionLimit, 2);
+    // Sections that are small, but many.
+    let many: Vec<_> = (0..40).map(|number| (24 * number, 24)).collect();
+    let empty: Vec<u8> = [1u64, 0, 8].iter().flat_map(|field| field.to_le_bytes()).collect();
+    let report = compiled(&with_sections(&empty.repeat(40), &many)).report;
+    assert_eq!(report.skipped_fdes[&SkipReason::SectionLimit], 25, "{report:?}");
+}
+
+#[test]
+fn an_fde_that_ends_where_the_table_does() {
+    let mut elf = rules_elf();
+    let fde = &fdes(&elf)[0];
+    let (header, at, _) = eh_frame(&elf);
+    // As far behind as a signed half says, and as long.
+    let address = u64::from_le_bytes(elf[header + 16..header + 24].try_into().unwrap());
+    let field = at + fde.offset + 8;
+    let start = address + fde.offset as u64 + 8 + i32::MAX as u64;
+    elf[field..field + 4].copy_from_slice(&i32::MAX.to_le_bytes());
+    // The p_memsz of the one segment with code.
+    elf[64 + 40..64 + 48].copy_from_slice(&(1u64 << 33).to_le_bytes());
+    let reach = (CODE.start >> PAGE_SHIFT << PAGE_SHIFT) + (u64::from(MAX_PAGES) << PAGE_SHIFT);
+    for (back, is_reached) in [(0, false), (1, false), (256, false), (257, true)] {
+        let len = i32::try_from(reach - back - start).unwrap();
+        elf[field + 4..field + 8].copy_from_slice(&len.to_le_bytes());
+        let compiled = compiled(&elf);
+        let table = Table::parse(&compiled.table).unwrap();
+        let outside = compiled.report.skipped_fdes.get(&SkipReason::OutsideImage);
+        assert_eq!((table.page_count() == MAX_PAGES, outside.is_none()), (is_reached, is_reached), "{back}");
+        verified(&elf);
+    }
+}
+
+#[test]
+fn a_renamed_section_is_found_by_the_program_header() {
+    let mut own = std::fs::read("/proc/self/exe").unwrap();
+    let whole = compiled(&own);
+    // Without a name, which is as good as another.
+    let (header, _, _) = eh_frame(&own);
+    own[header..header + 4].fill(0);
+    let renamed = compiled(&own);
+    assert!(whole.report.rows > 1000 && renamed.table == whole.table, "{:?}", renamed.report);
+    verified(&own);
+
+    // A program header that leads nowhere is no silence.
+    let field = |at: usize, len: usize| {
+        own[at..at + len].iter().rev().fold(0, |value, byte| value << 8 | usize::from(*byte))
+    };
+    let mut segments = (0..field(56, 2)).map(|number| field(32, 8) + 56 * number);
+    let segment = segments.find(|segment| field(*segment, 4) == 0x6474_e550).unwrap();
+    let at = field(segment + 8, 8);
+    own[at] = 0xff;
+    let report = compiled(&own).report;
+    assert_eq!((report.fdes, report.skipped_fdes[&SkipReason::Unreadable]), (0, 1));
 }
 
 #[test]

@@ -68,7 +68,12 @@ enum Command {
 fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Test { ci, fast } => suite::run(ci || checkout::is_ci(), fast),
-        Command::BuildEbpf { check: true } => ebpf::check(),
+        Command::BuildEbpf { check: true } => {
+            if let Some(reason) = ebpf::check()? {
+                println!("{reason}");
+            }
+            Ok(())
+        }
         Command::BuildEbpf { check: false } => ebpf::update(),
         Command::Licences => licence::check(),
         Command::Bench { name } => bench::run(&name),

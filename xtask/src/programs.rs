@@ -25,7 +25,13 @@ pub(crate) const TEST_PROGRAMS: &[Program] = &[
     Program { name: "gdb", package: "gdb", used_by: "the debuginfod tests" },
     Program { name: "debuginfod-find", package: "debuginfod", used_by: "the debuginfod tests" },
     Program { name: "eu-addr2line", package: "elfutils", used_by: "the debuginfod tests" },
-    Program { name: "strip", package: "binutils", used_by: "the debuginfod tests" },
+    Program { name: "strip", package: "binutils", used_by: "the debuginfod and symbol tests" },
+    Program { name: "g++", package: "g++", used_by: "the symbol tests" },
+    Program { name: "curl", package: "curl", used_by: "the test of README's commands" },
+    Program { name: "go", package: "golang-go", used_by: "the test that `go tool pprof` reads a profile" },
+    Program { name: "python3", package: "python3", used_by: "the tests of walks" },
+    Program { name: "perl", package: "perl", used_by: "the tests of walks" },
+    Program { name: "openssl", package: "openssl", used_by: "the tests of walks" },
 ];
 
 /// Where a program is, if it is: `PATH`, then cargo's folder of installed programs.

@@ -74,15 +74,16 @@ pub(crate) fn run(ci: bool, fast: bool) -> Result<()> {
         run_command(&mut test)
     });
     if !fast {
-        report.step("bpf", "cargo xtask build-ebpf --check", || match ebpf::check() {
-            Err(error) if !ci && error.is::<ebpf::NoToolchain>() => {
-                std::fs::write(skipped.path(), {
-                    let before = std::fs::read_to_string(skipped.path())?;
-                    format!("{before}bpf: {error}\n")
-                })?;
-                Ok(())
+        report.step("bpf", "cargo xtask build-ebpf --check", || {
+            let not_compared = match ebpf::check() {
+                Err(error) if !ci && error.is::<ebpf::NoToolchain>() => Some(error.to_string()),
+                outcome => outcome?,
+            };
+            if let Some(reason) = not_compared {
+                let before = std::fs::read_to_string(skipped.path())?;
+                std::fs::write(skipped.path(), format!("{before}bpf: {reason}\n"))?;
             }
-            outcome => outcome,
+            Ok(())
         });
     }
     conclude(&report, &std::fs::read_to_string(skipped.path())?)

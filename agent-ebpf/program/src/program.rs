@@ -193,6 +193,7 @@ fn walk_user(data: *mut bpf_perf_event_data, scratch: *mut Scratch, tgid: u32) -
     // SAFETY: the slot is this CPU's own; `turn` reborrows it while nothing here holds a reference.
     unsafe {
         (*scratch).walk.restart(tgid);
+        (*scratch).sample.header.generation = 0;
         if let Err(reason) = user_registers(data, &mut (*scratch).walk.registers) {
             return reason;
         }
@@ -203,6 +204,7 @@ fn walk_user(data: *mut bpf_perf_event_data, scratch: *mut Scratch, tgid: u32) -
             return StopReason::ProcessUnknown;
         };
         (*scratch).walk.process = *process;
+        (*scratch).sample.header.generation = (*scratch).walk.process.generation;
         (*scratch).sample.header.stop = StopReason::FrameLimit as u8;
         bpf_loop(MAX_USER_FRAMES as u32, turn as *const () as *mut c_void, core::ptr::null_mut(), 0);
         // The agent may have replaced the mappings meanwhile; then some frame may be of the old ones.
@@ -250,7 +252,7 @@ fn windlass_sample(context: PerfEventContext) -> u32 {
         (*header).user_frames = user_frames as u16;
         (*header).kernel_frames = kernel_frames as u16;
         (*header).stop = stop as u8;
-        (*header).reserved = [0; 7];
+        (*header).reserved = [0; 3];
         bpf_get_current_comm(addr_of_mut!((*header).comm).cast(), 16);
         let bytes = size_of::<SampleHeader>() + 8 * (user_frames + kernel_frames);
         if bpf_ringbuf_output(

@@ -9,10 +9,23 @@ use windlass_agent::backend::{Backend, Event, PlaceError, PlacedMapping, Sample}
 use windlass_schema::maps::Location;
 use windlass_schema::{BuildId, StopReason, Table};
 
+/// In a sample's time: when it is sent.
+pub(crate) const NOW: u64 = u64::MAX;
+
+/// `CLOCK_MONOTONIC` in nanoseconds.
+pub(crate) fn now_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call fills the structure it is given.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
 #[derive(Default)]
 struct State {
     processes: HashMap<u32, Vec<PlacedMapping>>,
     tables: Vec<BuildId>,
+    generations: HashMap<u32, u32>,
+    last_generation: u32,
 }
 
 pub(crate) struct FakeBackend {
@@ -42,14 +55,19 @@ impl Backend for FakeBackend {
         Ok(Location::new(0, 8 * tables.len() as u32))
     }
 
-    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<()> {
+    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {
         assert!(mappings.is_sorted_by_key(|mapping| mapping.start));
-        self.state.lock().unwrap().processes.insert(tgid, mappings.to_vec());
-        Ok(())
+        let state = &mut *self.state.lock().unwrap();
+        state.processes.insert(tgid, mappings.to_vec());
+        state.last_generation += 1;
+        state.generations.insert(tgid, state.last_generation);
+        Ok(state.last_generation)
     }
 
     fn remove_process(&mut self, tgid: u32) {
-        self.state.lock().unwrap().processes.remove(&tgid);
+        let state = &mut *self.state.lock().unwrap();
+        state.processes.remove(&tgid);
+        state.generations.remove(&tgid);
     }
 
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()> {
@@ -67,8 +85,20 @@ impl Backend for FakeBackend {
 }
 
 impl View {
-    pub(crate) fn send(&self, event: Event) {
+    /// Sends an event. A sample that says [`NOW`] was walked by the mappings of this moment.
+    pub(crate) fn send(&self, mut event: Event) {
+        if let Event::Sample(sample) = &mut event
+            && sample.time_ns == NOW
+        {
+            sample.time_ns = now_ns();
+            sample.generation = self.generation(sample.tgid);
+        }
         self.events.send(event).unwrap();
+    }
+
+    /// The generation of a process's mappings; 0 if it has none.
+    pub(crate) fn generation(&self, tgid: u32) -> u32 {
+        self.state.lock().unwrap().generations.get(&tgid).copied().unwrap_or_default()
     }
 
     pub(crate) fn mappings(&self, tgid: u32) -> Vec<PlacedMapping> {
@@ -90,10 +120,11 @@ impl View {
 /// A sample of this process.
 pub(crate) fn sample(tid: u32, stop: StopReason, user: &[u64]) -> Sample {
     Sample {
-        time_ns: 0,
+        time_ns: NOW,
         tgid: std::process::id(),
         tid,
         cpu: 0,
+        generation: 0,
         comm: "test".to_owned(),
         stop,
         user: user.to_vec(),

@@ -25,6 +25,8 @@ pub(crate) enum Tables {
     FromSkeletons,
     /// 422 with this reason.
     Refused(&'static str),
+    /// 500, always.
+    Failing,
     /// One of another build-ID.
     OfAnotherImage,
 }
@@ -125,6 +127,10 @@ async fn unwind(State(shared): Service, Path(id): Path<String>) -> Response {
         Tables::Refused(reason) => {
             let body = ErrorBody { error: reason.to_owned() };
             (shared.note(request, StatusCode::UNPROCESSABLE_ENTITY), axum::Json(body)).into_response()
+        }
+        Tables::Failing => {
+            let body = ErrorBody { error: "disk on fire".to_owned() };
+            (shared.note(request, StatusCode::INTERNAL_SERVER_ERROR), axum::Json(body)).into_response()
         }
         Tables::OfAnotherImage => (shared.note(request, StatusCode::OK), table("abcd")).into_response(),
         Tables::FromSkeletons

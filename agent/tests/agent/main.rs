@@ -12,7 +12,7 @@ use windlass_agent::{Agent, Config, Summary};
 use windlass_schema::StopReason;
 use windlass_schema::maps::{EXACT_ADDRESS, no_table};
 
-use fake_backend::{FakeBackend, sample};
+use fake_backend::{FakeBackend, now_ns, sample};
 use fake_service::{FakeService, Tables};
 
 /// Waits until `holds`, and says how long it took; fails after ten seconds.
@@ -125,6 +125,48 @@ fn what_the_service_refuses_is_unavailable_with_its_reason() {
 }
 
 #[test]
+fn an_image_for_which_the_service_fails_holds_no_other_up() {
+    const IMAGES: u8 = 20;
+    let service = FakeService::start(Tables::Failing);
+    let cache = tempfile::tempdir().unwrap();
+    // One image under many build-IDs, mapped by this process.
+    let elf = std::fs::read("/usr/bin/readelf").unwrap();
+    let id = windlass_agent::image::identify(&elf[..]).unwrap().id.build_id();
+    let at = elf.windows(id.as_bytes().len()).position(|bytes| bytes == id.as_bytes()).unwrap();
+    let images: Vec<_> = (0..IMAGES)
+        .map(|number| {
+            let mut elf = elf.clone();
+            elf[at] ^= number + 1;
+            let path = cache.path().join(format!("image{number}"));
+            std::fs::write(&path, &elf).unwrap();
+            let file = std::fs::File::open(&path).unwrap();
+            // SAFETY: nobody writes to the file while the test runs.
+            unsafe { memmap2::MmapOptions::new().map_exec(&file) }.unwrap()
+        })
+        .collect();
+    let (backend, view) = FakeBackend::new();
+    let agent = Agent::start_with_backend(config(&service, &cache), Box::new(backend)).unwrap();
+    let addresses: Vec<u64> = images.iter().map(|image| image.as_ptr() as u64 | EXACT_ADDRESS).collect();
+    view.send(Event::Sample(sample(1, StopReason::TablePending, &addresses)));
+    let failed = || {
+        let mut requests: Vec<_> =
+            service.requests().into_iter().filter(|line| line.ends_with("unwind 500")).collect();
+        let all = requests.len();
+        requests.sort();
+        requests.dedup();
+        (requests.len(), all)
+    };
+    let took = eventually("every image is asked for", || failed().0 >= usize::from(IMAGES));
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    let begin = failed().1;
+    std::thread::sleep(Duration::from_secs(1));
+    let more = failed().1 - begin;
+    assert!(more > 0, "each is asked for again");
+    assert!(more < 8 * usize::from(IMAGES), "{more} requests in a second for {IMAGES} images");
+    stop(agent);
+}
+
+#[test]
 fn a_table_of_another_image_is_not_placed() {
     let service = FakeService::start(Tables::OfAnotherImage);
     let cache = tempfile::tempdir().unwrap();
@@ -197,7 +239,7 @@ fn processes_come_change_and_go() {
     view.send(Event::Exec { tgid });
     eventually("the child is read", || view.mappings(tgid).len() > 2);
     // A fork has its parent's mappings, without a look into /proc.
-    view.send(Event::Forked { tgid: u32::MAX - 1, parent: tgid });
+    view.send(Event::Forked { tgid: u32::MAX - 1, parent: tgid, time_ns: now_ns() });
     eventually("the fork is known", || view.mappings(u32::MAX - 1) == view.mappings(tgid));
     child.kill().unwrap();
     child.wait().unwrap();
@@ -212,7 +254,8 @@ fn processes_come_change_and_go() {
     let library = unsafe { memmap2::MmapOptions::new().map_exec(&file) }.unwrap();
     let start = library.as_ptr() as u64;
     assert!(view.mapping(own_pid(), start).is_none());
-    view.send(Event::Mapped { tgid: own_pid() });
+    let length = library.len() as u64;
+    view.send(Event::Mapped { tgid: own_pid(), start, length, time_ns: now_ns() });
     eventually("the library is known", || view.mapping(own_pid(), start).is_some());
     drop(library);
     // A sample that found no mapping has the process read again.
@@ -220,6 +263,65 @@ fn processes_come_change_and_go() {
     eventually("the library is gone", || view.mapping(own_pid(), start).is_none());
     assert!(view.mappings(own_pid()).len() <= before + 1);
     stop(agent);
+}
+
+/// Maps a page of a program's code: over `at`, or anywhere.
+fn map_code(path: &str, at: Option<u64>) -> u64 {
+    use object::{Object as _, ObjectSection as _};
+    use std::os::fd::AsRawFd as _;
+    let bytes = std::fs::read(path).unwrap();
+    let elf = object::File::parse(&bytes[..]).unwrap();
+    let (text_offset, _) = elf.section_by_name(".text").unwrap().file_range().unwrap();
+    let offset = text_offset as i64 & !4095;
+    let file = std::fs::File::open(path).unwrap();
+    let (hint, fixed) = at.map_or((std::ptr::null_mut(), 0), |at| (at as *mut _, libc::MAP_FIXED));
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | fixed);
+    // SAFETY: what it may replace is a mapping of this test's own, to which nothing refers.
+    let start = unsafe { libc::mmap(hint, 4096, protection, flags, file.as_raw_fd(), offset) };
+    assert_ne!(start, libc::MAP_FAILED);
+    start as u64
+}
+
+#[test]
+fn samples_of_replaced_mappings_get_no_names() {
+    let service = FakeService::start(Tables::FromSkeletons);
+    let cache = tempfile::tempdir().unwrap();
+    let (backend, view) = FakeBackend::new();
+    let start = map_code("/usr/bin/readelf", None);
+    let agent = Agent::start_with_backend(config(&service, &cache), Box::new(backend)).unwrap();
+    let old = view.generation(own_pid());
+    let walked = |tid, generation| {
+        let mut sample = sample(tid, StopReason::EndOfStack, &[(start + 0x100) | EXACT_ADDRESS]);
+        (sample.time_ns, sample.generation) = (now_ns(), generation);
+        Event::Sample(sample)
+    };
+    view.send(walked(1, old));
+    // Many a library comes and goes elsewhere, so that the pauses between scans are long.
+    for _ in 0..100 {
+        view.send(Event::Mapped { tgid: own_pid(), start: 0x1000, length: 4096, time_ns: now_ns() });
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // By now with a table, which changes nothing for the sample below.
+    let known = view.generation(own_pid());
+    map_code("/usr/bin/objdump", Some(start));
+    view.send(Event::Mapped { tgid: own_pid(), start, length: 4096, time_ns: now_ns() });
+    // Walked before the agent knew.
+    view.send(walked(2, old));
+    let took = eventually("the mappings are read again", || {
+        view.generation(own_pid()) > known && view.mapping(own_pid(), start).is_some()
+    });
+    assert!(took < Duration::from_millis(300), "{took:?}");
+    view.send(walked(3, view.generation(own_pid())));
+    eventually("the samples arrive", || service.samples().len() == 3);
+    stop(agent);
+    let samples = service.samples();
+    let of = |tid| samples.iter().find(|sample| sample.tid == tid).unwrap();
+    assert!(!of(1).frames[0].ends_with('@'), "{:?}", (of(1).tid, of(1).stop.as_str(), &of(1).frames));
+    assert!(!of(3).frames[0].ends_with('@'), "{:?}", (of(3).tid, of(3).stop.as_str(), &of(3).frames));
+    assert_ne!(of(1).frames, of(3).frames);
+    assert_eq!(of(2).frames, [format!("{:#x}@", start + 0x100)]);
+    let stops = [1, 2, 3].map(|tid| of(tid).stop.as_str());
+    assert_eq!(stops, ["end_of_stack", "mappings_changed", "end_of_stack"]);
 }
 
 #[test]

@@ -63,12 +63,6 @@ pub(super) fn grouped(count: u64) -> String {
     text
 }
 
-/// Per cent of a whole; of nothing, 0.
-#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
-pub(super) fn percent(part: u64, whole: u64) -> f64 {
-    if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -75,7 +75,7 @@ impl StackProfile {
                 stop = StopReason::FrameLimit.as_str();
             }
             frames.reverse();
-            let process = processes.get(&labels.pid).copied().unwrap_or(UNKNOWN);
+            let process = processes.get(&labels.process()).map_or(UNKNOWN, String::as_str);
             stacks.push(Stack {
                 frames,
                 process: symbols.named(process, Kind::Group),
@@ -102,6 +102,7 @@ impl StackProfile {
 /// What a sample says of itself.
 #[derive(Default)]
 struct Labels<'p> {
+    host: &'p str,
     pid: Option<u32>,
     tid: Option<u32>,
     thread: &'p str,
@@ -113,6 +114,7 @@ impl<'p> Labels<'p> {
         let mut labels = Self::default();
         for label in &sample.label {
             match profile.string(label.key) {
+                pprof::label::HOST => labels.host = profile.string(label.str),
                 pprof::label::PID => labels.pid = u32::try_from(label.num).ok(),
                 pprof::label::TID => labels.tid = u32::try_from(label.num).ok(),
                 pprof::label::THREAD => labels.thread = profile.string(label.str),
@@ -122,7 +124,15 @@ impl<'p> Labels<'p> {
         }
         labels
     }
+
+    /// Which process: a PID names another one on each host.
+    fn process(&self) -> Process<'p> {
+        (self.host, self.pid)
+    }
 }
+
+/// Host, empty if it is not said, and PID.
+type Process<'p> = (&'p str, Option<u32>);
 
 /// Which value of a sample counts samples: the one of type `samples`, else the first.
 fn samples_value_index(profile: &pprof::Profile) -> usize {
@@ -135,30 +145,40 @@ fn sample_count(sample: &pprof::Sample, value_index: usize) -> u64 {
     sample.value.get(value_index).map_or(1, |value| u64::try_from(*value).unwrap_or(0))
 }
 
-/// A name for each process: its main thread's where that was sampled, else that of its busiest thread.
-/// Samples without a process take the profile's first mapping, which is the main program by pprof's
-/// convention.
-fn process_names(profile: &pprof::Profile, value_index: usize) -> HashMap<Option<u32>, &str> {
-    let mut threads: HashMap<(Option<u32>, &str), (bool, u64)> = HashMap::new();
+/// A name for each process: its main thread's where that was sampled, else that of its busiest thread; with
+/// its host, if there is more than one. Samples without a process take the profile's first mapping, which
+/// is the main program by pprof's convention.
+fn process_names(profile: &pprof::Profile, value_index: usize) -> HashMap<Process<'_>, String> {
+    let mut threads: HashMap<(Process<'_>, &str), (bool, u64)> = HashMap::new();
     for sample in &profile.sample {
         let labels = Labels::of(profile, sample);
-        let (main, count) = threads.entry((labels.pid, labels.thread)).or_default();
+        let (main, count) = threads.entry((labels.process(), labels.thread)).or_default();
         *main |= labels.pid.is_some() && labels.pid == labels.tid;
         *count = count.saturating_add(sample_count(sample, value_index));
     }
-    let mut best: HashMap<Option<u32>, ((bool, u64), &str)> = HashMap::new();
-    for ((pid, thread), rank) in threads {
+    let mut best: HashMap<Process<'_>, ((bool, u64), &str)> = HashMap::new();
+    for ((process, thread), rank) in threads {
         let named = (rank, thread);
-        let entry = best.entry(pid).or_insert(named);
+        let entry = best.entry(process).or_insert(named);
         // The name decides between equals, so that two runs over one profile agree.
         *entry = (*entry).max(named);
     }
+    let mut hosts = best.keys().map(|(host, _)| *host);
+    let first = hosts.next();
+    let many = hosts.any(|host| Some(host) != first);
     let program = profile.mapping.first().and_then(|mapping| image_name(profile.string(mapping.filename)));
     best.into_iter()
-        .map(|(pid, (_, thread))| match (thread, pid) {
-            ("", None) => (pid, program.unwrap_or(UNKNOWN)),
-            ("", Some(_)) => (pid, UNKNOWN),
-            (thread, _) => (pid, thread),
+        .map(|(process, (_, thread))| {
+            let name = match (thread, process) {
+                ("", (_, None)) => program.unwrap_or(UNKNOWN),
+                ("", (_, Some(_))) => UNKNOWN,
+                (thread, _) => thread,
+            };
+            let name = match process {
+                (host, _) if many && !host.is_empty() => format!("{name} on {host}"),
+                _ => name.to_owned(),
+            };
+            (process, name)
         })
         .collect()
 }

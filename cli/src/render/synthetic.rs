@@ -91,6 +91,13 @@ impl Writer {
         id
     }
 
+    /// Says of the last sample which host it is of.
+    pub(super) fn on_host(&mut self, host: &str) {
+        let [key, str] = [label::HOST, host].map(|text| self.string(text));
+        let sample = self.profile.sample.last_mut().unwrap();
+        sample.label.push(Label { key, str, ..Label::default() });
+    }
+
     /// `locations` innermost first.
     pub(super) fn sample(&mut self, thread: Thread<'_>, locations: &[u64], count: i64) {
         let mut labels = Vec::new();

@@ -2,9 +2,10 @@
 
 use std::fmt::Write as _;
 
-use super::cell::{fit, fit_path, grouped, percent, printable};
+use super::cell::{fit, fit_path, grouped, printable};
 use super::profile::StackProfile;
 use super::ranking::FunctionRow;
+use crate::terminal::percent;
 
 /// Below this many columns for names, places in the source are left out.
 const MIN_COLUMNS_WITH_LOCATION: usize = 48;

@@ -466,3 +466,22 @@ fn pages_to_look_at() {
     let text = table(&profile, 20, 120) + "\n" + &tree(&profile, 2.0, 6, 120);
     std::fs::write(folder.join("page.txt"), text).unwrap();
 }
+
+#[test]
+fn one_pid_on_two_hosts_is_two_processes() {
+    let names = |hosts: [&str; 2]| {
+        let mut writer = Writer::new();
+        let location = writer.location("/bin/app", 1, &["work@app.c:1"]);
+        for (host, name) in hosts.into_iter().zip(["app", "db"]) {
+            writer.sample(Thread { name, ..MAIN }, &[location], 1);
+            writer.on_host(host);
+        }
+        let profile = StackProfile::from_pprof(&writer.profile);
+        let mut lines: Vec<_> = folded(&profile).lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(names(["alpha", "beta"]), ["app on alpha;work 1", "db on beta;work 1"]);
+    // One process of one host, that has changed its name.
+    assert_eq!(names(["alpha", "alpha"]), ["db;work 2"]);
+}

@@ -7,8 +7,9 @@
 use std::fmt::Write as _;
 
 use super::call_tree::CallTree;
-use super::cell::{fit, fit_end, percent, printable};
+use super::cell::{fit, fit_end, printable};
 use super::profile::StackProfile;
+use crate::terminal::percent;
 
 /// Joins the frames of a chain.
 const ARROW: &str = " › ";

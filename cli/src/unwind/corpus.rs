@@ -8,6 +8,7 @@ use std::thread;
 
 use serde::Serialize;
 
+use crate::mapped_elf;
 use crate::terminal;
 use crate::upload::tree::{Candidate, files_under};
 
@@ -100,7 +101,7 @@ fn work_on<T>(file: &Candidate, work: impl Fn(&[u8]) -> anyhow::Result<T>) -> Op
     if is_empty {
         return file.named.then(|| Err(anyhow::anyhow!("not an ELF file")));
     }
-    match super::map(&file.path) {
+    match mapped_elf::map(&file.path) {
         Ok(bytes) if !file.named && !bytes.starts_with(&object::elf::ELFMAG) => None,
         Ok(bytes) => Some(work(&bytes)),
         Err(error) => Some(Err(error)),

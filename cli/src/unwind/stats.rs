@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use serde::Serialize;
-use windlass_agent::kernel_memory::charge;
+use windlass_agent::kernel_memory::{Charge, charge};
 use windlass_unwind_compiler::Report;
 
 use super::corpus::{CorpusArgs, FailedFile, for_each_elf};
@@ -37,6 +37,8 @@ struct Figures {
 #[derive(Serialize)]
 struct FileFigures {
     path: PathBuf,
+    /// Why the table is not in kernel memory, if it is not.
+    not_placed: Option<String>,
     #[serde(flatten)]
     figures: Figures,
 }
@@ -48,6 +50,10 @@ struct Total {
     figures: Figures,
     /// Whether the kernel itself said what it charges.
     kernel_bytes_measured: bool,
+    /// Files whose tables are not in `kernel_bytes`, for want of room.
+    not_placed: usize,
+    /// Rows of the tables that are: what `kernel_bytes` is for.
+    placed_rows: u64,
 }
 
 #[derive(Serialize)]
@@ -67,16 +73,9 @@ pub(super) fn run(args: &CorpusArgs) -> anyhow::Result<ExitCode> {
     if !args.json {
         outcome.print_failed();
     }
-    let mut total = Figures::default();
-    outcome.done.iter().for_each(|(_, (figures, _))| total.add(figures));
-    total.kernel_bytes = charge.bytes;
-    let files: Vec<_> =
-        outcome.done.into_iter().map(|(path, (figures, _))| FileFigures { path, figures }).collect();
-    let stats = Stats {
-        total: Total { files: files.len(), figures: total, kernel_bytes_measured: charge.measured },
-        files,
-        failed_files: outcome.failed,
-    };
+    let done = std::mem::take(&mut outcome.done);
+    let files = done.into_iter().map(|(path, (figures, _))| FileFigures { path, not_placed: None, figures });
+    let stats = Stats::new(files.collect(), charge, outcome.failed);
     let mut out = io::BufWriter::new(io::stdout().lock());
     if args.json {
         serde_json::to_writer(&mut out, &stats)?;
@@ -136,8 +135,9 @@ impl Figures {
         }
     }
 
-    fn print(&self, name: &str, out: &mut impl io::Write) -> io::Result<()> {
-        let bytes_per_row = self.kernel_bytes as f64 / self.rows.max(1) as f64;
+    /// One line; `placed_rows` are those that kernel memory is for.
+    fn print(&self, placed_rows: u64, name: &str, out: &mut impl io::Write) -> io::Result<()> {
+        let bytes_per_row = self.kernel_bytes as f64 / placed_rows.max(1) as f64;
         writeln!(
             out,
             "{:>9} {:>9} {:>10} {bytes_per_row:>6.2} {:>10} {:>6.2} {:>9.4}  {name}",
@@ -151,7 +151,33 @@ impl Figures {
     }
 }
 
+impl FileFigures {
+    /// Rows of the table if it is in kernel memory.
+    fn placed_rows(&self) -> u64 {
+        if self.not_placed.is_some() { 0 } else { self.figures.rows }
+    }
+}
+
 impl Stats {
+    /// The figures of `files`, in the order in which their tables were charged.
+    fn new(mut files: Vec<FileFigures>, charge: Charge, failed_files: Vec<FailedFile>) -> Self {
+        let not_placed = charge.not_placed.len();
+        for (number, reason) in charge.not_placed {
+            files[number].not_placed = Some(reason);
+        }
+        let mut figures = Figures::default();
+        files.iter().for_each(|file| figures.add(&file.figures));
+        figures.kernel_bytes = charge.bytes;
+        let total = Total {
+            files: files.len(),
+            figures,
+            kernel_bytes_measured: charge.measured,
+            not_placed,
+            placed_rows: files.iter().map(FileFigures::placed_rows).sum(),
+        };
+        Self { total, files, failed_files }
+    }
+
     fn print(&self, out: &mut impl io::Write) -> io::Result<()> {
         writeln!(
             out,
@@ -159,12 +185,25 @@ impl Stats {
             "FDEs", "rows", "kernel", "B/row", "wire", "% CFI", "% exact"
         )?;
         for file in &self.files {
-            file.figures.print(&file.path.display().to_string(), out)?;
+            file.figures.print(file.placed_rows(), &file.path.display().to_string(), out)?;
         }
         let total = &self.total;
-        total.figures.print(&format!("total of {} files", total.files), out)?;
+        total.figures.print(total.placed_rows, &format!("total of {} files", total.files), out)?;
         let source = if total.kernel_bytes_measured { "read from the kernel" } else { "computed" };
         writeln!(out, "\ntotal kernel memory {source}; compiled in {:.2} s", total.figures.compile_seconds)?;
+        if total.not_placed > 0 {
+            writeln!(
+                out,
+                "{} of the tables are not placed, and left out of kernel memory and B/row: an agent has no room \
+                 for all of these files at once",
+                total.not_placed
+            )?;
+        }
+        for file in &self.files {
+            if let Some(reason) = &file.not_placed {
+                writeln!(out, "not placed: {}: {reason}", file.path.display())?;
+            }
+        }
         for (what, counts) in
             [("unsupported rows", &total.figures.unsupported), ("skipped FDEs", &total.figures.skipped_fdes)]
         {
@@ -173,5 +212,41 @@ impl Stats {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_a_table_that_is_not_placed_do_not_count() {
+        let file = |rows, kernel_bytes| FileFigures {
+            path: format!("{rows}").into(),
+            not_placed: None,
+            figures: Figures { rows, kernel_bytes, ..Figures::default() },
+        };
+        let charge = Charge {
+            bytes: 1000,
+            per_table: vec![900, 0],
+            not_placed: vec![(1, "no room".to_owned())],
+            measured: true,
+        };
+        let stats = Stats::new(vec![file(100, 900), file(900, 0)], charge, Vec::new());
+        assert_eq!(
+            (stats.total.not_placed, stats.total.placed_rows, stats.total.figures.rows),
+            (1, 100, 1000)
+        );
+        let mut text = Vec::new();
+        stats.print(&mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        let total = text.lines().find(|line| line.ends_with("total of 2 files")).unwrap();
+        assert!(total.contains(" 10.00 "), "{total}");
+        assert!(text.contains("not placed: 900: no room"), "{text}");
+        let json = serde_json::to_value(&stats).unwrap();
+        assert_eq!(
+            (&json["total"]["not_placed"], &json["files"][1]["not_placed"]),
+            (&1.into(), &"no room".into())
+        );
     }
 }

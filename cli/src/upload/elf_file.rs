@@ -17,6 +17,7 @@ use windlass_schema::http::{ArtefactKind, ArtefactName};
 use windlass_symbol_index::Contents;
 
 use super::sources::{self, SourceFile};
+use crate::mapped_elf;
 
 /// Where an artefact's build-ID comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -105,9 +106,7 @@ pub(crate) fn inspect(path: &Path, with_sources: bool) -> anyhow::Result<Inspect
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Inspected::NotElf),
         Err(error) => return Err(error.into()),
     }
-    // SAFETY: the map is read-only. A build that truncates the file at this moment can end this
-    // process with SIGBUS, as it can every linker and debugger; nothing is written.
-    let elf = unsafe { memmap2::Mmap::map(&file)? };
+    let elf = mapped_elf::map_open(&file)?;
     let (note, object_kind) = header_facts(&elf)?;
     match (object_kind, note) {
         (ObjectKind::Core, _) => return Ok(Inspected::Skipped(SkipReason::Core)),

@@ -10,7 +10,9 @@ use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
 use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 
-use super::{Artefact, Catalog, CatalogError, DerivedKey, MetadataQuery, ProfileBatch, Put, canonical_path};
+use super::{
+    Artefact, Catalog, CatalogError, DerivedKey, MetadataQuery, ProfileBatch, Put, Recorded, canonical_path,
+};
 use crate::blob::Blob;
 use crate::content_hash::ContentHash;
 
@@ -59,6 +61,9 @@ const MAX_IDLE_READERS: usize = 8;
 
 const ARTEFACT_COLUMNS: &str = "a.build_id, a.kind, a.path, b.sha256, b.size, b.stored_size, a.file_name, a.modified_s, \
      a.facts, b.damaged FROM artefact a JOIN blob b USING (sha256)";
+
+const PROFILE_COLUMNS: &str = "b.sha256, b.size, b.stored_size, p.start_ns, p.end_ns, b.damaged \
+     FROM profiles p JOIN blob b USING (sha256)";
 
 /// See the module.
 pub struct SqliteCatalog {
@@ -158,6 +163,15 @@ fn artefact_row(row: &Row<'_>) -> rusqlite::Result<Artefact> {
     })
 }
 
+fn profiles_row(row: &Row<'_>) -> rusqlite::Result<ProfileBatch> {
+    Ok(ProfileBatch {
+        blob: blob_at(row, 0)?,
+        start_ns: unsigned(row, 3)?,
+        end_ns: unsigned(row, 4)?,
+        damaged: row.get(5)?,
+    })
+}
+
 fn put_blob(connection: &Connection, blob: Blob) -> rusqlite::Result<()> {
     connection
         .prepare_cached(
@@ -196,20 +210,23 @@ impl Catalog for SqliteCatalog {
             let key = params![artefact.build_id.as_bytes(), artefact.kind.as_str(), artefact.path];
             let present = connection
                 .prepare_cached(
-                    "SELECT b.sha256, b.size, b.stored_size FROM artefact a JOIN blob b USING (sha256)
+                    "SELECT b.sha256, b.size, b.stored_size, b.damaged
+                     FROM artefact a JOIN blob b USING (sha256)
                      WHERE a.build_id = ?1 AND a.kind = ?2 AND a.path = ?3",
                 )?
-                .query_row(key, |row| blob_at(row, 0))
+                .query_row(key, |row| Ok((blob_at(row, 0)?, row.get::<_, bool>(3)?)))
                 .optional()?;
-            if let Some(blob) = present {
-                if blob.hash == artefact.blob.hash {
+            match present {
+                Some((blob, _)) if blob.hash == artefact.blob.hash => {
                     put_blob(connection, artefact.blob)?;
+                    return Ok(Put::Present(blob));
                 }
-                return Ok(Put::Present(blob));
+                Some((blob, false)) => return Ok(Put::Present(blob)),
+                Some((_, true)) | None => {}
             }
             put_blob(connection, artefact.blob)?;
             connection
-                .prepare_cached("INSERT INTO artefact VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?
+                .prepare_cached("INSERT OR REPLACE INTO artefact VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?
                 .execute(params![
                     artefact.build_id.as_bytes(),
                     artefact.kind.as_str(),
@@ -291,21 +308,13 @@ impl Catalog for SqliteCatalog {
     fn profiles(&self, range_ns: Range<u64>, limit: usize) -> Result<Vec<ProfileBatch>, CatalogError> {
         self.read(|connection| {
             connection
-                .prepare_cached(
-                    "SELECT b.sha256, b.size, b.stored_size, p.start_ns, p.end_ns
-                     FROM profiles p JOIN blob b USING (sha256)
-                     WHERE p.end_ns >= ?1 AND p.start_ns < ?2 AND NOT b.damaged
+                .prepare_cached(&format!(
+                    "SELECT {PROFILE_COLUMNS} WHERE p.end_ns >= ?1 AND p.start_ns < ?2
                      ORDER BY p.start_ns, b.sha256 LIMIT ?3",
-                )?
+                ))?
                 .query_map(
                     params![integer(range_ns.start), integer(range_ns.end), integer(limit as u64)],
-                    |row| {
-                        Ok(ProfileBatch {
-                            blob: blob_at(row, 0)?,
-                            start_ns: unsigned(row, 3)?,
-                            end_ns: unsigned(row, 4)?,
-                        })
-                    },
+                    profiles_row,
                 )?
                 .collect()
         })
@@ -327,14 +336,17 @@ impl Catalog for SqliteCatalog {
         })
     }
 
-    fn blobs(&self, after: Option<ContentHash>, limit: usize) -> Result<Vec<Blob>, CatalogError> {
+    fn blobs(&self, after: Option<ContentHash>, limit: usize) -> Result<Vec<Recorded>, CatalogError> {
         let after = after.map_or(Vec::new(), |hash| hash.as_bytes().to_vec());
         self.read(|connection| {
             connection
                 .prepare_cached(
-                    "SELECT sha256, size, stored_size FROM blob WHERE sha256 > ?1 ORDER BY sha256 LIMIT ?2",
+                    "SELECT sha256, size, stored_size, damaged FROM blob WHERE sha256 > ?1
+                     ORDER BY sha256 LIMIT ?2",
                 )?
-                .query_map(params![after, integer(limit as u64)], |row| blob_at(row, 0))?
+                .query_map(params![after, integer(limit as u64)], |row| {
+                    Ok(Recorded { blob: blob_at(row, 0)?, damaged: row.get(3)? })
+                })?
                 .collect()
         })
     }
@@ -345,6 +357,15 @@ impl Catalog for SqliteCatalog {
                 .prepare_cached(&format!("SELECT {ARTEFACT_COLUMNS} WHERE a.sha256 = ?"))?
                 .query_map([hash.as_bytes()], artefact_row)?
                 .collect()
+        })
+    }
+
+    fn profiles_of(&self, hash: ContentHash) -> Result<Option<ProfileBatch>, CatalogError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached(&format!("SELECT {PROFILE_COLUMNS} WHERE p.sha256 = ?"))?
+                .query_row([hash.as_bytes()], profiles_row)
+                .optional()
         })
     }
 

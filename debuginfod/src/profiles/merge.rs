@@ -13,12 +13,21 @@ use opentelemetry_proto::tonic::profiles::v1development::{
 use opentelemetry_proto::tonic::resource::v1::Resource;
 use windlass_schema::pprof::{Function, Label, Line, Location, Mapping, Profile, Sample, ValueType, label};
 
-use super::OtlpRequest;
 use super::otlp::{Attribute, Dictionary};
+use super::string_table::StringTable;
+use super::{OtlpRequest, Selection};
+use crate::error::ServiceError;
 
-/// Attributes that become labels, and whether as number.
-const LABELS: [(&str, &str); 4] = [
-    ("process.pid", label::PID),
+/// The attribute with a sample's process.
+const PID: &str = "process.pid";
+/// The attribute with the name of the host that a sample is of.
+const HOST: &str = "host.name";
+/// The attribute with the agent's own ID.
+const INSTANCE: &str = "service.instance.id";
+/// Attributes that become labels.
+const LABELS: [(&str, &str); 5] = [
+    (PID, label::PID),
+    (HOST, label::HOST),
     ("thread.id", label::TID),
     ("thread.name", label::THREAD),
     ("windlass.stop_reason", label::STOP_REASON),
@@ -32,63 +41,122 @@ type LabelKey = (i64, i64, i64);
 /// Mapping, address, and function and line of each inlined frame.
 type LocationKey = (u64, u64, Vec<(u64, i64)>);
 
+/// Most of what a merge may hold. A profile beyond it is more than any viewer shows, and the limits together
+/// keep one request below a gigabyte.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Distinct locations, of some 200 bytes each: twice those of a kernel, a browser and a database at once.
+    locations: usize,
+    /// Distinct samples, of some 200 bytes each without their stacks: a fleet of a thousand processes with
+    /// a thousand stacks each.
+    samples: usize,
+    /// Locations in the stacks of all distinct samples, of 8 bytes each: 32 in each of the most samples.
+    stack_locations: usize,
+    /// Bytes of distinct strings, kept twice: 128 in each of the most locations.
+    string_bytes: usize,
+}
+
+const LIMITS: Limits =
+    Limits { locations: 1 << 20, samples: 1 << 20, stack_locations: 32 << 20, string_bytes: 128 << 20 };
+
+/// A merge that would take more than [`LIMITS`] allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("more than {limit} distinct {what} in this time, ask for a shorter one, one host, instance or pid")]
+pub(crate) struct MergeTooLarge {
+    what: &'static str,
+    limit: usize,
+}
+
+impl From<MergeTooLarge> for ServiceError {
+    fn from(error: MergeTooLarge) -> Self {
+        Self::Malformed(error.to_string())
+    }
+}
+
+/// Values of a distinct sample, and how many others came before.
+type Values = (usize, Vec<i64>);
+
 /// A merge under way.
 pub(crate) struct Merge {
-    range_ns: Range<u64>,
-    pid: Option<i64>,
+    wanted: Selection,
+    limits: Limits,
     profile: Profile,
     end_ns: i64,
-    strings: HashMap<String, i64>,
+    strings: StringTable,
     mappings: HashMap<[u64; 5], u64>,
     functions: HashMap<[i64; 4], u64>,
     locations: HashMap<LocationKey, u64>,
-    samples: HashMap<(Vec<u64>, Vec<LabelKey>), Vec<i64>>,
-    order: Vec<(Vec<u64>, Vec<LabelKey>)>,
+    samples: HashMap<(Vec<u64>, Vec<LabelKey>), Values>,
+    stack_locations: usize,
 }
 
 impl Merge {
-    /// An empty merge of the samples inside `range_ns`, of one process or all.
-    pub(crate) fn new(range_ns: Range<u64>, pid: Option<i64>) -> Self {
-        let mut merge = Self {
-            range_ns,
-            pid,
+    /// An empty merge of the `wanted` samples.
+    pub(crate) fn new(wanted: Selection) -> Self {
+        Self {
+            wanted,
+            limits: LIMITS,
             profile: Profile::default(),
             end_ns: 0,
-            strings: HashMap::new(),
+            strings: StringTable::new(Vec::new()),
             mappings: HashMap::new(),
             functions: HashMap::new(),
             locations: HashMap::new(),
             samples: HashMap::new(),
-            order: Vec::new(),
-        };
-        merge.string("");
-        merge
+            stack_locations: 0,
+        }
     }
 
     fn string(&mut self, text: &str) -> i64 {
-        if let Some(index) = self.strings.get(text) {
-            return *index;
-        }
-        let index = self.profile.string_table.len() as i64;
-        self.profile.string_table.push(text.to_owned());
-        self.strings.insert(text.to_owned(), index);
-        index
+        self.strings.intern(text)
     }
 
-    /// Adds what a decoded request has inside the time range.
-    pub(crate) fn add(&mut self, request: &OtlpRequest) {
+    fn range_ns(&self) -> Range<u64> {
+        self.wanted.start..self.wanted.end
+    }
+
+    /// Adds what a decoded request has of the wanted samples.
+    pub(crate) fn add(&mut self, request: &OtlpRequest) -> Result<(), MergeTooLarge> {
         let empty = ProfilesDictionary::default();
         let tables = request.dictionary.as_ref().unwrap_or(&empty);
         let dictionary = Dictionary(tables);
         // IDs of the locations that samples refer to; 0 for those not met yet.
         let mut locations = vec![0; tables.location_table.len()];
         for resource in &request.resource_profiles {
+            if !self.wants(dictionary, resource.resource.as_ref()) {
+                continue;
+            }
             for profile in resource.scope_profiles.iter().flat_map(|scope| &scope.profiles) {
                 let end = profile.time_unix_nano.saturating_add(profile.duration_nano);
-                if profile.time_unix_nano < self.range_ns.end && end >= self.range_ns.start {
-                    self.add_profile(dictionary, resource.resource.as_ref(), &mut locations, profile, end);
+                if profile.time_unix_nano < self.wanted.end && end >= self.wanted.start {
+                    self.add_profile(dictionary, resource.resource.as_ref(), &mut locations, profile, end)?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Whether the instance and the host that sent samples are those asked for.
+    fn wants(&self, dictionary: Dictionary<'_>, resource: Option<&Resource>) -> bool {
+        [(INSTANCE, &self.wanted.instance), (HOST, &self.wanted.host)].into_iter().all(|(key, wanted)| {
+            wanted.as_deref().is_none_or(|wanted| {
+                dictionary.resource_attribute(resource, key) == Some(Attribute::Text(wanted))
+            })
+        })
+    }
+
+    /// Refuses what has grown beyond the limits.
+    fn check_size(&self) -> Result<(), MergeTooLarge> {
+        let Limits { locations, samples, stack_locations, string_bytes } = self.limits;
+        let parts = [
+            ("locations", self.profile.location.len(), locations),
+            ("samples", self.samples.len(), samples),
+            ("stacks' locations", self.stack_locations, stack_locations),
+            ("strings' bytes", self.strings.bytes(), string_bytes),
+        ];
+        match parts.into_iter().find(|(_, count, limit)| count > limit) {
+            Some((what, _, limit)) => Err(MergeTooLarge { what, limit }),
+            None => Ok(()),
         }
     }
 
@@ -99,7 +167,7 @@ impl Merge {
         locations: &mut [u64],
         profile: &OtlpProfile,
         end_ns: u64,
-    ) {
+    ) -> Result<(), MergeTooLarge> {
         let value_type = |merge: &mut Self, stated: Option<(i32, i32)>| {
             let (kind, unit) = stated.unwrap_or_default();
             ValueType {
@@ -128,7 +196,9 @@ impl Merge {
         self.end_ns = self.end_ns.max(i64::try_from(end_ns).unwrap_or(i64::MAX));
         for sample in &profile.samples {
             self.add_sample(dictionary, resource, locations, sample, column);
+            self.check_size()?;
         }
+        Ok(())
     }
 
     fn add_sample(
@@ -141,12 +211,10 @@ impl Merge {
     ) {
         let value = self.value(sample);
         let attribute = |key| {
-            dictionary.attribute(&sample.attribute_indices, key).or_else(|| {
-                let entry = resource?.attributes.iter().find(|entry| entry.key == key)?;
-                dictionary.value(entry.value.as_ref()?.value.as_ref()?)
-            })
+            let stated = dictionary.attribute(&sample.attribute_indices, key);
+            stated.or_else(|| dictionary.resource_attribute(resource, key))
         };
-        if value == 0 || self.pid.is_some_and(|pid| attribute(LABELS[0].0) != Some(Attribute::Number(pid))) {
+        if value == 0 || self.wanted.pid.is_some_and(|pid| attribute(PID) != Some(Attribute::Number(pid))) {
             return;
         }
         let labels = LABELS
@@ -159,7 +227,7 @@ impl Merge {
             .collect();
         let stack = usize::try_from(sample.stack_index).ok().and_then(|at| dictionary.0.stack_table.get(at));
         let indices = stack.map(|stack| stack.location_indices.iter()).unwrap_or_default();
-        let stack = indices
+        let stack: Vec<u64> = indices
             .filter_map(|index| usize::try_from(*index).ok().filter(|at| *at > 0))
             .filter_map(|at| {
                 let (location, id) = (dictionary.0.location_table.get(at)?, locations.get_mut(at)?);
@@ -169,10 +237,10 @@ impl Merge {
                 Some(*id)
             })
             .collect();
-        let key = (stack, labels);
-        let values = self.samples.entry(key.clone()).or_insert_with(|| {
-            self.order.push(key);
-            Vec::new()
+        let (number, length) = (self.samples.len(), stack.len());
+        let (_, values) = self.samples.entry((stack, labels)).or_insert_with(|| {
+            self.stack_locations += length;
+            (number, Vec::new())
         });
         values.resize(values.len().max(column + 1), 0);
         values[column] = values[column].saturating_add(value);
@@ -186,7 +254,7 @@ impl Merge {
         let values =
             sample.values.iter().copied().chain(std::iter::repeat_n(1, sample.timestamps_unix_nano.len()));
         let inside =
-            sample.timestamps_unix_nano.iter().zip(values).filter(|(at, _)| self.range_ns.contains(at));
+            sample.timestamps_unix_nano.iter().zip(values).filter(|(at, _)| self.range_ns().contains(at));
         inside.fold(0, |sum, (_, value)| sum.saturating_add(value))
     }
 
@@ -270,14 +338,15 @@ impl Merge {
     /// The profile, its samples in the order they came.
     pub(crate) fn finish(mut self) -> Profile {
         let columns = self.profile.sample_type.len();
-        for key in self.order {
-            let mut value = self.samples.remove(&key).expect("each key of the order is in the map once");
+        let mut samples: Vec<_> = self.samples.into_iter().collect();
+        samples.sort_unstable_by_key(|(_, (number, _))| *number);
+        for ((location_id, labels), (_, mut value)) in samples {
             value.resize(columns, 0);
-            let (location_id, labels) = key;
             let label =
                 labels.into_iter().map(|(key, str, num)| Label { key, str, num, num_unit: 0 }).collect();
             self.profile.sample.push(Sample { location_id, value, label });
         }
+        self.profile.string_table = self.strings.into_strings();
         self.profile.duration_nanos = self.end_ns.saturating_sub(self.profile.time_nanos).max(0);
         self.profile
     }
@@ -289,4 +358,50 @@ fn intern<K: Hash + Eq>(known: &mut HashMap<K, u64>, key: K, id: u64, add: impl 
         add();
         id
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry_proto::tonic::profiles::v1development::{ResourceProfiles, ScopeProfiles, Stack};
+
+    /// Two samples, of stacks with one and with two locations.
+    fn request() -> OtlpRequest {
+        let location = |address| OtlpLocation { address, ..OtlpLocation::default() };
+        let sample = |stack_index| OtlpSample { stack_index, values: vec![1], ..OtlpSample::default() };
+        let profile = OtlpProfile { samples: vec![sample(1), sample(2)], ..OtlpProfile::default() };
+        let scope = ScopeProfiles { profiles: vec![profile], ..ScopeProfiles::default() };
+        let stacks = [vec![], vec![1], vec![1, 2]];
+        OtlpRequest {
+            resource_profiles: vec![ResourceProfiles {
+                scope_profiles: vec![scope],
+                ..ResourceProfiles::default()
+            }],
+            dictionary: Some(ProfilesDictionary {
+                location_table: [0, 7, 8].map(location).to_vec(),
+                stack_table: stacks.map(|location_indices| Stack { location_indices }).to_vec(),
+                ..ProfilesDictionary::default()
+            }),
+        }
+    }
+
+    #[track_caller]
+    fn check(limits: Limits, expect: Result<(), &str>) {
+        let mut merge = Merge::new(Selection { start: 0, end: 9, pid: None, host: None, instance: None });
+        merge.limits = limits;
+        // The second time nothing is new.
+        let added = merge.add(&request()).and_then(|()| merge.add(&request()));
+        assert_eq!(added.map_err(|error| error.what), expect);
+    }
+
+    #[test]
+    fn a_merge_ends_at_its_limits_by_name() {
+        let enough = Limits { locations: 2, samples: 2, stack_locations: 3, string_bytes: 0 };
+        check(enough, Ok(()));
+        check(Limits { locations: 1, ..enough }, Err("locations"));
+        check(Limits { samples: 1, ..enough }, Err("samples"));
+        check(Limits { stack_locations: 2, ..enough }, Err("stacks' locations"));
+        let error = MergeTooLarge { what: "samples", limit: 1 };
+        assert!(ServiceError::from(error).to_string().starts_with("more than 1 distinct samples"));
+    }
 }

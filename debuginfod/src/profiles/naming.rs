@@ -1,14 +1,16 @@
 //! Names for the locations of a pprof profile.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use windlass_schema::BuildId;
 use windlass_schema::http::{
     ImageAddresses, ImageFrames, MAX_SYMBOLIZE_ADDRESSES, SymbolizeRequest, SymbolizeResponse,
 };
-use windlass_schema::pprof::{Function, Line, Profile};
+use windlass_schema::pprof::{Function, Line, Mapping, Profile};
 
+use super::segments::{self, Segments};
+use super::string_table::StringTable;
 use crate::error::ServiceError;
 use crate::service::App;
 use crate::symbolize::resolve;
@@ -24,15 +26,21 @@ pub(crate) enum Unnamed {
     Describe,
 }
 
-/// Fills in the lines of every location that has none and whose mapping has a build-ID. Addresses are image
-/// addresses, lowered into the call already, as OTLP and pprof demand.
+/// Fills in the lines of every location that has none and whose mapping has a build-ID. Addresses are
+/// lowered into the call already, as OTLP and pprof demand; module `segments` tells whose they are.
 pub(crate) async fn name_locations(
     app: &Arc<App>,
     profile: Profile,
     unnamed: Unnamed,
 ) -> Result<Profile, ServiceError> {
     let mut namer = Namer::new(profile, unnamed);
-    let images = namer.images();
+    let mut segments = HashMap::new();
+    for build_id in namer.mapped_images() {
+        if let Some(found) = segments::find(app, build_id).await? {
+            segments.insert(build_id, found);
+        }
+    }
+    let images = namer.images(&segments);
     let mut batch = SymbolizeRequest::default();
     let mut size = 0;
     for (build_id, addresses) in images {
@@ -59,61 +67,78 @@ struct Namer {
     unnamed: Unnamed,
     /// Positions of the locations to name, in the order in which they are asked for.
     asked: BTreeMap<BuildId, Vec<usize>>,
+    /// The image addresses of those.
+    addresses: HashMap<usize, u64>,
     /// Where the functions of locations without name start.
     starts: HashMap<usize, u64>,
-    strings: HashMap<String, i64>,
+    strings: StringTable,
     functions: HashMap<[i64; 3], u64>,
     next_function: u64,
 }
 
 impl Namer {
-    fn new(profile: Profile, unnamed: Unnamed) -> Self {
-        let mut strings = HashMap::new();
-        for (index, text) in profile.string_table.iter().enumerate() {
-            strings.entry(text.clone()).or_insert(index as i64);
-        }
+    fn new(mut profile: Profile, unnamed: Unnamed) -> Self {
+        let strings = StringTable::new(std::mem::take(&mut profile.string_table));
         let functions =
             profile.function.iter().map(|f| ([f.name, f.system_name, f.filename], f.id)).collect();
         let next_function = profile.function.iter().map(|f| f.id).max().unwrap_or_default().saturating_add(1);
-        let mut namer = Self {
+        Self {
             profile,
             unnamed,
             asked: BTreeMap::new(),
+            addresses: HashMap::new(),
             starts: HashMap::new(),
             strings,
             functions,
             next_function,
-        };
-        namer.string("");
-        namer
+        }
     }
 
     fn string(&mut self, text: &str) -> i64 {
-        if let Some(index) = self.strings.get(text) {
-            return *index;
-        }
-        let index = self.profile.string_table.len() as i64;
-        self.profile.string_table.push(text.to_owned());
-        self.strings.insert(text.to_owned(), index);
-        index
+        self.strings.intern(text)
+    }
+
+    /// Locations without a line in a mapping with a build-ID.
+    fn nameless(&self) -> Vec<(usize, u64, Mapping, BuildId)> {
+        let mappings: HashMap<u64, (Mapping, BuildId)> = (self.profile.mapping.iter())
+            .filter_map(|mapping| {
+                Some((mapping.id, (*mapping, self.strings.get(mapping.build_id).parse().ok()?)))
+            })
+            .collect();
+        let nameless =
+            self.profile.location.iter().enumerate().filter(|(_, location)| location.line.is_empty());
+        nameless
+            .filter_map(|(position, location)| {
+                let (mapping, build_id) = mappings.get(&location.mapping_id)?;
+                Some((position, location.address, *mapping, *build_id))
+            })
+            .collect()
+    }
+
+    /// The images whose segments are needed to tell addresses.
+    fn mapped_images(&self) -> BTreeSet<BuildId> {
+        let nameless = self.nameless().into_iter();
+        nameless
+            .filter(|(_, address, mapping, _)| segments::is_mapped(mapping, *address))
+            .map(|(.., build_id)| build_id)
+            .collect()
     }
 
     /// The addresses to ask for, by image; remembers which locations they belong to.
-    fn images(&mut self) -> Vec<(BuildId, Vec<u64>)> {
-        let build_ids: HashMap<u64, BuildId> = self
-            .profile
-            .mapping
-            .iter()
-            .filter_map(|mapping| Some((mapping.id, self.profile.string(mapping.build_id).parse().ok()?)))
-            .collect();
-        for (position, location) in self.profile.location.iter().enumerate() {
-            if location.line.is_empty()
-                && let Some(build_id) = build_ids.get(&location.mapping_id)
-            {
-                self.asked.entry(*build_id).or_default().push(position);
+    fn images(&mut self, segments: &HashMap<BuildId, Segments>) -> Vec<(BuildId, Vec<u64>)> {
+        for (position, address, mapping, build_id) in self.nameless() {
+            let address = match segments.get(&build_id) {
+                Some(segments) if segments::is_mapped(&mapping, address) => {
+                    segments.image_address(&mapping, address)
+                }
+                _ => Some(address),
+            };
+            if let Some(address) = address {
+                self.addresses.insert(position, address);
+                self.asked.entry(build_id).or_default().push(position);
             }
         }
-        let address = |position: &usize| self.profile.location[*position].address;
+        let address = |position: &usize| self.addresses[position];
         self.asked.iter().map(|(id, positions)| (*id, positions.iter().map(address).collect())).collect()
     }
 
@@ -182,23 +207,26 @@ impl Namer {
             for position in 0..self.profile.location.len() {
                 let location = &self.profile.location[position];
                 if location.line.is_empty() {
-                    let address = self.starts.get(&position).copied().unwrap_or(location.address);
-                    let name = describe(&self.profile, &positions, location.mapping_id, address);
+                    let known = self.starts.get(&position).or_else(|| self.addresses.get(&position));
+                    let address = known.copied().unwrap_or(location.address);
+                    let mapping = positions.get(&location.mapping_id).map(|at| &self.profile.mapping[*at]);
+                    let name =
+                        describe(mapping.map_or("", |mapping| self.strings.get(mapping.filename)), address);
                     let name = self.string(&name);
                     let function_id = self.function([name, name, 0]);
                     self.profile.location[position].line = vec![Line { function_id, line: 0, column: 0 }];
                 }
             }
         }
+        self.profile.string_table = self.strings.into_strings();
         self.profile
     }
 }
 
 /// `IMAGE+0xADDRESS`, or the bare address outside any image.
-fn describe(profile: &Profile, mappings: &HashMap<u64, usize>, mapping_id: u64, address: u64) -> String {
-    let file = mappings.get(&mapping_id).map(|at| base_name(profile.string(profile.mapping[*at].filename)));
-    match file.as_deref() {
-        None | Some("") => format!("{address:#x}"),
-        Some(file) => format!("{file}+{address:#x}"),
+fn describe(file: &str, address: u64) -> String {
+    match base_name(file).as_str() {
+        "" => format!("{address:#x}"),
+        file => format!("{file}+{address:#x}"),
     }
 }

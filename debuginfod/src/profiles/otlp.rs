@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::profiles::v1development::{KeyValueAndUnit, Profile, ProfilesDictionary};
+use opentelemetry_proto::tonic::resource::v1::Resource;
 use prost::Message;
 
 use super::OtlpRequest;
+use super::decoded_size::{self, MAX_DECODED_BYTES, TooManyParts};
 
 /// Bytes that are no valid OTLP profiles request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -14,6 +16,9 @@ pub enum OtlpError {
     /// Not protobuf of this shape.
     #[error("not an OTLP profiles request: {0}")]
     Protobuf(String),
+    /// More than memory is given to.
+    #[error(transparent)]
+    Size(#[from] TooManyParts),
     /// An index into a dictionary table beyond its end, or below zero.
     #[error("{field} is {index}, but dictionary.{table} has {length} entries")]
     Index {
@@ -38,6 +43,7 @@ pub enum OtlpError {
 
 /// Decodes a request and checks each index, so that reading it cannot fail later.
 pub fn decode(bytes: &[u8]) -> Result<OtlpRequest, OtlpError> {
+    decoded_size::check(bytes, &decoded_size::OTLP, MAX_DECODED_BYTES)?;
     let request = OtlpRequest::decode(bytes).map_err(|e| OtlpError::Protobuf(e.to_string()))?;
     let empty = ProfilesDictionary::default();
     let checker = Checker(request.dictionary.as_ref().unwrap_or(&empty));
@@ -158,7 +164,17 @@ impl<'a> Dictionary<'a> {
         self.value(indices.iter().filter_map(entry).find(named)?.value.as_ref()?.value.as_ref()?)
     }
 
-    pub(super) fn value(&self, value: &'a Value) -> Option<Attribute<'a>> {
+    /// The value of the attribute `key` of whoever sent the samples.
+    pub(super) fn resource_attribute(
+        &self,
+        resource: Option<&'a Resource>,
+        key: &str,
+    ) -> Option<Attribute<'a>> {
+        let entry = resource?.attributes.iter().find(|entry| entry.key == key)?;
+        self.value(entry.value.as_ref()?.value.as_ref()?)
+    }
+
+    fn value(&self, value: &'a Value) -> Option<Attribute<'a>> {
         match value {
             Value::StringValue(text) => Some(Attribute::Text(text)),
             Value::StringValueStrindex(index) => Some(Attribute::Text(self.string(*index))),

@@ -8,6 +8,7 @@ use flate2::write::GzEncoder;
 use prost::Message;
 use windlass_schema::pprof::Profile;
 
+use super::decoded_size::{self, MAX_DECODED_BYTES};
 use crate::error::ServiceError;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
@@ -27,6 +28,7 @@ pub(crate) fn decode_pprof(bytes: &[u8], limit: u64) -> Result<Profile, ServiceE
     } else {
         bytes
     };
+    decoded_size::check(bytes, &decoded_size::PPROF, MAX_DECODED_BYTES)?;
     Profile::decode(bytes).map_err(|e| malformed(&e))
 }
 

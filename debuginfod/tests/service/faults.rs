@@ -5,8 +5,11 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest;
+use opentelemetry_proto::tonic::profiles::v1development::{Profile, ResourceProfiles, ScopeProfiles};
+use prost::Message;
 use reqwest::StatusCode;
-use windlass_debuginfod::check;
+use windlass_debuginfod::{check, start};
 use windlass_schema::http::{ArtefactKind, ArtefactName, MissingRequest, MissingResponse};
 
 use crate::server::{Server, build, config, sha256};
@@ -174,4 +177,107 @@ async fn what_a_killed_upload_leaves_is_not_served() {
     server.expect_put(&format!("{}/executable", build.id), &build.full, StatusCode::CREATED).await;
     assert_eq!(server.get(&path).await.bytes().await.unwrap(), build.full);
     assert!(check(&config(server.folder.path())).await.unwrap().findings.is_empty());
+}
+
+/// Stores a batch of profiles of the nanoseconds 1000 to 2000 and returns its bytes.
+async fn send_batch(server: &Server) -> Vec<u8> {
+    let profile = Profile { time_unix_nano: 1000, duration_nano: 1000, ..Profile::default() };
+    let scope = ScopeProfiles { profiles: vec![profile], ..ScopeProfiles::default() };
+    let resource = ResourceProfiles { scope_profiles: vec![scope], ..ResourceProfiles::default() };
+    let batch = ExportProfilesServiceRequest { resource_profiles: vec![resource], dictionary: None };
+    let batch = batch.encode_to_vec();
+    let request = server.client.post(server.url("/v1development/profiles")).body(batch.clone());
+    assert_eq!(request.send().await.unwrap().status(), 200);
+    batch
+}
+
+/// Status of the merged profile, and how many batches it says it lacks.
+async fn merged(server: &Server) -> (u16, Option<String>) {
+    let response = server.get("/api/v1/profiles?start=1&end=5000").await;
+    let skipped = response.headers().get("x-windlass-skipped-batches");
+    (response.status().as_u16(), skipped.map(|count| count.to_str().unwrap().to_owned()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_that_is_away_for_a_moment_costs_nothing() {
+    let server = Server::start().await;
+    let name = format!("{}/source/a.c", build().id);
+    server.expect_put(&name, b"int a;", StatusCode::CREATED).await;
+    send_batch(&server).await;
+    let (blobs, away) = (server.folder.path().join("blobs"), server.folder.path().join("away"));
+    let path = format!("/buildid/{name}");
+
+    // Unmounted while it runs: the folder is gone, or an empty one is in its place.
+    std::fs::rename(&blobs, &away).unwrap();
+    for empty in [false, true] {
+        if empty {
+            std::fs::create_dir(&blobs).unwrap();
+        }
+        assert_eq!(merged(&server).await.0, 500);
+        assert_eq!(raw_get(&server, &path, "identity").await, (Vec::new(), Err(ErrorKind::ConnectionReset)));
+        let upload = server.put(&format!("{}/source/b.c", build().id), b"int b;").await;
+        assert_eq!(upload.status(), 500, "not acknowledged into the wrong place");
+        assert!(upload.text().await.unwrap().contains("--storage"));
+        assert_eq!(server.get("/readyz").await.status(), 503);
+        assert_eq!(blobs.read_dir().map_or(0, Iterator::count), 0, "nothing is written there");
+    }
+
+    // Not mounted at the start.
+    let Server { folder, service, .. } = server;
+    service.stop().await;
+    for empty in [true, false] {
+        let Err(error) = start(config(folder.path())).await else { panic!("started without its storage") };
+        let text = error.to_string();
+        assert!(text.contains("blobs") && text.contains("is away"), "{text}");
+        assert!(check(&config(folder.path())).await.is_err());
+        assert!(std::error::Error::source(&error).is_none(), "said once");
+        if empty {
+            std::fs::remove_dir(&blobs).unwrap();
+        }
+    }
+    assert!(!blobs.exists());
+
+    std::fs::rename(&away, &blobs).unwrap();
+    let server = Server::start_in(folder, |_| {}).await;
+    assert_eq!(merged(&server).await, (200, None));
+    assert!(serves(&server, &name, b"int a;").await);
+    assert!(check(&config(server.folder.path())).await.unwrap().findings.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_batch_is_told_and_counts_again_once_it_is_sound() {
+    let server = Server::start().await;
+    let batch = send_batch(&server).await;
+    damage(&server, &batch, |size| size / 2);
+    for _ in 0..2 {
+        assert_eq!(merged(&server).await, (200, Some("1".to_owned())));
+    }
+    let report = check(&config(server.folder.path())).await.unwrap();
+    assert!(report.findings[0].contains("profiles of 1000 to 2000"), "{:?}", report.findings);
+
+    damage(&server, &batch, |size| size / 2); // undoes itself
+    let report = check(&config(server.folder.path())).await.unwrap();
+    assert!(report.findings[0].contains("sound again"), "{:?}", report.findings);
+    assert_eq!(merged(&server).await, (200, None));
+    assert!(check(&config(server.folder.path())).await.unwrap().findings.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_content_makes_room_for_another_hosts() {
+    let server = Server::start().await;
+    let build = build();
+    let kernel: [&[u8]; 2] = [b"ffffffff81000000 T _text\n", b"ffffffff81000000 T _text\n0 A _end\n"];
+    for (kind, [first, second]) in [("skeleton", [&build.stripped[..], &build.full]), ("kallsyms", kernel)] {
+        let name = format!("{}/{kind}", build.id);
+        server.expect_put(&name, first, StatusCode::CREATED).await;
+        server.expect_put(&name, second, StatusCode::OK).await;
+        damage(&server, first, |size| size / 2);
+        assert_eq!(check(&config(server.folder.path())).await.unwrap().findings.len(), 1);
+        let text = server.expect_put(&name, second, StatusCode::CREATED).await;
+        assert!(text.contains(&sha256(second)), "{text}");
+        server.expect_put(&name, second, StatusCode::OK).await;
+        damage(&server, first, |size| size / 2); // undoes itself
+        assert_eq!(check(&config(server.folder.path())).await.unwrap().findings.len(), 1, "sound again");
+        assert_eq!(server.put(&name, first).await.text().await.unwrap(), text, "the new one stays");
+    }
 }

@@ -6,11 +6,13 @@ use flate2::read::GzDecoder;
 use opentelemetry_proto::tonic::collector::profiles::v1development::{
     ExportProfilesServiceRequest, ExportProfilesServiceResponse,
 };
+use opentelemetry_proto::tonic::common::v1::KeyValue;
 use opentelemetry_proto::tonic::common::v1::{AnyValue, any_value::Value};
 use opentelemetry_proto::tonic::profiles::v1development::{
     KeyValueAndUnit, Location, Mapping, Profile as OtlpProfile, ProfilesDictionary, ResourceProfiles, Sample,
     ScopeProfiles, Stack, ValueType,
 };
+use opentelemetry_proto::tonic::resource::v1::Resource;
 use prost::Message;
 use reqwest::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use reqwest::{Response, StatusCode};
@@ -287,6 +289,45 @@ async fn profiles_merge_and_get_names_when_read() {
     assert_eq!(server.counter("windlass_profile_batches_total{result=\"damaged\"}").await, 1);
 }
 
+/// Two agents on one service: process 42 runs on both their hosts.
+#[tokio::test(flavor = "multi_thread")]
+async fn samples_of_agents_and_hosts_are_kept_apart() {
+    let server = Server::start().await;
+    for (host, instance, values) in
+        [("alpha", "one", [3, 4]), ("beta", "two", [10, 20]), ("beta", "three", [1, 2])]
+    {
+        let mut batch = batch(START_NS, &[0x1000], values);
+        let attribute = |key: &str, text: &str| KeyValue {
+            key: key.to_owned(),
+            value: Some(AnyValue { value: Some(Value::StringValue(text.to_owned())) }),
+            ..KeyValue::default()
+        };
+        batch.resource_profiles[0].resource = Some(Resource {
+            attributes: vec![attribute("host.name", host), attribute("service.instance.id", instance)],
+            ..Resource::default()
+        });
+        assert_eq!(send(&server, &batch).await.status(), 200);
+    }
+    // Process, host and value of each sample.
+    let get = async |query: &str| {
+        let query = format!("/api/v1/profiles?start={START_NS}&end={}{query}", START_NS + 1);
+        let profile = decode(server.get(&query).await).await;
+        let rows = rows(&profile).into_iter();
+        let mut rows: Vec<_> =
+            rows.map(|(_, value, labels)| format!("{} {value}", labels[..2].join(" "))).collect();
+        rows.sort();
+        rows
+    };
+    let all = ["pid=42 host=alpha 3", "pid=42 host=beta 11", "pid=99 host=alpha 4", "pid=99 host=beta 22"];
+    assert_eq!(get("").await, all);
+    assert_eq!(get("&instance=one").await, [all[0], all[2]]);
+    assert_eq!(get("&instance=two").await, ["pid=42 host=beta 10", "pid=99 host=beta 20"]);
+    assert_eq!(get("&host=beta").await, [all[1], all[3]]);
+    assert_eq!(get("&host=beta&pid=42").await, all[1..2]);
+    assert!(get("&host=alpha&instance=two").await.is_empty());
+    assert!(get("&host=").await.is_empty());
+}
+
 /// Call frame information of a stripped program says which addresses are of one function.
 #[tokio::test(flavor = "multi_thread")]
 async fn functions_without_names_are_told_apart_by_their_start() {
@@ -351,6 +392,55 @@ async fn a_pprof_profile_comes_back_named() {
     assert_eq!(named.location.len(), 3);
 }
 
+/// perf, gperftools and Go write the addresses of the process.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pprof_profile_may_hold_the_addresses_of_processes() {
+    let server = Server::start().await;
+    let build = build();
+    server.expect_put(&format!("{}/executable", build.id), &build.full, StatusCode::CREATED).await;
+    let address = inlined_address();
+    // Code lies in the file where it lies in the image, or the places below would be others.
+    let page = address & !0xfff;
+    let mapping = |id, memory_start, length, file_offset| pprof::Mapping {
+        id,
+        memory_start,
+        memory_limit: memory_start + length,
+        file_offset,
+        filename: 1,
+        build_id: 2,
+        ..Default::default()
+    };
+    let base = 0x5581_2345_6000;
+    let location =
+        |id, mapping_id, address| pprof::Location { id, mapping_id, address, ..Default::default() };
+    let profile = Profile {
+        string_table: vec![String::new(), "program".to_owned(), build.id.to_string()],
+        mapping: vec![
+            mapping(1, base, 0x1000, page),
+            mapping(2, base, 0x4000, 0),
+            mapping(3, page, 0x1000, page),
+            mapping(4, base, 0x1000, page + 0x70_0000),
+        ],
+        location: vec![
+            location(1, 1, base + (address - page)),
+            location(2, 2, base + address),
+            location(3, 3, address),
+            location(4, 4, base + (address - page)),
+        ],
+        sample: (1..=4)
+            .map(|id| pprof::Sample { location_id: vec![id], value: vec![5], label: Vec::new() })
+            .collect(),
+        ..Profile::default()
+    };
+    let request = server.client.post(server.url("/api/v1/symbolize"));
+    let request = request.header(CONTENT_TYPE, "application/vnd.google.pprof").body(profile.encode_to_vec());
+    let named = decode(request.send().await.unwrap()).await;
+    let names: Vec<_> = rows(&named).into_iter().map(|row| row.0).collect();
+    let expect = ["twice", "outer"].map(str::to_owned).to_vec();
+    assert_eq!(names, [expect.clone(), expect.clone(), expect, Vec::new()]);
+    assert_eq!(named.location[0].address, base + (address - page), "addresses stay as they were");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn malformed_batches_are_refused_by_name() {
     let server = Server::start().await;
@@ -373,6 +463,18 @@ async fn malformed_batches_are_refused_by_name() {
         let text = response.text().await.unwrap();
         assert!(text.contains(expect), "{text}");
     }
+    // Sixteen MiB of empty messages, as a pprof file and inside a batch: half a gigabyte, decoded.
+    let empty = [0x12, 0x00].repeat(8 << 20);
+    let request = server.client.post(server.url("/api/v1/symbolize"));
+    let request = request.header(CONTENT_TYPE, "application/vnd.google.pprof").body(empty);
+    let response = request.send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    assert!(response.text().await.unwrap().contains("of memory, the limit"));
+    let locations = 8 << 20;
+    let mut dictionary = vec![0x12, 0x80, 0x80, 0x80, 0x08];
+    dictionary.extend([0x12, 0x00].repeat(locations));
+    let response = server.client.post(server.url("/v1development/profiles")).body(dictionary).send().await;
+    assert_eq!(response.unwrap().status(), StatusCode::PAYLOAD_TOO_LARGE);
     let garbage =
         server.client.post(server.url("/v1development/profiles")).body("garbage").send().await.unwrap();
     assert_eq!(garbage.status(), 400);

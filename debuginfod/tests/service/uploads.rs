@@ -192,3 +192,23 @@ async fn an_open_address_needs_a_token() {
     config.token = Some("secret".to_owned());
     start(config).await.unwrap().stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kernel_symbols_without_addresses_are_refused() {
+    let server = Server::start().await;
+    let name = format!("{}/kallsyms", build().id);
+    let hidden = b"0000000000000000 T _text\n0000000000000000 t helper\n";
+    let text = server.expect_put(&name, hidden, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert!(text.contains("as root"), "{text}");
+    server.expect_put(&name, b"ffffffff81000000 T _text\n", StatusCode::CREATED).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_beyond_the_memory_for_decoding_is_refused() {
+    let server = Server::start().await;
+    let bomb = zstd::stream::encode_all(&vec![0; (16 << 20) + 1][..], 3).unwrap();
+    let request = server.client.post(server.url("/v1development/profiles"));
+    let refused = request.header(CONTENT_ENCODING, "zstd").body(bomb).send().await.unwrap();
+    assert_eq!(refused.status(), 413);
+    assert!(refused.text().await.unwrap().contains("16777216"));
+}

@@ -98,8 +98,39 @@ async fn trouble_is_a_reset_and_soon_a_quick_one() {
             assert!(error.is_request(), "{error:?}");
         }
         let asked = ill.requests.load(Ordering::SeqCst);
-        assert!(answer == LIAR || asked == 3, "left alone after three failures, asked {asked} times");
+        assert_eq!(asked, 3, "left alone after three failures");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_file_is_fetched_once() {
+    let (liar, lacking) = (scripted(LIAR), scripted(NOT_FOUND));
+    let server = behind(&[&liar.url, &lacking.url]).await;
+    let path = format!("/buildid/{}/debuginfo", build().id);
+    server.client.get(server.url(&path)).send().await.expect_err("it may have been an error page");
+    for _ in 0..3 {
+        assert_eq!(server.get(&path).await.status(), 404, "nobody has anything usable");
+    }
+    assert_eq!(liar.requests.load(Ordering::SeqCst), 1);
+    server.expect_put(&format!("{}/debuginfo", build().id), &build().debug, StatusCode::CREATED).await;
+    assert_eq!(server.get(&path).await.bytes().await.unwrap(), build().debug);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_too_large_to_keep_is_fetched_once() {
+    let origin = Server::start().await;
+    let build = build();
+    origin.expect_put(&format!("{}/debuginfo", build.id), &build.debug, StatusCode::CREATED).await;
+    let url = origin.service.url();
+    let server = Server::start_with(|config| {
+        config.upstreams = vec![url];
+        config.max_upload_bytes = 100;
+    })
+    .await;
+    let path = format!("/buildid/{}/debuginfo", build.id);
+    server.client.get(server.url(&path)).send().await.expect_err("first the fault");
+    assert_eq!(server.get(&path).await.status(), 404);
+    assert_eq!(origin.counter("http_requests_total{type=\"debuginfo\"}").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

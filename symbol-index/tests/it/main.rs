@@ -4,6 +4,7 @@
 
 mod addr2line;
 mod agreement;
+mod bomb;
 mod crafted;
 mod damaged;
 mod described;

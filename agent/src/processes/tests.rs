@@ -1,0 +1,280 @@
+//! Against real processes, and a backend that only remembers.
+
+use std::process::{Child, Command};
+
+use super::*;
+use crate::backend::PlacedMapping;
+use windlass_schema::maps::{EXACT_ADDRESS, Location};
+
+const MS: Duration = Duration::from_millis(1);
+
+/// What [`Processes`] told its backend.
+#[derive(Default)]
+struct Told {
+    generation: u32,
+    set: Vec<u32>,
+    processes: HashMap<u32, Vec<PlacedMapping>>,
+}
+
+impl Backend for Told {
+    fn place_table(&mut self, _table: &Table<'_>) -> Result<Location, PlaceError> {
+        Ok(Location::new(0, 8))
+    }
+
+    fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {
+        self.generation += 1;
+        self.set.push(tgid);
+        self.processes.insert(tgid, mappings.to_vec());
+        Ok(self.generation)
+    }
+
+    fn remove_process(&mut self, tgid: u32) {
+        self.processes.remove(&tgid);
+    }
+
+    fn poll(&mut self, _timeout: Duration, _sink: &mut dyn FnMut(Event)) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn lost_samples(&self) -> u64 {
+        0
+    }
+}
+
+/// A child that does nothing, ended when dropped.
+struct Idle(Child);
+
+impl Idle {
+    fn start() -> Self {
+        let child = Self(Command::new("sleep").arg("600").spawn().unwrap());
+        // Until it has its executable and its libraries.
+        let names_libc = |maps: &str| maps.contains("sleep") && maps.contains("libc");
+        while !std::fs::read_to_string(format!("/proc/{}/maps", child.id()))
+            .is_ok_and(|maps| names_libc(&maps))
+        {
+            std::thread::sleep(MS);
+        }
+        std::thread::sleep(10 * MS);
+        child
+    }
+
+    fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn processes(root: u32, now: Instant) -> Processes {
+    Processes::new(Selection::new(Some(root)), now)
+}
+
+fn sample(tgid: u32, generation: u32, time_ns: u64) -> Sample {
+    Sample {
+        time_ns,
+        tgid,
+        tid: tgid,
+        cpu: 0,
+        generation,
+        comm: String::new(),
+        stop: StopReason::EndOfStack,
+        user: vec![0x1000 | EXACT_ADDRESS],
+        kernel: Vec::new(),
+    }
+}
+
+#[test]
+fn a_mapping_over_another_withdraws_the_process_until_it_is_read() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let tgid = child.id();
+    let (mut told, mut processes) = (Told::default(), processes(tgid, now));
+    processes.scan_all(&mut told);
+    let placed = told.processes[&tgid].clone();
+    let (first, last) = (placed[0], placed[placed.len() - 1]);
+    // The pause has grown to seconds.
+    for elapsed in 0..3000 {
+        processes.want_scan(tgid, now + elapsed * MS);
+        processes.scan_due(&mut told, now + elapsed * MS);
+    }
+    let now = now + 3000 * MS;
+    let mapped = |start, length, time_ns| Event::Mapped { tgid, start, length, time_ns };
+    assert_eq!(told.set, [tgid], "what is the same is not set again");
+
+    // One that was there when the process was read, and one beside all others.
+    processes.note(&mapped(first.start, 0x1000, 1), &mut told, now);
+    processes.note(&mapped(0x1000, 0x1000, monotonic_ns()), &mut told, now);
+    processes.scan_due(&mut told, now);
+    assert_eq!((told.set.len(), &told.processes[&tgid]), (1, &placed));
+    let (before, old) = (monotonic_ns(), told.generation);
+    assert!(processes.mappings_of(&sample(tgid, old, before)).is_some());
+
+    processes.note(&mapped(last.mapping.end - 1, 1, monotonic_ns()), &mut told, now);
+    assert!(!told.processes.contains_key(&tgid), "walks stop at once");
+    assert!(processes.mappings_of(&sample(tgid, old, before)).is_none());
+    processes.set_again(&HashSet::new(), &mut told);
+    // A child of that moment is read, too.
+    let time_ns = monotonic_ns();
+    processes.note(&Event::Forked { tgid: u32::MAX - 1, parent: tgid, time_ns }, &mut told, now);
+    assert!(!told.processes.contains_key(&(u32::MAX - 1)));
+
+    processes.scan_due(&mut told, now + 10 * MS);
+    assert_eq!(told.processes[&tgid], placed, "read outside of the pauses");
+    let now_ns = monotonic_ns();
+    for (generation, time_ns, expect) in [
+        (told.generation, now_ns, true),
+        (old, now_ns, false),
+        (0, now_ns, false),
+        (told.generation, before, false),
+    ] {
+        let found = processes.mappings_of(&sample(tgid, generation, time_ns));
+        assert_eq!(found.is_some(), expect, "{generation} {time_ns}");
+    }
+}
+
+#[test]
+fn a_table_that_is_placed_leaves_samples_their_mappings() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let tgid = child.id();
+    let (mut told, mut processes) = (Told::default(), processes(tgid, now));
+    processes.scan_all(&mut told);
+    let taken = sample(tgid, told.generation, monotonic_ns());
+    let of_process = |processes: &Processes| {
+        let mappings = processes.mappings_of(&taken)?.iter();
+        Some(mappings.filter_map(|mapping| Some(mapping.module.id?.build_id())).collect::<HashSet<_>>())
+    };
+    let images = of_process(&processes).unwrap();
+    processes.set_again(&images, &mut told);
+    assert_eq!(told.set.len(), 2);
+    assert_eq!(of_process(&processes), Some(images));
+    assert!(processes.mappings_of(&sample(tgid, told.generation, monotonic_ns())).is_some());
+    assert!(processes.mappings_of(&sample(tgid, told.generation + 1, monotonic_ns())).is_none());
+}
+
+#[test]
+fn generations_wrap_around() {
+    let generations = Generations { first: u32::MAX, last: 2 };
+    for (generation, expect) in [(u32::MAX - 1, false), (u32::MAX, true), (1, true), (2, true), (3, false)] {
+        assert_eq!(generations.contain(generation), expect, "{generation}");
+    }
+}
+
+#[test]
+fn a_fork_older_than_what_is_known_of_its_parent_is_read() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let (mut told, mut processes) = (Told::default(), processes(child.id(), now));
+    processes.scan_all(&mut told);
+    let forked = |time_ns| Event::Forked { tgid: u32::MAX - 1, parent: child.id(), time_ns };
+    processes.note(&forked(monotonic_ns()), &mut told, now);
+    assert_eq!(told.processes[&(u32::MAX - 1)], told.processes[&child.id()]);
+    processes.note(&forked(1), &mut told, now);
+    assert!(!told.processes.contains_key(&(u32::MAX - 1)), "nor has it what another one had");
+}
+
+#[test]
+fn processes_whose_end_nobody_reported_are_forgotten() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let tgid = child.id();
+    let (mut told, mut processes) = (Told::default(), processes(tgid, now));
+    processes.scan_all(&mut told);
+    processes.want_scan(tgid, now);
+    drop(child);
+    processes.expire(&mut told, now + SWEEP_INTERVAL - MS);
+    assert!(processes.next_due(now).is_some());
+    processes.expire(&mut told, now + SWEEP_INTERVAL);
+    assert!(told.processes.contains_key(&tgid), "its last samples may be on their way");
+    assert_eq!(processes.next_due(now), None);
+    processes.expire(&mut told, now + SWEEP_INTERVAL + EXIT_GRACE);
+    assert!(told.processes.is_empty() && processes.known.is_empty());
+}
+
+#[test]
+fn lost_events_are_made_up_for_within_the_schedule() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let tgid = child.id();
+    let (mut told, mut processes) = (Told::default(), processes(tgid, now));
+    for _ in 0..1000 {
+        processes.note(&Event::Lost, &mut told, now);
+    }
+    assert!(told.set.is_empty(), "nothing is read for each of them");
+    processes.scan_due(&mut told, now);
+    assert_eq!(told.set, [tgid]);
+    processes.note(&Event::Lost, &mut told, now);
+    processes.scan_due(&mut told, now + FULL_SCAN_PAUSE - MS);
+    assert_eq!(processes.next_due(now), None, "a while passes before the next");
+    let scan = processes.schedule.clone();
+    processes.scan_due(&mut told, now + FULL_SCAN_PAUSE);
+    assert_ne!(format!("{:?}", processes.schedule), format!("{scan:?}"), "it was read again");
+    assert!(!processes.lost_events);
+}
+
+/// A process whose first thread has ended, while another sleeps.
+struct Leaderless(u32);
+
+impl Leaderless {
+    fn start() -> Self {
+        extern "C" fn sleep(_: *mut libc::c_void) -> *mut libc::c_void {
+            // SAFETY: the process has nothing to leave behind.
+            unsafe {
+                libc::sleep(60);
+                libc::_exit(0)
+            }
+        }
+        // SAFETY: the child, whose first thread this one is, calls nothing but the C library, whose locks
+        // are good after a fork.
+        unsafe {
+            let pid = libc::fork();
+            if pid == 0 {
+                let mut thread = 0;
+                libc::pthread_create(&raw mut thread, std::ptr::null(), sleep, std::ptr::null_mut());
+                libc::syscall(libc::SYS_exit, 0);
+            }
+            Self(u32::try_from(pid).unwrap())
+        }
+    }
+}
+
+impl Drop for Leaderless {
+    fn drop(&mut self) {
+        // SAFETY: the process is a child of this one, and is waited for nowhere else.
+        unsafe {
+            libc::kill(self.0 as i32, libc::SIGKILL);
+            libc::waitpid(self.0 as i32, std::ptr::null_mut(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_process_goes_on_without_its_first_thread() {
+    let (child, now) = (Leaderless::start(), Instant::now());
+    let tgid = child.0;
+    let leader_ended = || {
+        let stat = std::fs::read_to_string(format!("/proc/{tgid}/stat")).unwrap();
+        stat[stat.rfind(')').unwrap()..].starts_with(") Z")
+    };
+    while !leader_ended() {
+        assert!(now.elapsed() < Duration::from_secs(10), "the first thread did not end");
+        std::thread::sleep(MS);
+    }
+    assert!(living_threads(tgid).count() == 1 && living_threads(tgid).all(|tid| tid != tgid));
+
+    let (mut told, mut processes) = (Told::default(), processes(tgid, now));
+    processes.scan_all(&mut told);
+    let images = processes.known[&tgid].mappings.iter().filter(|mapping| mapping.module.id.is_some());
+    assert!(images.count() >= 2, "the executable and libc: {:?}", processes.known[&tgid].mappings);
+    processes.note(&Event::Exited { tgid }, &mut told, now);
+    processes.expire(&mut told, now + EXIT_GRACE);
+    processes.expire(&mut told, now + SWEEP_INTERVAL + EXIT_GRACE);
+    processes.expire(&mut told, now + SWEEP_INTERVAL + 2 * EXIT_GRACE);
+    assert!(told.processes.contains_key(&tgid), "it still runs");
+
+    drop(child);
+    let now = now + 3 * SWEEP_INTERVAL;
+    processes.expire(&mut told, now);
+    processes.expire(&mut told, now + EXIT_GRACE);
+    assert!(told.processes.is_empty());
+}
