@@ -451,20 +451,25 @@ fn empty(profile: &StackProfile) -> u64 {
     profile.stacks.iter().filter(|stack| stack.frames.is_empty()).map(|stack| stack.count).sum()
 }
 
-/// Pages to open in a browser: `WINDLASS_PAGES=FOLDER cargo test -p windlass pages_to_look_at -- --ignored`.
+/// Pages to open in a browser: `WINDLASS_PAGES=FOLDER cargo test -p windlass pages_to_look_at`.
 #[test]
-#[ignore = "writes files for a person to look at"]
 fn pages_to_look_at() {
-    let folder = std::env::var_os("WINDLASS_PAGES").expect("WINDLASS_PAGES names a folder");
-    let folder = std::path::PathBuf::from(folder);
+    let temporary = tempfile::tempdir().unwrap();
+    let asked_for = std::env::var_os("WINDLASS_PAGES").map(std::path::PathBuf::from);
+    let folder = asked_for.as_deref().unwrap_or(temporary.path());
     let profile = StackProfile::from_pprof(&realistic(4000, 11));
     std::fs::write(folder.join("page.html"), html(&profile, "checkout-7f9c, 30 s at 19 Hz")).unwrap();
-    let big = StackProfile::from_pprof(&realistic(60_000, 5));
-    std::fs::write(folder.join("big.html"), html(&big, "100,000 nodes and more")).unwrap();
+    let stacks = if asked_for.is_some() { 60_000 } else { 600 };
+    let big = StackProfile::from_pprof(&realistic(stacks, 5));
+    std::fs::write(folder.join("big.html"), html(&big, &format!("{stacks} stacks"))).unwrap();
     std::fs::write(folder.join("empty.html"), html(&StackProfile::default(), "nothing")).unwrap();
     std::fs::write(folder.join("hostile.html"), html(&hostile(), &hostile_names()[0])).unwrap();
     let text = table(&profile, 20, 120) + "\n" + &tree(&profile, 2.0, 6, 120);
     std::fs::write(folder.join("page.txt"), text).unwrap();
+    for page in ["page.html", "big.html", "empty.html", "hostile.html"] {
+        let text = std::fs::read_to_string(folder.join(page)).unwrap();
+        assert!(text.trim_end().ends_with("</html>"), "{page} is whole");
+    }
 }
 
 #[test]
