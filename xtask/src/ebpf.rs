@@ -144,13 +144,18 @@ impl Toolchain {
         if find("bpf-linker").is_none() && (can_install() || crate::checkout::is_ci()) {
             run(&mut cargo(&format!("install bpf-linker --version {LINKER_VERSION} --locked")))?;
         }
-        if let Some(found) = Self::find() {
-            return Ok(found);
-        }
-        if can_install() {
-            install(PACKAGES)?;
+        // Debian's compiler first, also where it has to be installed: only its bytes can be compared.
+        if Self::find_debian().is_none()
+            && can_install()
+            && let Err(error) = install(PACKAGES)
+        {
+            println!("{error:#}");
         }
         Self::find().ok_or_else(|| NoToolchain.into())
+    }
+
+    fn find_debian() -> Option<Self> {
+        Self::at(Path::new("/usr"), &find("bpf-linker")?)
     }
 
     fn find() -> Option<Self> {
@@ -158,8 +163,7 @@ impl Toolchain {
             let sysroot = output(Command::new("rustup").args(["run", "nightly", "rustc", "--print=sysroot"]));
             Some(PathBuf::from(sysroot.ok()?.trim()))
         };
-        let linker = find("bpf-linker")?;
-        Self::at(Path::new("/usr"), &linker).or_else(|| Self::at(&nightly()?, &linker))
+        Self::find_debian().or_else(|| Self::at(&nightly()?, &find("bpf-linker")?))
     }
 
     /// The toolchain whose sysroot this is.
