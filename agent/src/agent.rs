@@ -173,6 +173,8 @@ pub struct WarmUp {
     pub duration: Duration,
     /// Samples that were taken and not kept.
     pub samples: u64,
+    /// Those of them whose walk reached the end of the stack.
+    pub complete: u64,
 }
 
 /// A running agent. Dropped without [`Agent::stop`], it ends by itself soon after.
@@ -330,7 +332,7 @@ fn prepare(
         instance_id,
         batch: OpenBatch::new(0),
         keeps_samples: true,
-        unkept_samples: 0,
+        unkept: WarmUp::default(),
         summary: Summary::default(),
     })
 }

@@ -28,6 +28,7 @@ use crate::kernel::sideband::{TimeOrder, event_of};
 use crate::kernel::{max_sample_rate, next_generation, sampling_advice, segments_of};
 use crate::perf_ring::{
     COPIED_REGISTERS, COPIED_TIME_FROM_END, PerfEventAttr, PerfRing, PerfScope, RingRecord, monotonic_ns,
+    record as record_kind,
 };
 
 /// Bytes of stack in each sample: half of what a perf record, whose size is 16 bits, has room for.
@@ -37,9 +38,6 @@ const STACK_BYTES: u32 = 32 * 1024;
 const RING_PAGES: usize = 64;
 /// How often new threads are looked for.
 const THREAD_SCAN: Duration = Duration::from_millis(100);
-
-const RECORD_LOST: u32 = 2;
-const RECORD_SAMPLE: u32 = 9;
 
 /// DWARF number of each register in a copied sample, in the order of `enum perf_event_x86_regs`:
 /// ax, bx, cx, dx, si, di, bp, sp; then ip; then r8 to r15.
@@ -330,11 +328,11 @@ impl Backend for CopiedStacks {
         for ring in rings.values_mut() {
             let mut lost = 0;
             ring.drain(|record| {
-                if record.kind == RECORD_SAMPLE {
+                if record.kind == record_kind::SAMPLE {
                     samples.extend(self.sample(&record));
                     return;
                 }
-                if record.kind == RECORD_LOST {
+                if record.kind == record_kind::LOST {
                     // id, number lost
                     let number = record.body.get(8..16);
                     lost += number.map_or(0, |bytes| u64::from_ne_bytes(bytes.try_into().expect("8 bytes")));

@@ -64,6 +64,16 @@ const PERF_FLAG_FD_CLOEXEC: u64 = 8;
 /// `PERF_EVENT_IOC_ENABLE` and `PERF_EVENT_IOC_DISABLE`.
 const IOC_ENABLE: u64 = 0x2400;
 
+/// Kinds of records, `enum perf_event_type` (include/uapi/linux/perf_event.h).
+pub(crate) mod record {
+    pub(crate) const LOST: u32 = 2;
+    pub(crate) const COMM: u32 = 3;
+    pub(crate) const EXIT: u32 = 4;
+    pub(crate) const FORK: u32 = 7;
+    pub(crate) const SAMPLE: u32 = 9;
+    pub(crate) const MMAP2: u32 = 10;
+}
+
 /// User registers in a copied sample: bits of `enum perf_event_x86_regs` for ax, bx, cx, dx, si, di,
 /// bp, sp, ip and r8 to r15.
 pub(crate) const COPIED_REGISTERS: u64 = 0x1ff | 0xff << 16;

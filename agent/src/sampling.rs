@@ -45,7 +45,7 @@ pub(crate) struct Sampling {
     pub(crate) batch: OpenBatch,
     /// False while samples only make tables come.
     pub(crate) keeps_samples: bool,
-    pub(crate) unkept_samples: u64,
+    pub(crate) unkept: WarmUp,
     pub(crate) summary: Summary,
 }
 
@@ -79,7 +79,7 @@ impl Sampling {
         }
         self.keeps_samples = true;
         self.batch = OpenBatch::new(self.batch.number);
-        WarmUp { duration: start.elapsed(), samples: std::mem::take(&mut self.unkept_samples) }
+        WarmUp { duration: start.elapsed(), ..std::mem::take(&mut self.unkept) }
     }
 
     /// Runs until `stop` is set.
@@ -129,7 +129,8 @@ impl Sampling {
             self.tables.request(wish);
         }
         if !self.keeps_samples {
-            self.unkept_samples += 1;
+            self.unkept.samples += 1;
+            self.unkept.complete += u64::from(sample.stop.is_complete());
             return;
         }
         let (mappings, stop) = match self.processes.mappings_of(sample) {

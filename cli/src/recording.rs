@@ -86,9 +86,11 @@ impl Recording {
         let agent = tokio::task::spawn_blocking(move || Agent::start(config)).await??;
         let warm_up = agent.warm_up();
         eprintln!(
-            "windlass: fetched the unwind tables of what runs in {:.1} s; {} samples of that time are not kept",
+            "windlass: fetched the unwind tables of what runs in {:.1} s; {} samples of that time are not kept \
+             ({} with the whole stack)",
             warm_up.duration.as_secs_f64(),
-            warm_up.samples
+            warm_up.samples,
+            warm_up.complete
         );
         Ok(Self { agent, server: server.clone(), start_ns })
     }

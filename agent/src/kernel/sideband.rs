@@ -15,6 +15,7 @@ use std::os::fd::RawFd;
 use crate::backend::Event;
 use crate::perf_ring::{
     PerfEventAttr, PerfRing, PerfScope, RingRecord, SIDEBAND_TIME_FROM_END, monotonic_ns,
+    record as record_kind,
 };
 
 use super::LoadError;
@@ -23,12 +24,6 @@ use super::LoadError;
 /// processes starting between two polls.
 const RING_PAGES: usize = 16;
 
-/// `PERF_RECORD_LOST` and so on, from include/uapi/linux/perf_event.h.
-const RECORD_LOST: u32 = 2;
-const RECORD_COMM: u32 = 3;
-const RECORD_EXIT: u32 = 4;
-const RECORD_FORK: u32 = 7;
-const RECORD_MMAP2: u32 = 10;
 /// `PERF_RECORD_MISC_COMM_EXEC`: the name changed because of an exec.
 const MISC_COMM_EXEC: u16 = 1 << 13;
 
@@ -111,17 +106,19 @@ pub(crate) fn event_of(record: &RingRecord<'_>, time_from_end: usize) -> Option<
         Some(u32::from_ne_bytes(bytes.try_into().expect("4 bytes")))
     };
     let event = match record.kind {
-        RECORD_LOST => Event::Lost,
-        RECORD_COMM if record.misc & MISC_COMM_EXEC != 0 => Event::Exec { tgid: word(0)? },
-        RECORD_MMAP2 => Event::Mapped {
+        record_kind::LOST => Event::Lost,
+        record_kind::COMM if record.misc & MISC_COMM_EXEC != 0 => Event::Exec { tgid: word(0)? },
+        record_kind::MMAP2 => Event::Mapped {
             tgid: word(0)?,
             start: double_at(body, 8)?,
             length: double_at(body, 16)?,
             time_ns,
         },
         // A thread's exit or start is no process's.
-        RECORD_EXIT if word(0)? == word(2)? => Event::Exited { tgid: word(0)? },
-        RECORD_FORK if word(0)? == word(2)? => Event::Forked { tgid: word(0)?, parent: word(1)?, time_ns },
+        record_kind::EXIT if word(0)? == word(2)? => Event::Exited { tgid: word(0)? },
+        record_kind::FORK if word(0)? == word(2)? => {
+            Event::Forked { tgid: word(0)?, parent: word(1)?, time_ns }
+        }
         _ => return None,
     };
     Some((time_ns, event))
@@ -153,17 +150,17 @@ mod tests {
 
     #[test]
     fn records() {
-        check(RECORD_COMM, 0, &[7, 7], None);
-        check(RECORD_COMM, MISC_COMM_EXEC, &[7, 7], Some(Event::Exec { tgid: 7 }));
+        check(record_kind::COMM, 0, &[7, 7], None);
+        check(record_kind::COMM, MISC_COMM_EXEC, &[7, 7], Some(Event::Exec { tgid: 7 }));
         let mapped = Event::Mapped { tgid: 7, start: 0x1_0000_2000, length: 0x3000, time_ns: TIME_NS };
-        check(RECORD_MMAP2, 2, &[7, 9, 0x2000, 1, 0x3000, 0, 0, 0], Some(mapped));
-        check(RECORD_MMAP2, 2, &[7, 9, 0x2000], None);
-        check(RECORD_EXIT, 0, &[7, 1, 8, 1, 0, 0], None);
-        check(RECORD_EXIT, 0, &[7, 1, 7, 1, 0, 0], Some(Event::Exited { tgid: 7 }));
+        check(record_kind::MMAP2, 2, &[7, 9, 0x2000, 1, 0x3000, 0, 0, 0], Some(mapped));
+        check(record_kind::MMAP2, 2, &[7, 9, 0x2000], None);
+        check(record_kind::EXIT, 0, &[7, 1, 8, 1, 0, 0], None);
+        check(record_kind::EXIT, 0, &[7, 1, 7, 1, 0, 0], Some(Event::Exited { tgid: 7 }));
         let forked = Event::Forked { tgid: 8, parent: 7, time_ns: TIME_NS };
-        check(RECORD_FORK, 0, &[8, 7, 8, 7, 0, 0], Some(forked));
-        check(RECORD_FORK, 0, &[8], None);
-        check(RECORD_LOST, 0, &[], Some(Event::Lost));
+        check(record_kind::FORK, 0, &[8, 7, 8, 7, 0, 0], Some(forked));
+        check(record_kind::FORK, 0, &[8], None);
+        check(record_kind::LOST, 0, &[], Some(Event::Lost));
     }
 
     #[test]
