@@ -12,6 +12,8 @@ use crate::memory::StackMemory;
 const FRAME_REGISTERS: u32 = 1 << DWARF_RSP | 1 << DWARF_RBP;
 /// Number of the sign register of `DEREF_INDEXED`.
 const DWARF_R9: usize = 9;
+/// Offset of `stack.hi` in Go's `runtime.g`: its first field is the `stack`, two words.
+const GO_STACK_END: i64 = 8;
 /// DWARF number of each word of a `sigcontext`, but for the last, which is rip.
 const SIGNAL_CONTEXT_ORDER: [u8; 16] = [8, 9, 10, 11, 12, 13, 14, 15, 5, 4, 6, 3, 1, 0, 2, 7];
 
@@ -68,10 +70,10 @@ fn canonical_frame_address<M: StackMemory>(
     let rsp = registers.general[DWARF_RSP as usize];
     let (a, b) = (i64::from(record.a()), i64::from(record.b()));
     match record.kind() {
-        kind::RSP => Ok(offset(rsp, i64::from(record.offset()))),
-        kind::RBP => Ok(offset(registers.get(DWARF_RBP)?, i64::from(record.offset()))),
-        kind::REGISTER => Ok(offset(registers.get(record.cfa_register())?, i64::from(record.offset()))),
-        kind::DEREF => Ok(offset(word(memory, offset(registers.get(record.cfa_register())?, a))?, b)),
+        kind::SP => Ok(offset(rsp, i64::from(record.offset()))),
+        kind::FP => Ok(offset(registers.get(DWARF_RBP)?, i64::from(record.offset()))),
+        kind::REGISTER => Ok(offset(registers.get(record.aux())?, i64::from(record.offset()))),
+        kind::DEREF => Ok(offset(word(memory, offset(registers.get(record.aux())?, a))?, b)),
         kind::DEREF_INDEXED => {
             let index = registers.get(DWARF_R9 as u8)?;
             Ok(offset(word(memory, offset(rsp.wrapping_add(index.wrapping_mul(8)), a))?, b))
@@ -79,6 +81,11 @@ fn canonical_frame_address<M: StackMemory>(
         kind::PLT => {
             let pushed = i64::from((registers.rip & 15) as i64 >= a) * 8;
             Ok(offset(rsp, b + pushed))
+        }
+        kind::GO_STACK => {
+            let g = word(memory, offset(rsp, a))?;
+            let stack_end = word(memory, offset(g, GO_STACK_END))?;
+            Ok(stack_end.wrapping_sub(word(memory, offset(rsp, b))?).wrapping_add(8))
         }
         kind::NO_CFI => Err(StopReason::NoCfi),
         kind::END => Err(StopReason::EndOfStack),
@@ -96,8 +103,9 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
     }
     let rsp = registers.general[DWARF_RSP as usize];
     let cfa = canonical_frame_address(registers, record, memory)?;
-    // A call pushes its return address, so the caller's stack pointer lies above the callee's.
-    if cfa <= rsp {
+    // A call pushes its return address, so the caller's stack pointer lies above the callee's, but for
+    // a caller on another stack.
+    if cfa <= rsp && record.kind() != kind::GO_STACK {
         return Err(StopReason::NoAdvance);
     }
     let mut known = FRAME_REGISTERS & registers.known | 1 << DWARF_RSP;
@@ -116,8 +124,9 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
     } else {
         rip = match record.return_address() {
             return_address::AT_CFA => word(memory, cfa.wrapping_sub(8))?,
-            return_address::REGISTER => registers.get(record.return_address_register())?,
-            _ => return Err(StopReason::TableCorrupt),
+            return_address::REGISTER => registers.get(record.aux() >> 4)?,
+            return_address::ABOVE_FP => word(memory, offset(cfa, f + 8))?,
+            _ => word(memory, offset(cfa, 8 * i64::from(record.aux() as i8)))?,
         };
         match record.frame_pointer() {
             frame_pointer::SAME => {}
@@ -125,7 +134,7 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
                 rbp = word(memory, offset(cfa, f))?;
                 known |= 1 << DWARF_RBP;
             }
-            frame_pointer::AT_RBP => {
+            frame_pointer::AT_FP => {
                 let at = offset(registers.get(DWARF_RBP)?, f);
                 // GCC states this rule to the end of a DRAP frame's epilogue, behind the `leave` that has made
                 // rbp the caller's. What this frame saved lies inside this frame.
@@ -206,6 +215,10 @@ mod tests {
         }
     }
 
+    fn x86(number: u16) -> Register {
+        Register::new(windlass_schema::Architecture::X86_64, number).unwrap()
+    }
+
     fn frame(cfa: CfaRule, return_address: ReturnAddressRule, frame_pointer: FramePointerRule) -> Rule {
         Rule::Frame { cfa, return_address, frame_pointer }
     }
@@ -231,7 +244,7 @@ mod tests {
         }
     }
 
-    const AT_CFA: ReturnAddressRule = ReturnAddressRule::AtCfa;
+    const AT_CFA: ReturnAddressRule = ReturnAddressRule::AtCfa(-8);
     const SAME: FramePointerRule = FramePointerRule::Same;
 
     #[test]
@@ -247,13 +260,18 @@ mod tests {
             Ok((BASE + 64, 104, 107)),
         );
         check(
-            frame(CfaRule::Offset(Register::RBP, 16), AT_CFA, FramePointerRule::AtRbp(0)),
+            frame(CfaRule::Offset(Register::RBP, 16), AT_CFA, FramePointerRule::AtFramePointer(0)),
             Ok((BASE + 96, 110, 111)),
         );
-        let r10 = Register::new(10).unwrap();
+        let r10 = x86(10);
         check(frame(CfaRule::Offset(r10, 8), AT_CFA, SAME), Ok((BASE + 72, rbp, 108)));
-        let rdi = ReturnAddressRule::Register(Register::new(5).unwrap());
+        let rdi = ReturnAddressRule::Register(x86(5));
         check(frame(CfaRule::Offset(Register::RSP, 8), rdi, SAME), Ok((BASE + 24, rbp, 0x4242)));
+        for (return_address, f, rip) in [(-24, FramePointerRule::AtCfa(-32), 105), (-32, SAME, 104)] {
+            let rbp = if f == SAME { rbp } else { 104 };
+            let rule = frame(CfaRule::Offset(Register::RSP, 48), ReturnAddressRule::AtCfa(return_address), f);
+            check(rule, Ok((BASE + 64, rbp, rip)));
+        }
         // rip & 15 = 11: the PLT entry has pushed its number.
         let plt = |threshold| frame(CfaRule::Plt { threshold, base: 8 }, AT_CFA, SAME);
         check(plt(11), Ok((BASE + 32, rbp, 103)));
@@ -279,6 +297,38 @@ mod tests {
         check(frame(CfaRule::DerefIndexed(8, 0x7028 - 106), AT_CFA, SAME), Ok((BASE + 40, BASE + 80, 104)));
     }
 
+    /// From the system stack back to a goroutine's, which may lie below it.
+    #[test]
+    fn a_go_stack_may_lie_anywhere() {
+        struct Stacks;
+        impl StackMemory for Stacks {
+            fn word(&self, address: u64) -> Option<u64> {
+                Some(match address {
+                    // Saved on the system stack: the depth, and the goroutine.
+                    0x7010 => 0x100,
+                    0x7018 => 0xc000,
+                    // stack.hi of the goroutine; the return address at its stack pointer.
+                    0xc008 => 0x3000,
+                    0x2f00 => 0x4242,
+                    _ => return None,
+                })
+            }
+            fn pair(&self, _: u64) -> Option<[u64; 2]> {
+                None
+            }
+            fn signal_context(&self, _: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
+                None
+            }
+            fn unreadable(&self, _: u64) -> StopReason {
+                StopReason::StackRead
+            }
+        }
+        let mut after = registers();
+        let rule = frame(CfaRule::GoStack { g: 8, depth: 0 }, AT_CFA, SAME);
+        step(&mut after, rule.to_record(), &Stacks).unwrap();
+        assert_eq!((after.rip, after.general[7], after.general[6]), (0x4242, 0x2f08, BASE + 80));
+    }
+
     #[test]
     fn a_frame_must_advance_and_be_readable() {
         check(frame(CfaRule::Offset(Register::RSP, 0), AT_CFA, SAME), Err(StopReason::NoAdvance));
@@ -288,7 +338,7 @@ mod tests {
 
     #[test]
     fn registers_that_frames_do_not_restore_are_unknown_in_the_caller() {
-        let r10 = frame(CfaRule::Offset(Register::new(10).unwrap(), 8), AT_CFA, SAME).to_record();
+        let r10 = frame(CfaRule::Offset(x86(10), 8), AT_CFA, SAME).to_record();
         let mut after = registers();
         step(&mut after, frame(CfaRule::Offset(Register::RSP, 8), AT_CFA, SAME).to_record(), &Stack).unwrap();
         assert_eq!(after.exact, 0);
@@ -305,7 +355,8 @@ mod tests {
     /// Behind `leave`, rbp is the caller's, and what it points at is not what the frame saved.
     #[test]
     fn a_frame_pointer_saved_outside_of_the_frame_is_unknown() {
-        let ret = frame(CfaRule::Offset(Register::RSP, 8), AT_CFA, FramePointerRule::AtRbp(0)).to_record();
+        let ret =
+            frame(CfaRule::Offset(Register::RSP, 8), AT_CFA, FramePointerRule::AtFramePointer(0)).to_record();
         for rbp in [BASE + 80, BASE + 24, BASE + 8, 1, u64::MAX] {
             let mut after = registers();
             after.general[6] = rbp;

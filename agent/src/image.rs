@@ -11,7 +11,7 @@ use object::LittleEndian as LE;
 use object::elf;
 use object::read::ReadRef;
 use object::read::elf::{FileHeader as _, NoteIterator, ProgramHeader as _, SectionHeader as _};
-use windlass_schema::table::Architecture;
+use windlass_schema::Architecture;
 use windlass_schema::{BuildId, FileOffset, LoadBias, ProcessAddress, file_id};
 
 /// Header of the files read here: 64-bit, little-endian.

@@ -11,7 +11,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use windlass_schema::table::Architecture;
+use windlass_schema::Architecture;
 use windlass_schema::{BuildId, Table, TableError};
 
 /// Ending of a table's file name.

@@ -149,7 +149,8 @@ fn dump(table: &Table<'_>, out: &mut dyn io::Write) -> io::Result<()> {
     writeln!(out, "rows         {}", table.row_count())?;
     writeln!(out)?;
     for (address, record) in table.rows() {
-        let rule = Rule::try_from(record).expect("a table that parses holds rules only");
+        let rule =
+            Rule::of_record(record, table.architecture()).expect("a table that parses holds rules only");
         writeln!(out, "{address} {rule}")?;
     }
     Ok(())

@@ -15,6 +15,7 @@
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 pub mod address;
+pub mod architecture;
 pub mod build_id;
 #[cfg(feature = "std")]
 pub mod file_id;
@@ -30,8 +31,9 @@ pub mod stop;
 pub mod table;
 
 pub use address::{FileOffset, ImageAddress, LoadBias, ProcessAddress, ReturnAddress};
+pub use architecture::{Architecture, Register};
 pub use build_id::{BuildId, BuildIdError};
 pub use record::Record;
-pub use rule::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule, UnsupportedReason};
+pub use rule::{CfaRule, FramePointerRule, ReturnAddressRule, Rule, UnsupportedReason};
 pub use stop::StopReason;
-pub use table::{Architecture, Table, TableError};
+pub use table::{Table, TableError};

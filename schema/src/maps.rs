@@ -267,6 +267,11 @@ impl crate::page::PageBytes for ChunkPage<'_> {
     fn half(&self, offset: u32) -> u16 {
         self.chunk.half(self.offset.wrapping_add(offset))
     }
+
+    #[inline(always)]
+    fn double(&self, offset: u32) -> u64 {
+        self.chunk.double(self.offset.wrapping_add(offset))
+    }
 }
 
 /// A sample under construction.

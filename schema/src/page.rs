@@ -7,23 +7,26 @@
 //! (low byte of its address, record number) and a search touches one array of bytes, at most
 //! [`MAX_PROBES`] times.
 //!
+//! Where the entries of a block lie is a sum of counts, not an offset for each block: four bits a block are
+//! enough for three pages in four, and sixteen of them are added up in a few instructions without a branch.
+//!
 //! # Layout
 //! Little-endian; offsets from the page's first byte, which is 8-aligned. A *block* is 256 bytes of
-//! code, a *group* is 8 blocks. `G` = groups, `L` = locals, `E` = entries.
+//! code, a *group* is 16 blocks. `G` = groups, `L` = locals, `E` = entries.
 //! ```text
 //! offset  size        field
-//! 0       u8          flags: bit 0 WIDE_INDEX, bit 1 WIDE_RECORDS, others 0
-//! 1       u8          first group: (page offset >> 11) of the first group, 0 to 31
-//! 2       u8          G: number of groups, 1 to 32 - first
+//! 0       u8          flags: bit 0 WIDE_COUNTS, bit 1 WIDE_RECORDS, others 0
+//! 1       u8          first group: (page offset >> 12) of the first group, 0 to 15
+//! 2       u8          G: number of groups, 1 to 16 - first
 //! 3       u8          L: number of page-local record numbers (0 with WIDE_RECORDS)
 //! 4       u16         E: number of entries, at least 1
 //! 6       u8          C: record numbers below C are dictionary numbers
 //! 7       u8          0
-//! 8                   index, narrow: u16[G + 1] number of the first entry of each group, last = E
-//!                            wide:   u16[8 G + 1] number of the first entry of each block, last = E
+//! 8                   entries of each block, narrow: u64[G], block b of its group in bits 4 b to 4 b + 3
+//!                                            wide:   u8[16 G]
+//!         u16[G]      number of the first entry of each group
 //!         u16[L]      dictionary numbers of record numbers C, C + 1, ...
 //!         u16[E]      with WIDE_RECORDS only: dictionary number of each entry
-//!         u8[8 G]     narrow index only: for each block, entries between its group's first and its own
 //!         u8[E]       low byte of the address of each entry, ascending inside a block
 //!         u8[E]       without WIDE_RECORDS only: record number of each entry
 //! ```
@@ -32,9 +35,10 @@
 //! FDE covers may come before the first entry.
 //!
 //! # Lookup of page offset `x`
-//! 1. Group `x >> 11`, block `x >> 8`. Before the first group: nothing covers `x`. Behind the last:
+//! 1. Group `x >> 12`, block `x >> 8`. Before the first group: nothing covers `x`. Behind the last:
 //!    the answer is the last entry, distance "past its run".
-//! 2. The index gives the block's first entry `s` and the next block's first entry `e`.
+//! 2. The block's first entry `s` is that of its group plus the counts of the group's blocks before it; its
+//!    own count gives the end `e`.
 //! 3. Among the low bytes `s..e`, count those that are at most `x & 255`; the entry sought is the last
 //!    of them, or entry `s - 1` if there is none (nothing covers `x` if `s` is 0).
 //! 4. If the entry lies in this block its distance is `x - entry`; else it is "past its run": a
@@ -46,16 +50,20 @@ pub const PAGE_CODE_BYTES: u64 = 1 << PAGE_SHIFT;
 pub const PAGE_SHIFT: u32 = 16;
 /// log2 of the bytes of code in a block: an entry keeps the low 8 bits of its address.
 pub const BLOCK_SHIFT: u32 = 8;
-/// log2 of the bytes of code in a group of 8 blocks.
-pub const GROUP_SHIFT: u32 = 11;
+/// log2 of the bytes of code in a group of 16 blocks.
+pub const GROUP_SHIFT: u32 = 12;
+/// Blocks in a group: as many counts of four bits as a `u64` holds.
+pub const GROUP_BLOCKS: u32 = 1 << (GROUP_SHIFT - BLOCK_SHIFT);
 /// Most entries in one block: what 8 probes tell apart.
 pub const MAX_BLOCK_ENTRIES: usize = 255;
+/// Most entries of a block that four bits count.
+pub const MAX_NARROW_COUNT: usize = 15;
 /// Most probes of one search.
 pub const MAX_PROBES: u32 = 8;
 /// Size of a page's header in bytes.
 pub const PAGE_HEADER_BYTES: u32 = 8;
-/// Flag: the index counts entries for each block, because a group has more than 255.
-pub const WIDE_INDEX: u8 = 1;
+/// Flag: counts take a byte each, because a block has more than [`MAX_NARROW_COUNT`] entries.
+pub const WIDE_COUNTS: u8 = 1;
 /// Flag: entries hold 16-bit dictionary numbers, because the page uses more than 256 records.
 pub const WIDE_RECORDS: u8 = 2;
 /// The distance that is past every run.
@@ -70,15 +78,26 @@ pub trait PageBytes {
     fn byte(&self, offset: u32) -> u8;
     /// The little-endian 16-bit value at the even `offset` of the page.
     fn half(&self, offset: u32) -> u16;
+    /// The little-endian 64-bit value at `offset` of the page, a multiple of 8.
+    fn double(&self, offset: u32) -> u64;
 }
 
 impl PageBytes for &[u8] {
+    #[inline]
     fn byte(&self, offset: u32) -> u8 {
         self.get(offset as usize).copied().unwrap_or(0)
     }
 
+    #[inline]
     fn half(&self, offset: u32) -> u16 {
-        u16::from(self.byte(offset)) | u16::from(self.byte(offset + 1)) << 8
+        let bytes = self.get(offset as usize..).and_then(|rest| rest.first_chunk());
+        bytes.map_or(0, |bytes| u16::from_le_bytes(*bytes))
+    }
+
+    #[inline]
+    fn double(&self, offset: u32) -> u64 {
+        let bytes = self.get(offset as usize..).and_then(|rest| rest.first_chunk());
+        bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
     }
 }
 
@@ -92,9 +111,9 @@ pub struct PageLayout {
     pub locals: u32,
     pub entries: u32,
     pub common: u32,
+    pub group_starts_at: u32,
     pub locals_at: u32,
     pub wide_records_at: u32,
-    pub block_index_at: u32,
     pub low_bytes_at: u32,
     pub records_at: u32,
     /// Size of the page in bytes.
@@ -112,11 +131,11 @@ impl PageLayout {
         entries: u32,
         common: u32,
     ) -> Self {
-        let index_halves = if flags & WIDE_INDEX != 0 { 8 * groups + 1 } else { groups + 1 };
-        let locals_at = PAGE_HEADER_BYTES + 2 * index_halves;
+        let count_bytes = if flags & WIDE_COUNTS != 0 { GROUP_BLOCKS } else { GROUP_BLOCKS / 2 };
+        let group_starts_at = PAGE_HEADER_BYTES + count_bytes * groups;
+        let locals_at = group_starts_at + 2 * groups;
         let wide_records_at = locals_at + 2 * locals;
-        let block_index_at = wide_records_at + if flags & WIDE_RECORDS != 0 { 2 * entries } else { 0 };
-        let low_bytes_at = block_index_at + if flags & WIDE_INDEX != 0 { 0 } else { 8 * groups };
+        let low_bytes_at = wide_records_at + if flags & WIDE_RECORDS != 0 { 2 * entries } else { 0 };
         let records_at = low_bytes_at + entries;
         let end = records_at + if flags & WIDE_RECORDS != 0 { 0 } else { entries };
         Self {
@@ -126,9 +145,9 @@ impl PageLayout {
             locals,
             entries,
             common,
+            group_starts_at,
             locals_at,
             wide_records_at,
-            block_index_at,
             low_bytes_at,
             records_at,
             end,
@@ -148,22 +167,31 @@ impl PageLayout {
         )
     }
 
-    /// Entries `start..end` of block `block` (0 to 8 * groups - 1, counted from the first group).
+    /// Entries `start..end` of block `block` (0 to 16 * groups - 1, counted from the first group).
     #[inline(always)]
     pub fn block<P: PageBytes>(&self, page: &P, block: u32) -> (u32, u32) {
-        if self.flags & WIDE_INDEX != 0 {
-            let at = PAGE_HEADER_BYTES + 2 * block;
-            return (u32::from(page.half(at)), u32::from(page.half(at + 2)));
-        }
-        let group_at = PAGE_HEADER_BYTES + 2 * (block >> 3);
-        let base = u32::from(page.half(group_at));
-        let start = base + u32::from(page.byte(self.block_index_at + block));
-        let end = if block & 7 == 7 {
-            u32::from(page.half(group_at + 2))
+        let group = block / GROUP_BLOCKS;
+        let in_group = block % GROUP_BLOCKS;
+        let group_start = u32::from(page.half(self.group_starts_at + 2 * group));
+        let (before, count) = if self.flags & WIDE_COUNTS != 0 {
+            let at = PAGE_HEADER_BYTES + GROUP_BLOCKS * group;
+            let (first, second) = (page.double(at), page.double(at + 8));
+            let in_word = 8 * (in_group & 7);
+            if in_group < 8 {
+                (sum_bytes(first & low_bits(in_word)), first >> in_word & 0xff)
+            } else {
+                let before = sum_bytes(first) + sum_bytes(second & low_bits(in_word));
+                (before, second >> in_word & 0xff)
+            }
         } else {
-            base + u32::from(page.byte(self.block_index_at + block + 1))
+            let counts = page.double(PAGE_HEADER_BYTES + GROUP_BLOCKS / 2 * group);
+            let before = counts & low_bits(4 * in_group);
+            let pairs = (before & 0x0f0f_0f0f_0f0f_0f0f) + (before >> 4 & 0x0f0f_0f0f_0f0f_0f0f);
+            // At most 15 * 15, which the top byte holds.
+            (pairs.wrapping_mul(0x0101_0101_0101_0101) >> 56, counts >> (4 * in_group) & 15)
         };
-        (start, end)
+        let start = group_start + before as u32;
+        (start, start + count as u32)
     }
 
     /// The dictionary number of entry `entry`.
@@ -181,6 +209,19 @@ impl PageLayout {
     }
 }
 
+/// The lowest `bits` bits, 0 to 63.
+#[inline(always)]
+const fn low_bits(bits: u32) -> u64 {
+    (1 << bits) - 1
+}
+
+/// The sum of the eight bytes of a word.
+#[inline(always)]
+const fn sum_bytes(word: u64) -> u64 {
+    let pairs = (word & 0x00ff_00ff_00ff_00ff) + (word >> 8 & 0x00ff_00ff_00ff_00ff);
+    pairs.wrapping_mul(0x0001_0001_0001_0001) >> 48
+}
+
 /// What a search found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hit {
@@ -194,13 +235,16 @@ pub struct Hit {
 #[inline(always)]
 pub fn search<P: PageBytes>(page: &P, offset: u32) -> Option<Hit> {
     let layout = PageLayout::read(page);
-    let block = (offset >> BLOCK_SHIFT).wrapping_sub(8 * layout.first_group);
+    let block = (offset >> BLOCK_SHIFT).wrapping_sub(GROUP_BLOCKS * layout.first_group);
     if (offset >> GROUP_SHIFT) < layout.first_group {
         return None;
     }
     let low = offset & 0xff;
-    let (start, end) =
-        if block >= 8 * layout.groups { (layout.entries, layout.entries) } else { layout.block(page, block) };
+    let (start, end) = if block >= GROUP_BLOCKS * layout.groups {
+        (layout.entries, layout.entries)
+    } else {
+        layout.block(page, block)
+    };
     // The largest `after` in start..=end such that every low byte in start..after is at most `low`,
     // found bit by bit. Arithmetic instead of branches: the BPF verifier walks each side of a branch.
     let mut after = start;
@@ -223,4 +267,39 @@ pub fn search<P: PageBytes>(page: &P, offset: u32) -> Option<Hit> {
         PAST_RUN
     };
     Some(Hit { record: layout.dictionary_number(page, entry), distance })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_of_a_group_add_up() {
+        for wide in [false, true] {
+            let most = if wide { 255 } else { 15 };
+            let counts: [u32; 16] = core::array::from_fn(|block| (block as u32 * 37 + 11) % (most + 1));
+            let mut counts_of_most = counts;
+            counts_of_most.fill(most);
+            for counts in [counts, counts_of_most] {
+                let entries = counts.iter().sum();
+                let layout = PageLayout::new(if wide { WIDE_COUNTS } else { 0 }, 0, 1, 0, entries, 0);
+                let mut page = vec![0; 8];
+                if wide {
+                    page.extend(counts.map(|count| count as u8));
+                } else {
+                    page.extend(counts.chunks(2).map(|pair| (pair[0] | pair[1] << 4) as u8));
+                }
+                page.extend([7, 0]);
+                let mut start = 7;
+                for (block, count) in counts.into_iter().enumerate() {
+                    assert_eq!(
+                        layout.block(&&page[..], block as u32),
+                        (start, start + count),
+                        "{block} {wide}"
+                    );
+                    start += count;
+                }
+            }
+        }
+    }
 }

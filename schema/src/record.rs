@@ -6,35 +6,50 @@
 //! # Plain records: one row
 //! ```text
 //! byte 0      kind (bits 0-3), frame-pointer rule (bits 4-5), return-address rule (bits 6-7)
-//! byte 1      CFA register (bits 0-3), return-address register (bits 4-7), DWARF numbers;
-//!             for UNSUPPORTED the reason code (all 8 bits)
+//! byte 1      registers by DWARF number, an offset, or a reason: see below
 //! bytes 2-3   i16 f: the frame-pointer rule's offset
 //! bytes 4-7   i32 offset, or i16 a (bytes 4-5) and i16 b (bytes 6-7)
 //! ```
 //! | kind | name | CFA |
 //! |---|---|---|
-//! | 0 | `RSP` | rsp + offset |
-//! | 1 | `RBP` | rbp + offset |
+//! | 0 | `SP` | stack pointer + offset |
+//! | 1 | `FP` | frame pointer + offset |
 //! | 2 | `REGISTER` | register + offset |
 //! | 3 | `DEREF` | *(register + a) + b |
 //! | 4 | `DEREF_INDEXED` | *(rsp + 8 * r9 + a) + b |
 //! | 5 | `PLT` | rsp + b + 8 * ((rip & 15) >= a) |
-//! | 6 | `SIGNAL` | all registers from the `sigcontext` at rsp + a |
+//! | 6 | `SIGNAL` | none: all registers from the saved context at stack pointer + a |
 //! | 9 | `END` | none: the return address is undefined, this frame has no caller |
 //! | 10 | `NO_CFI` | none: no FDE covers the address |
-//! | 11 | `UNSUPPORTED` | none: CFI has a rule that no record can state exactly |
+//! | 11 | `UNSUPPORTED` | none: byte 1 is the code of the reason |
+//! | 12 | `GO_STACK` | *(*(rsp + a) + 8) - *(rsp + b) + 8 |
 //!
-//! | frame-pointer rule | rbp of the caller |
+//! The stack pointer is rsp or sp, the frame pointer rbp or x29. Kinds 4, 5, 7, 8 and 12 are for x86-64 alone.
+//! The saved context of `SIGNAL` is what the kernel pushes: r8 to r15, rdi, rsi, rbp, rbx, rdx, rax, rcx,
+//! rsp, rip (`struct sigcontext` of x86-64), or x0 to x30, sp, pc (`regs` of that of aarch64).
+//!
+//! | frame-pointer rule | frame pointer of the caller |
 //! |---|---|
 //! | 0 `SAME` | unchanged |
 //! | 1 `AT_CFA` | *(CFA + f) |
-//! | 2 `AT_RBP` | *(rbp + f), rbp being that of this frame (a DRAP save) |
+//! | 2 `AT_FP` | *(frame pointer + f), that of this frame (a DRAP save) |
 //! | 3 `UNDEFINED` | lost |
 //!
 //! | return-address rule | return address |
 //! |---|---|
 //! | 0 `AT_CFA` | *(CFA - 8) |
-//! | 1 `REGISTER` | the register of byte 1 |
+//! | 1 `REGISTER` | a register |
+//! | 2 `ABOVE_FP` | *(CFA + f + 8), right above the saved frame pointer; f + 8 is not -8 |
+//! | 3 `AT_CFA_WORDS` | *(CFA + 8 * g), g being byte 1 as i8; neither of the above |
+//!
+//! | byte 1 | x86-64 | aarch64 |
+//! |---|---|---|
+//! | kinds 2 and 3 | CFA register in bits 0-3, with rule 1 the return address's in bits 4-7 | CFA register; rule 1 is x30 |
+//! | others, rule 1 | return address's register in bits 4-7 | return address's register |
+//! | others, rule 3 | g | g |
+//!
+//! On aarch64 a return address may be signed; whether it is makes no difference to its lower bits, so the
+//! signature is taken off wherever one is read, and no record speaks of it.
 //!
 //! # Runs: a prologue's pushes or an epilogue's pops
 //! ```text
@@ -81,8 +96,8 @@ pub const MAX_RUN_BYTES: u32 = 16;
 /// Kinds of record; see the [module documentation](self).
 #[expect(missing_docs, reason = "the table in the module documentation defines each")]
 pub mod kind {
-    pub const RSP: u8 = 0;
-    pub const RBP: u8 = 1;
+    pub const SP: u8 = 0;
+    pub const FP: u8 = 1;
     pub const REGISTER: u8 = 2;
     pub const DEREF: u8 = 3;
     pub const DEREF_INDEXED: u8 = 4;
@@ -93,6 +108,7 @@ pub mod kind {
     pub const END: u8 = 9;
     pub const NO_CFI: u8 = 10;
     pub const UNSUPPORTED: u8 = 11;
+    pub const GO_STACK: u8 = 12;
 }
 
 /// Frame-pointer rules; see the [module documentation](self).
@@ -100,7 +116,7 @@ pub mod kind {
 pub mod frame_pointer {
     pub const SAME: u8 = 0;
     pub const AT_CFA: u8 = 1;
-    pub const AT_RBP: u8 = 2;
+    pub const AT_FP: u8 = 2;
     pub const UNDEFINED: u8 = 3;
 }
 
@@ -109,6 +125,8 @@ pub mod frame_pointer {
 pub mod return_address {
     pub const AT_CFA: u8 = 0;
     pub const REGISTER: u8 = 1;
+    pub const ABOVE_FP: u8 = 2;
+    pub const AT_CFA_WORDS: u8 = 3;
 }
 
 /// One record, as it lies in a dictionary. Nothing about it is checked; [`crate::Rule`] is the
@@ -122,6 +140,11 @@ impl Record {
     pub const NO_CFI: Self = Self(kind::NO_CFI as u64);
     /// The frame has no caller.
     pub const END: Self = Self(kind::END as u64);
+
+    /// A rule that no record states.
+    pub const fn unsupported(reason: crate::UnsupportedReason) -> Self {
+        Self::plain(kind::UNSUPPORTED, 0, 0, reason as u8, 0, 0)
+    }
 
     /// The kind, byte 0 bits 0-3.
     #[inline(always)]
@@ -145,18 +168,6 @@ impl Record {
     #[inline(always)]
     pub const fn aux(self) -> u8 {
         (self.0 >> 8) as u8
-    }
-
-    /// DWARF number of the CFA register, byte 1 bits 0-3.
-    #[inline(always)]
-    pub const fn cfa_register(self) -> u8 {
-        self.aux() & 15
-    }
-
-    /// DWARF number of the return-address register, byte 1 bits 4-7.
-    #[inline(always)]
-    pub const fn return_address_register(self) -> u8 {
-        self.aux() >> 4
     }
 
     /// `f` of a plain record.
@@ -236,12 +247,12 @@ impl Record {
         let mut f = (self.0 >> 48) as u16;
         let has_event = event & 0x80 != 0 && reach >= event_distance;
         let is_last = self.0 as u8 & 0x40 != 0 && changes == ones(mask) && changes != 0;
-        let mut cfa_kind = kind::RSP;
+        let mut cfa_kind = kind::SP;
         let words;
         if self.kind() == kind::PUSH_RUN {
             let mut counted = changes;
             if is_last {
-                cfa_kind = kind::RBP;
+                cfa_kind = kind::FP;
                 counted -= 1;
             }
             words = base + counted;
@@ -297,13 +308,13 @@ mod tests {
     #[test]
     fn worked_example_of_the_module_documentation() {
         let run = Record(u64::from_le_bytes([0x47, 0x01, 0x09, 0x00, 0x80, 0x00, 0x00, 0x00]));
-        let rsp = |words: i32, fp, f| Record::plain(kind::RSP, fp, 0, 0, f, 8 * words);
+        let rsp = |words: i32, fp, f| Record::plain(kind::SP, fp, 0, 0, f, 8 * words);
         assert_eq!(run.at(0), rsp(1, frame_pointer::SAME, 0));
         for distance in 1..4 {
             assert_eq!(run.at(distance), rsp(2, frame_pointer::AT_CFA, -16));
         }
         for distance in [4, 5, 16, 17, u32::MAX] {
-            assert_eq!(run.at(distance), Record::plain(kind::RBP, frame_pointer::AT_CFA, 0, 0, -16, 16));
+            assert_eq!(run.at(distance), Record::plain(kind::FP, frame_pointer::AT_CFA, 0, 0, -16, 16));
         }
 
         let run = Record(u64::from_le_bytes([0x58, 0x03, 0x07, 0x00, 0x81, 0x00, 0xf0, 0xff]));

@@ -1,4 +1,4 @@
-//! The unwind table of one image: format version 1 and its reader.
+//! The unwind table of one image: the format and its reader.
 //!
 //! A table answers, for any image address, how to step from a frame at that address to its caller.
 //! It is what the service compiles, what travels to the agent, and, page by page and byte for byte,
@@ -9,7 +9,7 @@
 //! ```text
 //! offset  size     field
 //! 0       [u8; 4]  magic "WLUT"
-//! 4       u16      version, 1
+//! 4       u16      version, 2
 //! 6       u8       architecture: 1 x86-64, 2 aarch64
 //! 7       u8       0
 //! 8       u64      XXH3-64 (seed 0) of all bytes from offset 16 to the end
@@ -40,16 +40,19 @@
 //! base 0: dictionary `[0a 00.. (NO_CFI), 47 01 09 00 80 00 00 00 (the run of the record module)]`,
 //! directory `[0]`, and the page
 //! ```text
-//! 00 02 01 00 02 00 02 00    narrow; first group 2 (0x1000 >> 11), one group, no locals, 2 entries, C = 2
-//! 00 00 02 00                group 2 starts at entry 0, ends before entry 2
-//! 00 02 02 02 02 02 02 02    block 0x10 starts at entry 0; later ones at entry 2
+//! 00 01 01 00 02 00 02 00    narrow; first group 1 (0x1000 >> 12), one group, no locals, 2 entries, C = 2
+//! 02 00 00 00 00 00 00 00    block 0x10 has 2 entries; the others have none
+//! 00 00                      group 1 starts at entry 0
 //! 00 05                      entries at 0x1000 and 0x1005
 //! 01 00                      records 1 and 0
 //! ```
 //! 0x1004 is found in block 0x10 as entry 0 at distance 4: CFA = rbp + 16.
 
+use crate::architecture::Architecture;
 use crate::build_id::{BuildId, MAX_BUILD_ID_BYTES};
-use crate::page::{BLOCK_SHIFT, MAX_BLOCK_ENTRIES, PAGE_SHIFT, PageLayout, WIDE_INDEX, WIDE_RECORDS, search};
+use crate::page::{
+    BLOCK_SHIFT, GROUP_BLOCKS, MAX_BLOCK_ENTRIES, PAGE_SHIFT, PageLayout, WIDE_COUNTS, WIDE_RECORDS, search,
+};
 use crate::record::{MAX_RUN_BYTES, Record};
 use crate::rule::has_meaning;
 use crate::{ImageAddress, Rule};
@@ -59,7 +62,8 @@ use crate::{ImageAddress, Rule};
 /// | version | change |
 /// |---|---|
 /// | 1 | first |
-pub const VERSION: u16 = 1;
+/// | 2 | pages count the entries of blocks instead of naming their offsets; aarch64; return addresses at any offset; `GO_STACK` |
+pub const VERSION: u16 = 2;
 /// First bytes of a table.
 pub const MAGIC: [u8; 4] = *b"WLUT";
 /// Size of the header in bytes.
@@ -73,26 +77,6 @@ pub const MAX_PAGES: u32 = 1 << 16;
 pub const MAX_RECORDS: u32 = 8192;
 /// Largest page in bytes: it must lie in one chunk of kernel memory.
 pub const MAX_PAGE_BYTES: u32 = 60 * 1024;
-
-/// The instruction set of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Architecture {
-    /// AMD64.
-    X86_64 = 1,
-    /// 64-bit Arm.
-    Aarch64 = 2,
-}
-
-impl Architecture {
-    /// The name used in JSON and dumps.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::X86_64 => "x86_64",
-            Self::Aarch64 => "aarch64",
-        }
-    }
-}
 
 /// Why bytes are no table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -175,11 +159,7 @@ impl<'a> Table<'a> {
         if u16_at(file, 4) != VERSION {
             return Err(TableError::Version(u16_at(file, 4)));
         }
-        let architecture = match file[6] {
-            1 => Architecture::X86_64,
-            2 => Architecture::Aarch64,
-            code => return Err(TableError::Architecture(code)),
-        };
+        let architecture = Architecture::of_code(file[6]).ok_or(TableError::Architecture(file[6]))?;
         let (base, pages) = (u64_at(file, 16), u32_at(file, 24));
         let (records, page_bytes) = (u32_at(file, 28), u32_at(file, 32));
         let directory_bytes = u64::from(pages).next_multiple_of(2) * 4;
@@ -218,7 +198,7 @@ impl<'a> Table<'a> {
             pages: page_area,
         };
         for number in 0..records {
-            if !has_meaning(table.record(number)) {
+            if !has_meaning(table.record(number), architecture) {
                 return Err(TableError::Record(number));
             }
         }
@@ -252,17 +232,17 @@ impl<'a> Table<'a> {
             return Err("longer than a page may be");
         }
         let page = &page[..layout.end as usize];
-        if layout.flags & !(WIDE_INDEX | WIDE_RECORDS) != 0 || page[7] != 0 {
+        if layout.flags & !(WIDE_COUNTS | WIDE_RECORDS) != 0 || page[7] != 0 {
             return Err("reserved bits are set");
         }
-        if layout.groups == 0 || layout.first_group + layout.groups > 32 || layout.entries == 0 {
+        if layout.groups == 0
+            || layout.first_group + layout.groups > 256 / GROUP_BLOCKS
+            || layout.entries == 0
+        {
             return Err("counts out of range");
         }
-        if layout.block(&page, 0).0 != 0 {
-            return Err("the first block does not start at entry 0");
-        }
         let mut next = 0;
-        for block in 0..8 * layout.groups {
+        for block in 0..GROUP_BLOCKS * layout.groups {
             let (start, end) = layout.block(&page, block);
             if start != next || end < start || (end - start) as usize > MAX_BLOCK_ENTRIES {
                 return Err("index out of order");
@@ -313,7 +293,7 @@ impl<'a> Table<'a> {
 
     /// The rule that holds at `address`.
     pub fn rule(&self, address: ImageAddress) -> Rule {
-        Rule::try_from(self.lookup(address))
+        Rule::of_record(self.lookup(address), self.architecture)
             .expect("parse checked that each state of each record has a meaning")
     }
 
@@ -376,9 +356,10 @@ impl<'a> Table<'a> {
         let lead = core::iter::once((ImageAddress::new(start), Record::NO_CFI));
         let body = page.into_iter().flat_map(move |page| {
             let layout = PageLayout::read(&page);
-            (0..8 * layout.groups).flat_map(move |block| {
+            (0..GROUP_BLOCKS * layout.groups).flat_map(move |block| {
                 let (first, end) = layout.block(&page, block);
-                let block_start = start + (u64::from(8 * layout.first_group + block) << BLOCK_SHIFT);
+                let block_start =
+                    start + (u64::from(GROUP_BLOCKS * layout.first_group + block) << BLOCK_SHIFT);
                 (first..end).flat_map(move |entry| {
                     let at = block_start + u64::from(page[(layout.low_bytes_at + entry) as usize]);
                     let record = self.record(layout.dictionary_number(&page, entry));
@@ -407,7 +388,7 @@ mod tests {
     /// The example of the module documentation, byte for byte.
     fn example() -> Vec<u8> {
         let mut file = Vec::new();
-        file.extend(b"WLUT\x01\x00\x01\x00");
+        file.extend(b"WLUT\x02\x00\x01\x00");
         file.extend([0; 8]);
         file.extend(0u64.to_le_bytes());
         for field in [1u32, 2, 24, 4] {
@@ -418,10 +399,11 @@ mod tests {
         file.extend([0x0a, 0, 0, 0, 0, 0, 0, 0]);
         file.extend([0x47, 1, 9, 0, 0x80, 0, 0, 0]);
         file.extend([0; 8]);
-        file.extend([0, 2, 1, 0, 2, 0, 2, 0]);
-        file.extend([0, 0, 2, 0]);
-        file.extend([0, 2, 2, 2, 2, 2, 2, 2]);
+        file.extend([0, 1, 1, 0, 2, 0, 2, 0]);
+        file.extend([2, 0, 0, 0, 0, 0, 0, 0]);
+        file.extend([0, 0]);
         file.extend([0, 5, 1, 0]);
+        file.extend([0, 0]);
         seal(&mut file);
         file
     }
@@ -437,7 +419,7 @@ mod tests {
         let table = Table::parse(&file).unwrap();
         let mut text = String::new();
         for (address, record) in table.rows() {
-            text += &format!("{address} {}\n", Rule::try_from(record).unwrap());
+            text += &format!("{address} {}\n", Rule::of_record(record, table.architecture()).unwrap());
         }
         assert_eq!(
             text,

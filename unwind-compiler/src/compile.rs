@@ -1,15 +1,20 @@
 //! From ELF bytes to a table: the steps in order.
 
-use gimli::UnwindContext;
-use windlass_schema::{BuildId, Rule, Table, UnsupportedReason};
+use std::borrow::Cow;
 
-use crate::cfi::for_each_fde;
+use windlass_schema::page::PAGE_SHIFT;
+use windlass_schema::{BuildId, Record, Table};
+
+use crate::chains::Chains;
 use crate::density::bound;
-use crate::elf::{CompileError, Image};
+use crate::elf::{CompileError, Image, SectionKind};
 use crate::encode::encode;
-use crate::projection::Projection;
+use crate::entries::{Cie, Entries, Fde};
+use crate::fold::fits_dictionary;
+use crate::placement::Placement;
 use crate::report::{Report, SkipReason};
 use crate::rows::{Interval, merge};
+use crate::shapes::{FdeRows, Shapes};
 
 /// A table and how it came about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,55 +25,142 @@ pub struct Compiled {
     pub report: Report,
 }
 
-/// Compiles the `.eh_frame` of an x86-64 ELF image. `build_id` is written into the table, not checked.
+/// Compiles the call frame information of a 64-bit little-endian ELF image of x86-64 or aarch64: `.eh_frame`,
+/// and where that has nothing to say `.debug_frame`. `build_id` is written into the table, not checked.
 ///
 /// An image without call frame information gives an empty table, and whatever is malformed in it
-/// is skipped and reported; only a file that is no 64-bit little-endian x86-64 ELF is an error. The table
-/// has passed [`Table::parse`]. Takes
-/// memory in proportion to `.eh_frame`: 8 times its size for compilers' output, about 40 at worst.
+/// is skipped and reported; only a file of another kind is an error. The table has passed [`Table::parse`]. Takes
+/// memory in proportion to the sections: twice their size for compilers' output, about 40 times at worst.
 pub fn compile(elf: &[u8], build_id: BuildId) -> Result<Compiled, CompileError> {
     let image = Image::parse(elf)?;
     let mut report = Report::default();
-    let mut intervals = Vec::new();
-    let mut context = UnwindContext::new();
-    let eh_frame_bytes = for_each_fde(&image, |fde| {
-        let fde = match fde {
-            Ok(fde) => fde,
-            Err(skipped) => return report.skip(skipped),
-        };
-        report.fdes += 1;
-        let projection = Projection::of(&fde);
-        let first = intervals.len();
-        let end = fde.rows(&mut context, |range, row| {
-            report.cfi_rows += 1;
-            let record = projection.rule(row).to_record();
-            push(&mut intervals, first, range, record);
-        });
-        if let Err(unknown_from) = end {
-            let record = Rule::Unsupported(UnsupportedReason::Malformed).to_record();
-            push(&mut intervals, first, unknown_from..fde.range().end, record);
-            report.skip(fde.skipped(SkipReason::Instructions));
-        }
-    });
-    let rows = bound(merge(intervals));
-    report.eh_frame_bytes = eh_frame_bytes;
-    report.count_rows(&rows);
-    let table = encode(build_id, &rows);
+    let data: Vec<_> = image.frames.iter().map(|section| section.data()).collect();
+    let (cies, fdes) = collect(&image, &data, &mut report);
+    let base = fdes.first().map_or(0, |first| first.start >> PAGE_SHIFT << PAGE_SHIFT);
+    let mut placement = Placement::new(base, Chains::default());
+    place(&cies, &fdes, &mut placement, &mut report);
+    if placement.is_too_dense || !fits_dictionary(&placement.chains) {
+        let bounded = bound(placement.all_rows());
+        placement = Placement::new(base, Chains::default());
+        placement.rows(&bounded);
+    }
+    report.count_rows(&placement);
+    let table = encode(build_id, image.architecture, &placement);
     // A table that its readers refuse must not be handed on, kept and served. One pass, small against the rest.
     Table::parse(&table).map_err(CompileError::Table)?;
     Ok(Compiled { table, report })
 }
 
-/// Appends an interval, or extends the last if it is of the same FDE and record. `first` is the number of
-/// the FDE's first interval.
-fn push(
-    intervals: &mut Vec<Interval>,
-    first: usize,
-    range: std::ops::Range<u64>,
-    record: windlass_schema::Record,
-) {
-    match intervals[first..].last_mut() {
-        Some(last) if last.record == record => last.end = range.end,
-        _ => intervals.push(Interval { start: range.start, end: range.end, record }),
+/// The FDEs of all sections, in the order of their addresses, and their CIEs.
+fn collect<'a>(
+    image: &Image<'_>,
+    data: &'a [Option<Cow<'_, [u8]>>],
+    report: &mut Report,
+) -> (Vec<Cie<'a>>, Vec<Fde>) {
+    let mut cies = Vec::new();
+    let mut fdes = Vec::new();
+    for skipped in &image.skipped {
+        report.skip(*skipped);
     }
+    for (number, (section, data)) in image.frames.iter().zip(data).enumerate() {
+        let Some(data) = data else {
+            report.skip(section.skipped(SkipReason::Unreadable));
+            continue;
+        };
+        report.eh_frame_bytes += data.len() as u64;
+        let mut entries = Entries::new(image, number, data, &mut cies);
+        entries.for_each(image, section.stated_bytes, |fde| match fde {
+            Ok(fde) => fdes.push(fde),
+            Err(skipped) => report.skip(skipped),
+        });
+    }
+    report.fdes = fdes.len() as u64;
+    if !fdes.is_sorted_by_key(|fde| fde.start) {
+        let place = |fde: &Fde| (cies[fde.cie as usize].section, fde.offset);
+        fdes.sort_unstable_by_key(|fde| (fde.start, place(fde)));
+    }
+    (cies, fdes)
+}
+
+/// Lays the rows of all FDEs out.
+fn place(cies: &[Cie<'_>], fdes: &[Fde], placement: &mut Placement, report: &mut Report) {
+    let mut shapes = Shapes::default();
+    let mut covered_to = placement.base;
+    let mut rest = fdes;
+    while let Some(first) = rest.first() {
+        let mut end = first.range().end;
+        let mut len = 1;
+        while let Some(next) = rest.get(len).filter(|next| next.start < end) {
+            end = end.max(next.range().end);
+            len += 1;
+        }
+        if covered_to < first.start {
+            placement.end_coverage((covered_to - placement.base) as u32);
+        }
+        let (cluster, behind) = rest.split_at(len);
+        match cluster {
+            [only] => place_one(cies, only, &mut shapes, placement, report),
+            several => place_overlapping(cies, several, placement, report),
+        }
+        report.code_bytes += end - first.start;
+        covered_to = end;
+        rest = behind;
+    }
+    placement.end_coverage((covered_to - placement.base) as u32);
+}
+
+fn place_one(
+    cies: &[Cie<'_>],
+    fde: &Fde,
+    shapes: &mut Shapes,
+    placement: &mut Placement,
+    report: &mut Report,
+) {
+    let start = (fde.start - placement.base) as u32;
+    let is_malformed = match shapes.of(cies, fde, &mut placement.chains) {
+        Some((shape, links)) => {
+            links.iter().for_each(|link| placement.link(start, *link));
+            report.cfi_rows += shape.cfi_rows;
+            shape.is_malformed
+        }
+        None => {
+            let rows = FdeRows::of(&cies[fde.cie as usize], fde, fde.length.into());
+            placement.steps(start, &rows.steps);
+            report.cfi_rows += rows.cfi_rows;
+            rows.is_malformed
+        }
+    };
+    if is_malformed {
+        report.skip(fde.skipped(SkipReason::Instructions));
+    }
+}
+
+/// Lays out what several FDEs say of the same addresses.
+fn place_overlapping(cies: &[Cie<'_>], fdes: &[Fde], placement: &mut Placement, report: &mut Report) {
+    let mut intervals = Vec::new();
+    for fde in fdes {
+        let cie = &cies[fde.cie as usize];
+        let rows = FdeRows::of(cie, fde, fde.length.into());
+        report.cfi_rows += rows.cfi_rows;
+        if rows.is_malformed {
+            report.skip(fde.skipped(SkipReason::Instructions));
+        }
+        let rank = match cie.kind {
+            SectionKind::EhFrame => 0,
+            SectionKind::DebugFrame => 1,
+        };
+        let ends = rows.steps.iter().skip(1).map(|step| step.at).chain([fde.length]);
+        intervals.extend(rows.steps.iter().zip(ends).map(|(step, end)| Interval {
+            start: fde.start + u64::from(step.at),
+            end: fde.start + u64::from(end),
+            rank,
+            record: step.record,
+        }));
+    }
+    let mut rows = merge(intervals);
+    // Whether the coverage ends there is for what comes next to say.
+    if rows.last().is_some_and(|last| last.record == Record::NO_CFI) {
+        rows.pop();
+    }
+    placement.rows(&rows);
 }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use windlass_schema::page::{BLOCK_SHIFT, MAX_BLOCK_ENTRIES, PAGE_CODE_BYTES, PAGE_HEADER_BYTES, PAGE_SHIFT};
 use windlass_schema::table::{MAX_PAGE_BYTES, MAX_RECORDS};
-use windlass_schema::{Record, Rule, UnsupportedReason};
+use windlass_schema::{Record, UnsupportedReason};
 
 use crate::rows::{Row, push};
 
@@ -18,7 +18,7 @@ const PAGE_BLOCKS: usize = (PAGE_CODE_BYTES >> BLOCK_SHIFT) as usize;
 /// the index of a block (wide index).
 const SPARSE_BLOCK_ROWS: usize = (MAX_PAGE_BYTES - PAGE_HEADER_BYTES - 4) as usize / PAGE_BLOCKS / 3 - 1;
 /// Rows of a page that always fit it.
-const PAGE_ROWS: usize = SPARSE_BLOCK_ROWS * PAGE_BLOCKS;
+pub(crate) const PAGE_ROWS: usize = SPARSE_BLOCK_ROWS * PAGE_BLOCKS;
 
 const _: () = assert!(
     PAGE_HEADER_BYTES as usize + 2 * PAGE_BLOCKS + 2 + 3 * PAGE_ROWS <= MAX_PAGE_BYTES as usize
@@ -42,7 +42,7 @@ fn bound_blocks(rows: Vec<Row>) -> Vec<Row> {
     if fits(&rows) {
         return rows;
     }
-    let dense = Rule::Unsupported(UnsupportedReason::DenseBlock).to_record();
+    let dense = Record::unsupported(UnsupportedReason::DenseBlock);
     let mut bounded = Vec::with_capacity(rows.len());
     for rows in rows.chunk_by(|a, b| page(a) == page(b)) {
         let limit = if rows.len() < PAGE_ROWS { MAX_BLOCK_ENTRIES } else { SPARSE_BLOCK_ROWS };
@@ -81,7 +81,7 @@ fn bound_dictionary(mut rows: Vec<Row>) -> Vec<Row> {
     // Two are spoken for: no CFI, and this reason.
     let kept: std::collections::HashSet<_> =
         by_use.into_iter().map(|(record, _)| record).take(MAX_RECORDS as usize - 2).collect();
-    let full = Rule::Unsupported(UnsupportedReason::DictionaryFull).to_record();
+    let full = Record::unsupported(UnsupportedReason::DictionaryFull);
     for row in rows.iter_mut().filter(|row| row.record != Record::NO_CFI && !kept.contains(&row.record)) {
         row.record = full;
     }

@@ -4,47 +4,59 @@
 //! the rest are the page's, at two bytes for each record that the page uses. So the first
 //! numbers go to the records that most pages use, whatever the count of entries.
 
-use std::collections::HashMap;
-
 use windlass_schema::Record;
 use windlass_schema::page::PAGE_SHIFT;
 use windlass_schema::table::MAX_RECORDS;
 
-use crate::fold::Entry;
+use crate::fold::Folded;
+use crate::placement::Placed;
 
-/// All records of a table, numbered.
+/// The records of a table, numbered.
 pub(crate) struct Dictionary {
     pub(crate) records: Vec<Record>,
-    numbers: HashMap<Record, u16>,
+    /// By the number in [`Folded::records`]: the number in the dictionary.
+    numbers: Vec<u16>,
+}
+
+/// What is known of the use of a record.
+#[derive(Clone, Copy)]
+struct Use {
+    pages: u32,
+    entries: u32,
+    last_page: u32,
 }
 
 impl Dictionary {
-    /// Numbers the records of `entries`. `None` if they are more than a dictionary holds.
-    pub(crate) fn of(entries: &[Entry]) -> Option<Self> {
-        // Pages and entries that use a record, and the last page seen.
-        let mut uses: HashMap<Record, (u32, u32, u64)> = HashMap::new();
-        for entry in entries {
-            let page = entry.address >> PAGE_SHIFT;
-            let used = uses.entry(entry.record).or_insert((0, 0, u64::MAX));
-            used.0 += u32::from(used.2 != page);
-            used.1 += 1;
-            used.2 = page;
+    /// Numbers the records that are in use. `None` if they are more than a dictionary holds.
+    pub(crate) fn of(folded: &Folded, placed: &[Placed]) -> Option<Self> {
+        let mut uses = vec![Use { pages: 0, entries: 0, last_page: u32::MAX }; folded.records.len()];
+        for placed in placed {
+            let page = placed.offset >> PAGE_SHIFT;
+            for entry in folded.entries(placed.chain) {
+                let used = &mut uses[entry.record as usize];
+                used.pages += u32::from(used.last_page != page);
+                used.entries += 1;
+                used.last_page = page;
+            }
         }
-        if uses.len() > MAX_RECORDS as usize {
+        let mut used: Vec<usize> = (0..uses.len()).filter(|number| uses[*number].entries > 0).collect();
+        if used.len() > MAX_RECORDS as usize {
             return None;
         }
-        let mut records: Vec<_> = uses.into_iter().collect();
         // The record itself last: the same image gives the same bytes.
-        records.sort_unstable_by_key(|(record, (pages, entries, _))| {
-            (std::cmp::Reverse(*pages), std::cmp::Reverse(*entries), *record)
+        used.sort_unstable_by_key(|number| {
+            let Use { pages, entries, .. } = uses[*number];
+            (std::cmp::Reverse(pages), std::cmp::Reverse(entries), folded.records[*number])
         });
-        let records: Vec<Record> = records.into_iter().map(|(record, _)| record).collect();
-        let numbers = records.iter().zip(0..).map(|(record, number)| (*record, number)).collect();
-        Some(Self { records, numbers })
+        let mut numbers = vec![0; folded.records.len()];
+        for (number, index) in (0..).zip(&used) {
+            numbers[*index] = number;
+        }
+        Some(Self { records: used.into_iter().map(|index| folded.records[index]).collect(), numbers })
     }
 
-    /// The number of a record of these entries.
-    pub(crate) fn number(&self, record: Record) -> u16 {
-        *self.numbers.get(&record).expect("the dictionary was made of the entries that are encoded")
+    /// The number of a record in use, given the one in [`Folded::records`].
+    pub(crate) fn number(&self, record: u32) -> u16 {
+        self.numbers[record as usize]
     }
 }

@@ -62,8 +62,16 @@ pub enum CompileError {
     Table(#[source] TableError),
 }
 
-/// One `.eh_frame`.
-pub(crate) struct EhFrameSection<'a> {
+/// What a section is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SectionKind {
+    EhFrame,
+    DebugFrame,
+}
+
+/// One section of call frame information.
+pub(crate) struct FrameSection<'a> {
+    pub(crate) kind: SectionKind,
     /// Image address of its first byte.
     pub(crate) address: u64,
     /// Size that the headers state, if they do.
@@ -78,7 +86,7 @@ enum Stored<'a> {
     Compressed(CompressedData<'a>),
 }
 
-impl<'a> EhFrameSection<'a> {
+impl<'a> FrameSection<'a> {
     /// Its bytes, as many as the file has; `None` if they do not decompress to the size that is stated.
     pub(crate) fn data(&self) -> Option<Cow<'a, [u8]>> {
         match self.stored {
@@ -99,9 +107,9 @@ fn skipped_section(address: u64, reason: SkipReason) -> SkippedFde {
 }
 
 /// What unwinding needs of an image.
-#[derive(Default)]
 pub(crate) struct Image<'a> {
-    pub(crate) eh_frames: Vec<EhFrameSection<'a>>,
+    pub(crate) architecture: windlass_schema::Architecture,
+    pub(crate) frames: Vec<FrameSection<'a>>,
     /// Sections that are there but are not read.
     pub(crate) skipped: Vec<SkippedFde>,
     /// Address of `.text`, which text-relative pointers count from.
@@ -142,11 +150,23 @@ fn header(file: &[u8]) -> Result<&Header, CompileError> {
 }
 
 impl<'a> Image<'a> {
+    fn new(architecture: windlass_schema::Architecture) -> Self {
+        Self {
+            architecture,
+            frames: Vec::new(),
+            skipped: Vec::new(),
+            text: None,
+            got: None,
+            loaded: Vec::new(),
+            first_code: None,
+        }
+    }
+
     /// Finds the call frame information of `file`. An image of another type than `ET_EXEC` and `ET_DYN`
     /// has none that is of use: its addresses are not final.
     pub(crate) fn parse(file: &'a [u8]) -> Result<Self, CompileError> {
         let header = header(file)?;
-        let mut image = Self::default();
+        let mut image = Self::new(windlass_schema::Architecture::X86_64);
         if header.e_type(LE) != elf::ET_EXEC && header.e_type(LE) != elf::ET_DYN {
             return Ok(image);
         }
@@ -182,11 +202,15 @@ impl<'a> Image<'a> {
         Ok(image)
     }
 
-    fn add(&mut self, address: u64, section: Result<Option<EhFrameSection<'a>>, SkipReason>) {
+    fn add(&mut self, address: u64, section: Result<Option<FrameSection<'a>>, SkipReason>) {
         match section {
-            Ok(section) => self.eh_frames.extend(section),
+            Ok(section) => self.frames.extend(section),
             Err(reason) => self.skipped.push(skipped_section(address, reason)),
         }
+    }
+
+    pub(crate) fn word_at(&self, _: u64) -> Option<u64> {
+        None
     }
 
     /// Whether address 0 is loaded as code.
@@ -227,7 +251,7 @@ impl<'a> Intake<'a> {
     }
 
     /// `None` for a section without bytes, as in split debug files.
-    fn eh_frame(&mut self, section: &SectionRow) -> Result<Option<EhFrameSection<'a>>, SkipReason> {
+    fn eh_frame(&mut self, section: &SectionRow) -> Result<Option<FrameSection<'a>>, SkipReason> {
         let Some((file_offset, stored_bytes)) = section.file_range(LE) else { return Ok(None) };
         let range = file_offset..file_offset.saturating_add(stored_bytes);
         if self.taken.len() == MAX_EH_FRAME_SECTIONS {
@@ -260,7 +284,12 @@ impl<'a> Intake<'a> {
         };
         self.budget_bytes = self.budget_bytes.checked_sub(read_bytes).ok_or(SkipReason::SectionLimit)?;
         self.taken.push(range);
-        Ok(Some(EhFrameSection { address: section.sh_addr(LE), stated_bytes: Some(stated_bytes), stored }))
+        Ok(Some(FrameSection {
+            kind: SectionKind::EhFrame,
+            address: section.sh_addr(LE),
+            stated_bytes: Some(stated_bytes),
+            stored,
+        }))
     }
 }
 
@@ -269,7 +298,7 @@ fn eh_frame_of_header<'a>(
     file: &'a [u8],
     segments: &[Segment],
     segment: &Segment,
-) -> Option<EhFrameSection<'a>> {
+) -> Option<FrameSection<'a>> {
     let bases = BaseAddresses::default().set_eh_frame_hdr(segment.p_vaddr(LE));
     let data = segment.data(LE, file).ok()?;
     let header = EhFrameHdr::new(data, GimliLittleEndian).parse(&bases, 8).ok()?;
@@ -282,7 +311,12 @@ fn eh_frame_of_header<'a>(
     let file_offset = load.p_offset(LE).checked_add(skip)?;
     let end = load.p_offset(LE).saturating_add(load.p_filesz(LE)).min(file.len() as u64);
     let data = file.read_bytes_at(file_offset, end.checked_sub(file_offset)?.min(MAX_EH_FRAME_BYTES)).ok()?;
-    Some(EhFrameSection { address, stated_bytes: None, stored: Stored::Plain(data) })
+    Some(FrameSection {
+        kind: SectionKind::EhFrame,
+        address,
+        stated_bytes: None,
+        stored: Stored::Plain(data),
+    })
 }
 
 /// The GNU build-ID of an ELF file of any class, byte order and machine: from the notes that program
@@ -314,7 +348,7 @@ mod tests {
     /// Where the reach of an image with code at `first` ends, which `end` is just short of or at.
     #[track_caller]
     fn check_reach(first: u64, end: u64) {
-        let image = Image { first_code: Some(first), ..Image::default() };
+        let image = Image { first_code: Some(first), ..Image::new(windlass_schema::Architecture::X86_64) };
         assert!(image.reaches(&(first..end - 1)), "{first:#x}..{end:#x}");
         assert!(!image.reaches(&(first..end)), "{first:#x}..{end:#x}");
     }

@@ -1,56 +1,83 @@
 //! Writes a table; the format is that of [`windlass_schema::table`].
 
-use windlass_schema::BuildId;
-use windlass_schema::page::PAGE_SHIFT;
-use windlass_schema::table::{Architecture, HEADER_BYTES, MAGIC, NO_PAGE, VERSION, checksum};
+use windlass_schema::page::{PAGE_CODE_BYTES, PAGE_SHIFT};
+use windlass_schema::table::{HEADER_BYTES, MAGIC, NO_PAGE, VERSION, checksum};
+use windlass_schema::{Architecture, BuildId};
 
 use crate::dictionary::Dictionary;
-use crate::fold::{Entry, fold};
-use crate::page;
-use crate::rows::Row;
+use crate::fold::{Folded, fold};
+use crate::page::{PageEntry, PageWriter};
+use crate::placement::Placement;
 
 /// The table of the image `build_id` with these rows, which `density` has let through.
-pub(crate) fn encode(build_id: BuildId, rows: &[Row]) -> Vec<u8> {
-    let folded = fold(rows);
-    match Dictionary::of(&folded) {
-        Some(dictionary) => write(build_id, rows.len(), &folded, &dictionary),
+pub(crate) fn encode(build_id: BuildId, architecture: Architecture, placement: &Placement) -> Vec<u8> {
+    let placed = &placement.placed;
+    let folded = fold(&placement.chains, placed, true);
+    let (folded, dictionary) = match Dictionary::of(&folded, placed) {
+        Some(dictionary) => (folded, dictionary),
         None => {
-            let plain = crate::fold::restated(rows);
-            let dictionary = Dictionary::of(&plain).expect("rows are bounded to what a dictionary holds");
-            write(build_id, rows.len(), &plain, &dictionary)
+            let plain = fold(&placement.chains, placed, false);
+            let dictionary =
+                Dictionary::of(&plain, placed).expect("rows are bounded to what a dictionary holds");
+            (plain, dictionary)
         }
-    }
+    };
+    write(build_id, architecture, placement, &folded, &dictionary)
 }
 
-fn write(build_id: BuildId, rows: usize, entries: &[Entry], dictionary: &Dictionary) -> Vec<u8> {
-    let number = |entry: &Entry| entry.address >> PAGE_SHIFT;
-    let first = entries.first().map_or(0, number);
-    let pages = entries.last().map_or(0, |last| number(last) - first + 1) as usize;
-    let mut directory = vec![NO_PAGE; pages];
-    let mut area = Vec::new();
-    for entries in entries.chunk_by(|a, b| number(a) == number(b)) {
-        directory[(number(&entries[0]) - first) as usize] = (area.len() / 8) as u32;
-        area.extend(page::write(entries, dictionary));
-        area.resize(area.len().next_multiple_of(8), 0);
-    }
+fn write(
+    build_id: BuildId,
+    architecture: Architecture,
+    placement: &Placement,
+    folded: &Folded,
+    dictionary: &Dictionary,
+) -> Vec<u8> {
+    let placed = &placement.placed;
+    let page = |offset: u32| offset >> PAGE_SHIFT;
+    let first = placed.first().map_or(0, |first| page(first.offset));
+    let pages = placed.last().map_or(0, |last| page(last.offset) - first + 1) as usize;
+    let base = placement.base + (u64::from(first) << PAGE_SHIFT);
 
-    let mut file =
-        Vec::with_capacity(HEADER_BYTES + 8 * dictionary.records.len() + 4 * pages + 4 + area.len());
+    let records_at = HEADER_BYTES;
+    let directory_at = records_at + 8 * dictionary.records.len();
+    let pages_at = directory_at + 4 * pages.next_multiple_of(2);
+    let mut file = Vec::with_capacity(pages_at + placed.len() * 3);
     file.extend(MAGIC);
     file.extend(VERSION.to_le_bytes());
-    file.extend([Architecture::X86_64 as u8, 0]);
+    file.extend([architecture as u8, 0]);
     file.extend([0; 8]);
-    file.extend((first << PAGE_SHIFT).to_le_bytes());
-    for field in [pages, dictionary.records.len(), area.len(), rows] {
-        file.extend((field as u32).to_le_bytes());
-    }
+    file.extend(base.to_le_bytes());
+    file.resize(40, 0);
     file.push(build_id.as_bytes().len() as u8);
     file.extend(build_id.as_bytes());
     file.resize(HEADER_BYTES, 0);
     file.extend(dictionary.records.iter().flat_map(|record| record.0.to_le_bytes()));
-    file.extend(directory.iter().flat_map(|at| at.to_le_bytes()));
-    file.resize(file.len().next_multiple_of(8), 0);
-    file.extend(area);
+    let mut directory = vec![NO_PAGE; pages];
+    file.resize(pages_at, 0);
+
+    let mut writer = PageWriter::default();
+    let mut entries = Vec::new();
+    for placed in placed.chunk_by(|a, b| page(a.offset) == page(b.offset)) {
+        entries.clear();
+        for placed in placed {
+            entries.extend(folded.entries(placed.chain).iter().map(|entry| PageEntry {
+                offset: ((placed.offset + entry.at) % PAGE_CODE_BYTES as u32) as u16,
+                record: dictionary.number(entry.record),
+            }));
+        }
+        directory[(page(placed[0].offset) - first) as usize] = ((file.len() - pages_at) / 8) as u32;
+        writer.write(&entries, &mut file);
+        file.resize(file.len().next_multiple_of(8), 0);
+    }
+    for (at, offset) in directory.iter().enumerate() {
+        file[directory_at + 4 * at..][..4].copy_from_slice(&offset.to_le_bytes());
+    }
+    let page_bytes = file.len() - pages_at;
+    for (at, field) in
+        [pages, dictionary.records.len(), page_bytes, placement.rows as usize].iter().enumerate()
+    {
+        file[24 + 4 * at..][..4].copy_from_slice(&(*field as u32).to_le_bytes());
+    }
     let sum = checksum(&file);
     file[8..16].copy_from_slice(&sum.to_le_bytes());
     file
@@ -59,17 +86,29 @@ fn write(build_id: BuildId, rows: usize, entries: &[Entry], dictionary: &Diction
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chains::Chains;
     use crate::density::bound;
-    use crate::rows::push;
+    use crate::rows::{Row, push};
     use proptest::prelude::*;
     use windlass_schema::page::MAX_BLOCK_ENTRIES;
     use windlass_schema::table::{MAX_PAGES, MAX_RECORDS};
     use windlass_schema::{
         CfaRule, FramePointerRule, ImageAddress, Record, Register, ReturnAddressRule, Rule, Table,
+        UnsupportedReason,
     };
 
+    fn encoded(rows: &[Row]) -> Vec<u8> {
+        let base = rows.first().map_or(0, |row| row.address >> PAGE_SHIFT << PAGE_SHIFT);
+        let mut placement = Placement::new(base, Chains::default());
+        placement.rows(rows);
+        assert!(!placement.is_too_dense);
+        assert_eq!(placement.rows, rows.len() as u64);
+        assert!(placement.all_rows() == rows);
+        encode(BuildId::new(&[7; 20]).unwrap(), Architecture::X86_64, &placement)
+    }
+
     fn frame(cfa: CfaRule, frame_pointer: FramePointerRule) -> Record {
-        Rule::Frame { cfa, return_address: ReturnAddressRule::AtCfa, frame_pointer }.to_record()
+        Rule::Frame { cfa, return_address: ReturnAddressRule::AtCfa(-8), frame_pointer }.to_record()
     }
 
     fn rsp(offset: i32) -> Record {
@@ -80,7 +119,7 @@ mod tests {
     #[track_caller]
     fn check(rows: &[Row]) {
         let build_id = BuildId::new(&[7; 20]).unwrap();
-        let file = encode(build_id, rows);
+        let file = encoded(rows);
         let table = Table::parse(&file).unwrap();
         assert_eq!(table.build_id(), build_id);
         assert_eq!(table.row_count() as usize, rows.len());
@@ -102,7 +141,7 @@ mod tests {
         let saved = prop_oneof![
             4 => Just(FramePointerRule::Same),
             3 => (1i16..6).prop_map(|words| FramePointerRule::AtCfa(-8 * words)),
-            1 => any::<i16>().prop_map(FramePointerRule::AtRbp),
+            1 => any::<i16>().prop_map(FramePointerRule::AtFramePointer),
             1 => Just(FramePointerRule::Undefined),
         ];
         let cfa = prop_oneof![
@@ -153,7 +192,7 @@ mod tests {
         let end = Row { address: last_end(first), record: Record::NO_CFI };
         check(&[start, end]);
         let pages = |rows: &[Row]| {
-            let file = encode(BuildId::new(&[7; 20]).unwrap(), rows);
+            let file = encoded(rows);
             Table::parse(&file).unwrap().page_count()
         };
         assert_eq!(pages(&[start, end]), MAX_PAGES);
@@ -190,10 +229,10 @@ mod tests {
             .flat_map(|block| rows.iter().map(move |row| Row { address: row.address + 256 * block, ..*row }))
             .collect();
         check(&rows);
-        let file = encode(BuildId::new(&[7; 20]).unwrap(), &rows);
+        let file = encoded(&rows);
         let page = Table::parse(&file).unwrap().page(0).unwrap().len();
-        // Header, 9 halves and 64 bytes of index, two entries of two bytes in each block.
-        assert_eq!(page, 8 + 2 * 9 + 64 + 64 * 2 * 2);
+        // Header, four groups of counts and starts, two entries of two bytes in each block.
+        assert_eq!(page, 8 + 4 * (8 + 2) + 64 * 2 * 2);
     }
 
     /// `rows`, and behind them the end of coverage that every list of rows has.
@@ -204,8 +243,8 @@ mod tests {
     }
 
     fn unsupported(rows: &[Row]) -> usize {
-        let is_unsupported = |row: &&Row| matches!(Rule::try_from(row.record), Ok(Rule::Unsupported(_)));
-        rows.iter().filter(is_unsupported).count()
+        let reasons = [UnsupportedReason::DenseBlock, UnsupportedReason::DictionaryFull];
+        rows.iter().filter(|row| reasons.map(Record::unsupported).contains(&row.record)).count()
     }
 
     #[test]

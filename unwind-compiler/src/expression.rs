@@ -6,12 +6,9 @@
 //! formulas. So an expression is run here over symbolic values; what cannot become one of the formulas
 //! any more ends it, which also bounds the work.
 
-use gimli::{Encoding, Expression, Format, Operation};
-use windlass_schema::CfaRule;
-use windlass_schema::Register;
+use gimli::{Encoding, EndianSlice, Expression, Format, LittleEndian, Operation};
 use windlass_schema::record::DWARF_RA;
-
-use crate::cfi::Reader;
+use windlass_schema::{Architecture, CfaRule, Register};
 
 /// Call frame expressions are of 64-bit addresses; nothing in them depends on format or version.
 pub(crate) const ENCODING: Encoding = Encoding { address_size: 8, format: Format::Dwarf32, version: 4 };
@@ -50,7 +47,8 @@ pub(crate) enum Value {
 }
 
 /// Runs `expression`; `None` if it computes none of the formulas of [`Value`].
-pub(crate) fn run(expression: Expression<Reader<'_>>) -> Option<Value> {
+pub(crate) fn run(architecture: Architecture, expression: &[u8]) -> Option<Value> {
+    let expression = Expression(EndianSlice::new(expression, LittleEndian));
     let mut stack = [Value::Constant(0); 4];
     let mut depth = 0;
     let mut operations = expression.operations(ENCODING);
@@ -67,9 +65,14 @@ pub(crate) fn run(expression: Expression<Reader<'_>>) -> Option<Value> {
             Operation::UnsignedConstant { value } => Value::Constant(value),
             Operation::SignedConstant { value } => Value::Constant(value as u64),
             Operation::RegisterOffset { register, offset, base_type } if base_type.0 == 0 => {
-                match Register::new(register.0) {
+                match Register::new(architecture, register.0) {
                     Some(register) => Value::Register(register, offset as u64),
-                    None if register.0 == u16::from(DWARF_RA) && offset == 0 => Value::InstructionPointer,
+                    None if architecture == Architecture::X86_64
+                        && register.0 == u16::from(DWARF_RA)
+                        && offset == 0 =>
+                    {
+                        Value::InstructionPointer
+                    }
                     None => return None,
                 }
             }
@@ -136,7 +139,7 @@ impl Value {
         Some(match (self, other) {
             (V::Constant(a), V::Constant(b)) => V::Constant(a.wrapping_mul(b)),
             (V::Register(r, 0), V::Constant(a)) | (V::Constant(a), V::Register(r, 0))
-                if u16::from(r.number()) == DWARF_R9 =>
+                if r.architecture() == Architecture::X86_64 && u16::from(r.number()) == DWARF_R9 =>
             {
                 V::ScaledIndex(a)
             }

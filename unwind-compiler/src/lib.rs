@@ -10,13 +10,15 @@
 //! In reading order, each step a module:
 //!
 //! - `elf`: where the image keeps its call frame information
-//! - `cfi`: its FDEs, one at a time, and the rows of each
+//! - `entries`: its CIEs and FDEs; `instructions`: the rows of each
 //! - `projection`, `expression`: a row of CFI as a [`Rule`](windlass_schema::Rule)
-//! - `rows`: the rows of all FDEs as one list, sorted and disjoint
-//! - `density`: what the format cannot hold, marked as such
-//! - `fold`: runs of rows as one record
+//! - `shapes`, `chains`: what functions have in common, once
+//! - `rows`: what several FDEs say of one address
+//! - `placement`: all rows at their addresses; `density`: what the format cannot hold, marked as such
+//! - `run`, `fold`: runs of rows as one record
 //! - `dictionary`, `page`, `encode`: the bytes
-//! - `report`: what became of everything; `verify`: the proof
+//! - `report`: what became of everything
+//! - `oracle`, `verify`: the proof, by another interpreter
 //!
 //! ```
 //! use windlass_unwind_compiler::{build_id_of, compile};
@@ -30,18 +32,25 @@
 //! # }
 //! ```
 
-mod cfi;
+mod chains;
 mod compile;
+mod cursor;
 mod density;
 mod dictionary;
 mod elf;
 mod encode;
+mod entries;
 mod expression;
 mod fold;
+mod instructions;
+mod oracle;
 mod page;
+mod placement;
 mod projection;
 mod report;
 mod rows;
+mod run;
+mod shapes;
 mod verify;
 
 pub use compile::{Compiled, compile};

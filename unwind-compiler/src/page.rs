@@ -1,80 +1,128 @@
 //! Writes one page; the format is that of [`windlass_schema::page`].
 
 use windlass_schema::page::{
-    BLOCK_SHIFT, GROUP_SHIFT, PAGE_CODE_BYTES, PageLayout, WIDE_INDEX, WIDE_RECORDS,
+    BLOCK_SHIFT, GROUP_BLOCKS, GROUP_SHIFT, MAX_NARROW_COUNT, PageLayout, WIDE_COUNTS, WIDE_RECORDS,
 };
-
-use crate::dictionary::Dictionary;
-use crate::fold::Entry;
+use windlass_schema::table::MAX_RECORDS;
 
 /// Record numbers that a byte tells apart.
 const NARROW_RECORDS: usize = 256;
+/// Blocks of a page.
+const PAGE_BLOCKS: usize = 256;
 
-/// The bytes of the page whose entries these are: at least one, at most as many as `density` lets through.
-pub(crate) fn write(entries: &[Entry], dictionary: &Dictionary) -> Vec<u8> {
-    let offset = |entry: &Entry| entry.address % PAGE_CODE_BYTES;
-    let numbers: Vec<u16> = entries.iter().map(|entry| dictionary.number(entry.record)).collect();
-    let first_group = offset(&entries[0]) >> GROUP_SHIFT;
-    let groups = (offset(&entries[entries.len() - 1]) >> GROUP_SHIFT) - first_group + 1;
-    // First entry of each block, and one past the last.
-    let block_starts: Vec<usize> = (0..=8 * groups)
-        .map(|block| {
-            let start = (8 * first_group + block) << BLOCK_SHIFT;
-            entries.partition_point(|entry| offset(entry) < start)
-        })
-        .collect();
-    let wide_index =
-        block_starts.chunks(8).any(|group| group[group.len() - 1] - group[0] > usize::from(u8::MAX));
-    let split = split_numbers(&numbers);
-    let flags = if wide_index { WIDE_INDEX } else { 0 } | if split.is_none() { WIDE_RECORDS } else { 0 };
-    let (common, locals) = split.unwrap_or_default();
-    let layout = PageLayout::new(
-        flags,
-        first_group as u32,
-        groups as u32,
-        locals.len() as u32,
-        entries.len() as u32,
-        u32::from(common),
-    );
-
-    let mut page = Vec::with_capacity(layout.end as usize);
-    page.extend([flags, first_group as u8, groups as u8, locals.len() as u8]);
-    page.extend((entries.len() as u16).to_le_bytes());
-    page.extend([common, 0]);
-    let half = |value: usize| (value as u16).to_le_bytes();
-    let step = if wide_index { 1 } else { 8 };
-    page.extend(block_starts.iter().step_by(step).flat_map(|start| half(*start)));
-    page.extend(locals.iter().flat_map(|number| number.to_le_bytes()));
-    if flags & WIDE_RECORDS != 0 {
-        page.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
-    }
-    if !wide_index {
-        let in_group =
-            block_starts.chunks_exact(8).flat_map(|group| group.iter().map(|start| start - group[0]));
-        page.extend(in_group.map(|count| count as u8));
-    }
-    page.extend(entries.iter().map(|entry| entry.address as u8));
-    if flags & WIDE_RECORDS == 0 {
-        page.extend(numbers.iter().map(|number| match locals.binary_search(number) {
-            Ok(local) => common + local as u8,
-            Err(_) => *number as u8,
-        }));
-    }
-    debug_assert_eq!(page.len(), layout.end as usize);
-    page
+/// An entry of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PageEntry {
+    /// Offset in the page.
+    pub(crate) offset: u16,
+    /// Number of its record in the dictionary.
+    pub(crate) record: u16,
 }
 
-/// How many of the dictionary's first numbers to take as they are, and the other numbers in use, sorted.
-/// `None` if the page uses too many for a byte to tell apart.
-fn split_numbers(numbers: &[u16]) -> Option<(u8, Vec<u16>)> {
-    let mut used = numbers.to_vec();
-    used.sort_unstable();
-    used.dedup();
+/// Writes pages, one after the other.
+pub(crate) struct PageWriter {
+    /// For each record, the number of the last page that uses it, counted from 1.
+    used_in: Vec<u32>,
+    /// For each record, its number in the page.
+    numbers: Vec<u8>,
+    page: u32,
+    /// Records that the page uses, sorted.
+    used: Vec<u16>,
+}
+
+impl Default for PageWriter {
+    fn default() -> Self {
+        let records = MAX_RECORDS as usize;
+        Self { used_in: vec![0; records], numbers: vec![0; records], page: 0, used: Vec::new() }
+    }
+}
+
+impl PageWriter {
+    /// Appends the page with these entries: at least one, at most as many as `density` lets through, in the
+    /// order of their offsets.
+    pub(crate) fn write(&mut self, entries: &[PageEntry], page: &mut Vec<u8>) {
+        let group = |entry: &PageEntry| u32::from(entry.offset) >> GROUP_SHIFT;
+        let first_group = group(&entries[0]);
+        let groups = group(&entries[entries.len() - 1]) - first_group + 1;
+        let mut counts = [0u8; PAGE_BLOCKS];
+        for entry in entries {
+            counts[usize::from(entry.offset) >> BLOCK_SHIFT] += 1;
+        }
+        let counts = &counts[(GROUP_BLOCKS * first_group) as usize..][..(GROUP_BLOCKS * groups) as usize];
+        let is_wide = counts.iter().any(|count| usize::from(*count) > MAX_NARROW_COUNT);
+        self.collect_used(entries);
+        let split = split_numbers(&self.used);
+        let flags = if is_wide { WIDE_COUNTS } else { 0 } | if split.is_none() { WIDE_RECORDS } else { 0 };
+        let (common, locals_from) = split.unwrap_or((0, self.used.len()));
+        let locals = &self.used[locals_from..];
+        let layout = PageLayout::new(
+            flags,
+            first_group,
+            groups,
+            locals.len() as u32,
+            entries.len() as u32,
+            common as u32,
+        );
+
+        let start = page.len();
+        page.extend([flags, first_group as u8, groups as u8, locals.len() as u8]);
+        page.extend((entries.len() as u16).to_le_bytes());
+        page.extend([common as u8, 0]);
+        if is_wide {
+            page.extend_from_slice(counts);
+        } else {
+            page.extend(counts.chunks_exact(2).map(|pair| pair[0] | pair[1] << 4));
+        }
+        let mut before = 0u16;
+        for counts in counts.chunks_exact(GROUP_BLOCKS as usize) {
+            page.extend(before.to_le_bytes());
+            before += counts.iter().map(|count| u16::from(*count)).sum::<u16>();
+        }
+        page.extend(locals.iter().flat_map(|number| number.to_le_bytes()));
+        if split.is_none() {
+            page.extend(entries.iter().flat_map(|entry| entry.record.to_le_bytes()));
+        }
+        page.extend(entries.iter().map(|entry| entry.offset as u8));
+        if split.is_some() {
+            for (number, record) in (common..).zip(locals) {
+                self.numbers[usize::from(*record)] = number as u8;
+            }
+            let numbers = &self.numbers;
+            page.extend(entries.iter().map(|entry| match entry.record {
+                record if usize::from(record) < common => record as u8,
+                record => numbers[usize::from(record)],
+            }));
+        }
+        debug_assert_eq!(page.len() - start, layout.end as usize);
+    }
+
+    fn collect_used(&mut self, entries: &[PageEntry]) {
+        self.page += 1;
+        self.used.clear();
+        for entry in entries {
+            let used_in = &mut self.used_in[usize::from(entry.record)];
+            if *used_in != self.page {
+                *used_in = self.page;
+                self.used.push(entry.record);
+            }
+        }
+        self.used.sort_unstable();
+    }
+}
+
+/// How many of the dictionary's first numbers to take as they are, and where among the numbers in use, which
+/// are sorted, those begin that a page names itself. `None` if the page uses too many for a byte to tell apart.
+fn split_numbers(used: &[u16]) -> Option<(usize, usize)> {
     // One more common number saves one local at most, so their sum never falls: the most that fit are best.
-    (0..=u8::MAX).rev().find_map(|common| {
-        let locals = &used[used.partition_point(|number| *number < u16::from(common))..];
-        let fits =
-            usize::from(common) + locals.len() <= NARROW_RECORDS && locals.len() <= usize::from(u8::MAX);
-        fits.then(|| (common, locals.to_vec()))
-    })
+    let mut locals_from = used.len();
+    for common in (0..=usize::from(u8::MAX)).rev() {
+        while locals_from > 0 && usize::from(used[locals_from - 1]) >= common {
+            locals_from -= 1;
+        }
+        let locals = used.len() - locals_from;
+        if common + locals <= NARROW_RECORDS && locals <= usize::from(u8::MAX) {
+            return Some((common, locals_from));
+        }
+    }
+    None
 }

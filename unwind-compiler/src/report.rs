@@ -6,9 +6,10 @@
 
 use std::collections::BTreeMap;
 
-use windlass_schema::{ImageAddress, Record, Rule, UnsupportedReason};
+use windlass_schema::record::kind;
+use windlass_schema::{ImageAddress, Record, UnsupportedReason};
 
-use crate::rows::Row;
+use crate::placement::Placement;
 
 /// Most skipped FDEs that a report names; all are counted.
 pub const MAX_SKIPPED_LISTED: usize = 100;
@@ -104,24 +105,40 @@ impl Report {
         }
     }
 
-    /// Counts the rows of the table. The last one must end the coverage.
-    pub(crate) fn count_rows(&mut self, rows: &[Row]) {
-        self.rows = rows.len() as u64;
-        for (index, row) in rows.iter().enumerate() {
-            if row.record == Record::NO_CFI {
-                self.exact_rows += 1;
-                continue;
-            }
-            let end = rows.get(index + 1).map_or(row.address, |next| next.address);
-            let bytes = end - row.address;
-            self.code_bytes += bytes;
-            match Rule::try_from(row.record) {
-                Ok(Rule::Unsupported(reason)) => *self.unsupported.entry(reason).or_default() += 1,
-                _ => {
-                    self.exact_rows += 1;
-                    self.exact_code_bytes += bytes;
+    /// Counts the rows of the table, `code_bytes` being known.
+    pub(crate) fn count_rows(&mut self, placement: &Placement) {
+        self.rows = placement.rows;
+        let reasons: Vec<bool> = (0..placement.chains.len())
+            .map(|chain| {
+                placement.chains.steps(chain as u32).iter().any(|step| reason(step.record).is_some())
+            })
+            .collect();
+        let mut unsupported_bytes = 0;
+        let mut state = Record::NO_CFI;
+        for (index, placed) in placement.placed.iter().enumerate() {
+            let steps = placement.chains.steps(placed.chain);
+            if reasons[placed.chain as usize] {
+                let next = placement.placed.get(index + 1).map_or(placed.offset, |next| next.offset);
+                let ends = steps.iter().skip(1).map(|step| placed.offset + step.at).chain([next]);
+                for (step, end) in steps.iter().zip(ends) {
+                    if let Some(reason) = reason(step.record) {
+                        unsupported_bytes += u64::from(end - (placed.offset + step.at));
+                        *self.unsupported.entry(reason).or_default() += u64::from(step.record != state);
+                    }
+                    state = step.record;
                 }
             }
+            state = steps[steps.len() - 1].record;
         }
+        self.exact_rows = self.rows - self.unsupported.values().sum::<u64>();
+        self.exact_code_bytes = self.code_bytes.saturating_sub(unsupported_bytes);
     }
+}
+
+/// Why a record is not exact.
+fn reason(record: Record) -> Option<UnsupportedReason> {
+    let code = record.aux();
+    (record.kind() == kind::UNSUPPORTED)
+        .then(|| UnsupportedReason::ALL.iter().copied().find(|reason| *reason as u8 == code))
+        .flatten()
 }

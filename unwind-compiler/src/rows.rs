@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use windlass_schema::{Record, Rule, UnsupportedReason};
+use windlass_schema::{Record, UnsupportedReason};
 
 /// From `address` on, up to the next row, `record` holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,11 +16,13 @@ pub(crate) struct Row {
     pub(crate) record: Record,
 }
 
-/// `record` holds from `start` up to `end`, says one FDE.
+/// `record` holds from `start` up to `end`, says one source.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Interval {
     pub(crate) start: u64,
     pub(crate) end: u64,
+    /// Where several sources cover an address, those of the lowest rank count.
+    pub(crate) rank: u8,
     pub(crate) record: Record,
 }
 
@@ -59,27 +61,31 @@ pub(crate) fn merge(mut intervals: Vec<Interval>) -> Vec<Row> {
 
 /// Appends the rows of intervals that overlap.
 fn push_overlapping(rows: &mut Vec<Row>, intervals: &[Interval]) {
-    let overlap = Rule::Unsupported(UnsupportedReason::Overlap).to_record();
-    let mut edges: Vec<(u64, Record, isize)> = intervals
+    let overlap = Record::unsupported(UnsupportedReason::Overlap);
+    let mut edges: Vec<(u64, (u8, Record), isize)> = intervals
         .iter()
-        .flat_map(|interval| [(interval.start, interval.record, 1), (interval.end, interval.record, -1)])
+        .flat_map(|interval| {
+            let stated = (interval.rank, interval.record);
+            [(interval.start, stated, 1), (interval.end, stated, -1)]
+        })
         .collect();
     edges.sort_by_key(|(address, ..)| *address);
     // How many intervals state each record at the address that the sweep has come to.
-    let mut stated: BTreeMap<Record, isize> = BTreeMap::new();
+    let mut stated: BTreeMap<(u8, Record), isize> = BTreeMap::new();
     for here in edges.chunk_by(|a, b| a.0 == b.0) {
-        for (_, record, change) in here {
-            *stated.entry(*record).or_default() += change;
+        for (_, one, change) in here {
+            *stated.entry(*one).or_default() += change;
         }
-        for (_, record, _) in here {
-            if stated.get(record) == Some(&0) {
-                stated.remove(record);
+        for (_, one, _) in here {
+            if stated.get(one) == Some(&0) {
+                stated.remove(one);
             }
         }
-        let record = match (stated.len(), stated.first_key_value()) {
-            (1, Some((record, _))) => *record,
-            (_, None) => Record::NO_CFI,
-            _ => overlap,
+        let mut first = stated.keys();
+        let record = match (first.next(), first.next()) {
+            (None, _) => Record::NO_CFI,
+            (Some((rank, _)), Some((other_rank, _))) if rank == other_rank => overlap,
+            (Some((_, record)), _) => *record,
         };
         push(rows, here[0].0, record);
     }
@@ -89,9 +95,10 @@ fn push_overlapping(rows: &mut Vec<Row>, intervals: &[Interval]) {
 mod tests {
     use super::*;
     use windlass_schema::record::kind;
+    use windlass_schema::{Architecture, Rule};
 
     fn record(words: i32) -> Record {
-        Record::plain(kind::RSP, 0, 0, 0, 0, 8 * words)
+        Record::plain(kind::SP, 0, 0, 0, 0, 8 * words)
     }
 
     #[track_caller]
@@ -99,11 +106,12 @@ mod tests {
         let intervals = intervals.iter().map(|(start, end, words)| Interval {
             start: *start,
             end: *end,
+            rank: 0,
             record: record(*words),
         });
         let rows: Vec<_> = merge(intervals.collect())
             .into_iter()
-            .map(|row| (row.address, Rule::try_from(row.record).unwrap().to_string()))
+            .map(|row| (row.address, Rule::of_record(row.record, Architecture::X86_64).unwrap().to_string()))
             .collect();
         let expect: Vec<_> = expect.iter().map(|(address, text)| (*address, text.to_string())).collect();
         assert_eq!(rows, expect);
@@ -132,5 +140,15 @@ mod tests {
             &[(0, 100, 1), (4, 8, 2), (8, 12, 2)],
             &[(0, ONE), (4, "unsupported overlap"), (12, ONE), (100, "no_cfi")],
         );
+    }
+
+    #[test]
+    fn a_source_of_lower_rank_has_precedence() {
+        let interval = |start, end, rank, words| Interval { start, end, rank, record: record(words) };
+        let rows = merge(vec![interval(0, 20, 1, 2), interval(4, 8, 0, 1), interval(12, 16, 1, 1)]);
+        let text = |row: Row| Rule::of_record(row.record, Architecture::X86_64).unwrap().to_string();
+        let found: Vec<_> = rows.into_iter().map(|row| (row.address, text(row))).collect();
+        let expect = [(0, TWO), (4, ONE), (8, TWO), (12, "unsupported overlap"), (16, TWO), (20, "no_cfi")];
+        assert_eq!(found, expect.map(|(address, text)| (address, text.to_owned())));
     }
 }

@@ -19,9 +19,9 @@ use windlass_schema::{
     CfaRule, FramePointerRule, ImageAddress, ReturnAddressRule, Rule, Table, UnsupportedReason,
 };
 
-use crate::cfi::{CfiRow, Fde, for_each_fde};
 use crate::elf::{CompileError, Image};
 use crate::expression::ENCODING;
+use crate::oracle::{CfiRow, Fde, for_each_fde};
 
 /// Most disagreements that a verification describes; all are counted.
 pub const MAX_DISAGREEMENTS_LISTED: usize = 20;
@@ -163,7 +163,9 @@ fn states(rule: Rule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
             !fde.entry.is_signal_trampoline()
                 && states_cfa(cfa, fde, row, address)
                 && match ra {
-                    ReturnAddressRule::AtCfa => return_address == Some(RegisterRule::Offset(-8)),
+                    ReturnAddressRule::AtCfa(offset) => {
+                        return_address == Some(RegisterRule::Offset(offset.into()))
+                    }
                     ReturnAddressRule::Register(register) => {
                         return_address == Some(RegisterRule::Register(CfiRegister(register.number().into())))
                     }
@@ -194,6 +196,7 @@ fn states_cfa(cfa: CfaRule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bo
                     let pushed = (machine.rip & 15) as i64 >= i64::from(threshold);
                     at(register(DWARF_RSP), base).wrapping_add(if pushed { 8 } else { 0 })
                 }
+                CfaRule::GoStack { .. } => return false,
             };
             machine.evaluate(fde, expression) == Some(expected)
         }),
@@ -206,11 +209,12 @@ fn states_frame_pointer(rule: FramePointerRule, fde: &Fde<'_, '_>, row: &CfiRow,
         (FramePointerRule::Same, None | Some(RegisterRule::SameValue)) => true,
         (FramePointerRule::Undefined, Some(RegisterRule::Undefined)) => true,
         (FramePointerRule::AtCfa(f), Some(RegisterRule::Offset(offset))) => i64::from(f) == offset,
-        (FramePointerRule::AtRbp(f), Some(RegisterRule::Expression(expression))) => Machine::states(address)
-            .all(|machine| {
+        (FramePointerRule::AtFramePointer(f), Some(RegisterRule::Expression(expression))) => {
+            Machine::states(address).all(|machine| {
                 let expected = machine.register(DWARF_RBP.into()).wrapping_add_signed(f.into());
                 machine.evaluate(fde, &expression) == Some(expected)
-            }),
+            })
+        }
         _ => false,
     }
 }

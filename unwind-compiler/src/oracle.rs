@@ -38,15 +38,6 @@ impl Fde<'_, '_> {
         self.entry.initial_address()..self.entry.end_address()
     }
 
-    /// This FDE, as one that was skipped.
-    pub(crate) fn skipped(&self, reason: SkipReason) -> SkippedFde {
-        SkippedFde {
-            offset: self.entry.offset() as u64,
-            address: Some(ImageAddress::new(self.entry.initial_address())),
-            reason,
-        }
-    }
-
     /// Calls `visit` with each row that covers an address of the FDE, in order, and the addresses.
     /// If the instructions are malformed, gives the address from which on nothing is known.
     pub(crate) fn rows(
@@ -82,7 +73,7 @@ pub(crate) fn for_each_fde(image: &Image<'_>, mut visit: impl FnMut(Result<Fde<'
     for skipped in &image.skipped {
         visit(Err(*skipped));
     }
-    for section in &image.eh_frames {
+    for section in &image.frames {
         let Some(data) = section.data() else {
             visit(Err(section.skipped(SkipReason::Unreadable)));
             continue;
