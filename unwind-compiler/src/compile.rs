@@ -5,7 +5,6 @@ use std::borrow::Cow;
 use windlass_schema::page::PAGE_SHIFT;
 use windlass_schema::{BuildId, Record, Table};
 
-use crate::chains::Chains;
 use crate::density::bound;
 use crate::elf::{CompileError, Image, SectionKind};
 use crate::encode::encode;
@@ -15,6 +14,11 @@ use crate::placement::Placement;
 use crate::report::{Report, SkipReason};
 use crate::rows::{Interval, merge};
 use crate::shapes::{FdeRows, Shapes};
+
+/// Bytes of a section to an FDE, as compilers write them: 50 over a whole distribution.
+const FDE_BYTES: usize = 48;
+/// Chains to an FDE: five in C++ of a large library.
+const CHAINS_PER_FDE: usize = 5;
 
 /// A table and how it came about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,11 +41,11 @@ pub fn compile(elf: &[u8], build_id: BuildId) -> Result<Compiled, CompileError> 
     let data: Vec<_> = image.frames.iter().map(|section| section.data()).collect();
     let (cies, fdes) = collect(&image, &data, &mut report);
     let base = fdes.first().map_or(0, |first| first.start >> PAGE_SHIFT << PAGE_SHIFT);
-    let mut placement = Placement::new(base, Chains::default());
+    let mut placement = Placement::new(base, CHAINS_PER_FDE * fdes.len());
     place(&cies, &fdes, &mut placement, &mut report);
     if placement.is_too_dense || !fits_dictionary(&placement.chains) {
         let bounded = bound(placement.all_rows());
-        placement = Placement::new(base, Chains::default());
+        placement = Placement::new(base, bounded.len());
         placement.rows(&bounded);
     }
     report.count_rows(&placement);
@@ -58,7 +62,8 @@ fn collect<'a>(
     report: &mut Report,
 ) -> (Vec<Cie<'a>>, Vec<Fde>) {
     let mut cies = Vec::new();
-    let mut fdes = Vec::new();
+    let bytes: usize = data.iter().flatten().map(|data| data.len()).sum();
+    let mut fdes = Vec::with_capacity(bytes / FDE_BYTES);
     for skipped in &image.skipped {
         report.skip(*skipped);
     }
@@ -75,16 +80,14 @@ fn collect<'a>(
         });
     }
     report.fdes = fdes.len() as u64;
-    if !fdes.is_sorted_by_key(|fde| fde.start) {
-        let place = |fde: &Fde| (cies[fde.cie as usize].section, fde.offset);
-        fdes.sort_unstable_by_key(|fde| (fde.start, place(fde)));
-    }
+    // Stable: of FDEs at one address, the first of the first section comes first. Linkers leave long sorted runs.
+    fdes.sort_by_key(|fde| fde.start);
     (cies, fdes)
 }
 
 /// Lays the rows of all FDEs out.
 fn place(cies: &[Cie<'_>], fdes: &[Fde], placement: &mut Placement, report: &mut Report) {
-    let mut shapes = Shapes::default();
+    let mut shapes = Shapes::new(fdes.len());
     let mut covered_to = placement.base;
     let mut rest = fdes;
     while let Some(first) = rest.first() {
@@ -124,7 +127,7 @@ fn place_one(
             shape.is_malformed
         }
         None => {
-            let rows = FdeRows::of(&cies[fde.cie as usize], fde, fde.length.into());
+            let rows = FdeRows::of(&cies[fde.cie as usize], fde);
             placement.steps(start, &rows.steps);
             report.cfi_rows += rows.cfi_rows;
             rows.is_malformed
@@ -140,7 +143,7 @@ fn place_overlapping(cies: &[Cie<'_>], fdes: &[Fde], placement: &mut Placement, 
     let mut intervals = Vec::new();
     for fde in fdes {
         let cie = &cies[fde.cie as usize];
-        let rows = FdeRows::of(cie, fde, fde.length.into());
+        let rows = FdeRows::of(cie, fde);
         report.cfi_rows += rows.cfi_rows;
         if rows.is_malformed {
             report.skip(fde.skipped(SkipReason::Instructions));

@@ -86,7 +86,6 @@ fn write(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chains::Chains;
     use crate::density::bound;
     use crate::rows::{Row, push};
     use proptest::prelude::*;
@@ -99,7 +98,7 @@ mod tests {
 
     fn encoded(rows: &[Row]) -> Vec<u8> {
         let base = rows.first().map_or(0, |row| row.address >> PAGE_SHIFT << PAGE_SHIFT);
-        let mut placement = Placement::new(base, Chains::default());
+        let mut placement = Placement::new(base, 0);
         placement.rows(rows);
         assert!(!placement.is_too_dense);
         assert_eq!(placement.rows, rows.len() as u64);

@@ -24,9 +24,8 @@ pub(crate) const MAX_CIE_BYTES: usize = 4096;
 
 /// What the FDEs of a CIE share.
 pub(crate) struct Cie<'a> {
-    /// Its section, and the section's number.
+    /// Its section.
     pub(crate) data: &'a [u8],
-    pub(crate) section: usize,
     pub(crate) kind: SectionKind,
     pub(crate) architecture: Architecture,
     pub(crate) code_alignment: u64,
@@ -76,7 +75,6 @@ pub(crate) struct Pointers {
 pub(crate) struct Entries<'a, 'c> {
     kind: SectionKind,
     data: &'a [u8],
-    section: usize,
     pointers: Pointers,
     architecture: Architecture,
     cies: &'c mut Vec<Cie<'a>>,
@@ -92,7 +90,6 @@ impl<'a, 'c> Entries<'a, 'c> {
         Self {
             kind,
             data,
-            section,
             pointers: Pointers { section: address, text: image.text, data: image.got },
             architecture: image.architecture,
             cies,
@@ -252,7 +249,6 @@ impl<'a, 'c> Entries<'a, 'c> {
             if version == 1 { cursor.u8()?.into() } else { u16::try_from(cursor.uleb128()?).ok()? };
         let mut cie = Cie {
             data: self.data,
-            section: self.section,
             kind: self.kind,
             architecture: self.architecture,
             code_alignment,

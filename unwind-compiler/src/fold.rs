@@ -216,7 +216,6 @@ mod tests {
     use super::*;
     use windlass_schema::record::frame_pointer;
 
-    use crate::chains::Chains;
     use crate::placement::Placement;
     use crate::rows::Row;
 
@@ -234,7 +233,7 @@ mod tests {
     fn check(rows: &[(u64, Record)], expect: &[u64]) {
         let rows: Vec<Row> =
             rows.iter().map(|(address, record)| Row { address: *address, record: *record }).collect();
-        let mut placement = Placement::new(0, Chains::default());
+        let mut placement = Placement::new(0, 0);
         placement.rows(&rows);
         // The first pass: fewest entries.
         let uses = Uses::of(placement.chains.len(), &placement.placed);

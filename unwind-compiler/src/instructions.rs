@@ -13,9 +13,18 @@ use windlass_schema::Architecture;
 use crate::cursor::Cursor;
 use crate::entries::{Cie, pointer_value};
 
-/// Registers that are followed, DWARF numbers 0 to 34: all that a walk restores, and the
-/// return address columns of both architectures.
-const REGISTERS: usize = 35;
+/// Registers that are followed: all of x86-64 with its return address column, and as many of aarch64, up to
+/// sp. A walk restores no other.
+const REGISTERS: usize = 17;
+
+/// Where the rule of a register is kept.
+fn slot(architecture: Architecture, number: u16) -> usize {
+    match architecture {
+        Architecture::X86_64 => number.into(),
+        // 15 to 31.
+        Architecture::Aarch64 => usize::from(number).wrapping_sub(32 - REGISTERS),
+    }
+}
 
 /// Most states remembered at once. Compilers nest two; hand-written code five.
 const MAX_REMEMBERED: usize = 64;
@@ -51,26 +60,25 @@ pub(crate) enum Cfa<'a> {
 /// A row: the rules that hold together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Frame<'a> {
+    architecture: Architecture,
     pub(crate) cfa: Cfa<'a>,
     registers: [RegisterRule<'a>; REGISTERS],
 }
 
-impl Default for Frame<'_> {
-    fn default() -> Self {
-        Self { cfa: Cfa::Undefined, registers: [RegisterRule::Unspecified; REGISTERS] }
-    }
-}
-
 impl<'a> Frame<'a> {
+    fn new(architecture: Architecture) -> Self {
+        Self { architecture, cfa: Cfa::Undefined, registers: [RegisterRule::Unspecified; REGISTERS] }
+    }
+
     /// The rule of a register; one that is not followed has none.
     pub(crate) fn register(&self, number: u16) -> RegisterRule<'a> {
-        self.registers.get(usize::from(number)).copied().unwrap_or_default()
+        self.registers.get(slot(self.architecture, number)).copied().unwrap_or_default()
     }
 
     /// Sets the rule of a register, if it is followed. `None` for a number that is no register's.
     fn set(&mut self, number: u64, rule: RegisterRule<'a>) -> Option<()> {
         let number = u16::try_from(number).ok()?;
-        if let Some(register) = self.registers.get_mut(usize::from(number)) {
+        if let Some(register) = self.registers.get_mut(slot(self.architecture, number)) {
             *register = rule;
         }
         Some(())
@@ -98,7 +106,8 @@ pub(crate) struct Ran {
 
 /// The row that a CIE's instructions leave, with which each of its FDEs starts.
 pub(crate) fn run_initial<'a>(cie: &Cie<'a>, instructions: &'a [u8]) -> Option<Frame<'a>> {
-    let mut machine = Machine { cie, frame: Frame::default(), remembered: Vec::new(), is_initial: true };
+    let mut machine =
+        Machine { cie, frame: Frame::new(cie.architecture), remembered: Vec::new(), is_initial: true };
     let mut cursor = Cursor::new(instructions, 0);
     while !cursor.is_at_end() {
         // Instructions of a CIE have no place, so one that moves does nothing.

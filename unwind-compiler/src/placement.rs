@@ -37,20 +37,25 @@ pub(crate) struct Placement {
     /// Number of the last block and of the last page, and the rows of each.
     block: (u32, usize),
     page: (u32, usize),
+    /// Memory for a chain under division and for what it is divided into.
+    divided: Vec<Step>,
+    links: Vec<Link>,
 }
 
 impl Placement {
-    /// With offsets from `base` on.
-    pub(crate) fn new(base: u64, chains: Chains) -> Self {
+    /// With offsets from `base` on, for about so many chains.
+    pub(crate) fn new(base: u64, expected: usize) -> Self {
         Self {
-            chains,
-            placed: Vec::new(),
+            chains: Chains::default(),
+            placed: Vec::with_capacity(expected),
             base,
             is_too_dense: false,
             rows: 0,
             state: Record::NO_CFI,
             block: (0, 0),
             page: (0, 0),
+            divided: Vec::new(),
+            links: Vec::new(),
         }
     }
 
@@ -60,21 +65,24 @@ impl Placement {
         if (offset % BLOCK_BYTES) + link.span < BLOCK_BYTES {
             self.place(offset, link.chain);
         } else {
-            let steps = self.chains.steps(link.chain).to_vec();
+            let mut steps = std::mem::take(&mut self.divided);
+            steps.clear();
+            steps.extend_from_slice(self.chains.steps(link.chain));
             self.steps(offset, &steps);
+            self.divided = steps;
         }
     }
 
     /// Lays out rows at bytes from `start` on.
     pub(crate) fn steps(&mut self, start: u32, steps: &[Step]) {
         let block = |step: &Step| (start + step.at) >> BLOCK_SHIFT;
-        let mut links = Vec::new();
+        let mut links = std::mem::take(&mut self.links);
+        links.clear();
         for steps in steps.chunk_by(|a, b| block(a) == block(b)) {
             self.chains.divide(steps, |link| links.push(link));
         }
-        for link in links {
-            self.place(start + link.at, link.chain);
-        }
+        links.iter().for_each(|link| self.place(start + link.at, link.chain));
+        self.links = links;
     }
 
     /// Lays out rows; those without coverage end it.
@@ -190,7 +198,7 @@ mod tests {
             Row { address: 0x2_0001, record: Record::NO_CFI },
             Row { address: 0x5_0001, record: rsp(1) },
         ];
-        let mut placement = Placement::new(0, Chains::default());
+        let mut placement = Placement::new(0, 0);
         placement.rows(&rows);
         let offsets: Vec<_> = placement.placed.iter().map(|placed| placed.offset).collect();
         // The end of coverage is in the chain of 0x20000: the run `pop; ret` can hold both.
@@ -200,7 +208,7 @@ mod tests {
 
     #[test]
     fn a_function_that_goes_on_as_the_last_ended_has_no_row_of_its_own() {
-        let mut placement = Placement::new(0, Chains::default());
+        let mut placement = Placement::new(0, 0);
         placement.steps(0x100, &[Step { at: 0, record: rsp(1) }]);
         placement.steps(0x140, &[Step { at: 0, record: rsp(1) }]);
         placement.steps(0x180, &[Step { at: 0, record: rsp(1) }, Step { at: 1, record: rsp(2) }]);

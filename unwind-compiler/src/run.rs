@@ -8,6 +8,9 @@ use windlass_schema::record::{MAX_RUN_BYTES, frame_pointer, kind, return_address
 
 /// Whether some run holds a state and, `distance` bytes on, the next.
 pub(crate) fn links(state: Record, distance: u64, next: Record) -> bool {
+    if distance > u64::from(MAX_RUN_BYTES) || state.kind() != kind::SP {
+        return false;
+    }
     [kind::PUSH_RUN, kind::POP_RUN]
         .into_iter()
         .any(|kind| Run::begin(state, kind).is_some_and(|mut run| run.extend(distance, next)))

@@ -12,7 +12,7 @@ use windlass_schema::{Record, UnsupportedReason};
 use crate::chains::{Chains, Link, Step};
 use crate::entries::{Cie, Fde};
 use crate::instructions::run;
-use crate::projection::rule;
+use crate::projection::record;
 
 /// The rows of an FDE, from its start.
 #[derive(Default)]
@@ -28,21 +28,29 @@ pub(crate) struct FdeRows {
 }
 
 impl FdeRows {
-    /// Runs the instructions of `fde` over its first `length` bytes.
-    pub(crate) fn of(cie: &Cie<'_>, fde: &Fde, length: u64) -> Self {
+    /// The rows of the whole of `fde`.
+    pub(crate) fn of(cie: &Cie<'_>, fde: &Fde) -> Self {
         let mut rows = Self::default();
+        rows.run(cie, fde, fde.length.into());
+        rows
+    }
+
+    /// Runs the instructions of `fde` over its first `length` bytes.
+    fn run(&mut self, cie: &Cie<'_>, fde: &Fde, length: u64) {
+        self.steps.clear();
+        self.cfi_rows = 0;
         let ran = run(cie, fde.instructions, fde.start, |offset, row| {
             if offset < length {
-                rows.cfi_rows += 1;
-                rows.push(offset, rule(cie, row).to_record());
+                self.cfi_rows += 1;
+                self.push(offset, record(cie, row));
             }
         });
-        if let Some(offset) = ran.malformed_from.filter(|offset| *offset < length) {
-            rows.is_malformed = true;
-            rows.push(offset, Record::unsupported(UnsupportedReason::Malformed));
+        let malformed_from = ran.malformed_from.filter(|offset| *offset < length);
+        if let Some(offset) = malformed_from {
+            self.push(offset, Record::unsupported(UnsupportedReason::Malformed));
         }
-        rows.is_placed = ran.is_placed;
-        rows
+        self.is_malformed = malformed_from.is_some();
+        self.is_placed = ran.is_placed;
     }
 
     fn push(&mut self, offset: u64, record: Record) {
@@ -68,15 +76,31 @@ pub(crate) struct Shape {
 }
 
 /// The shapes of an image.
-#[derive(Default)]
 pub(crate) struct Shapes {
     shapes: Vec<Shape>,
     links: Vec<Link>,
+    /// Memory for the rows of a shape in the making.
+    rows: FdeRows,
     numbers: HashTable<u32>,
     hasher: DefaultHashBuilder,
 }
 
+/// FDEs to a shape, over a whole distribution.
+const FDES_PER_SHAPE: usize = 4;
+
 impl Shapes {
+    /// For an image of so many FDEs.
+    pub(crate) fn new(fdes: usize) -> Self {
+        let shapes = fdes / FDES_PER_SHAPE;
+        Self {
+            shapes: Vec::with_capacity(shapes),
+            links: Vec::new(),
+            rows: FdeRows::default(),
+            numbers: HashTable::with_capacity(shapes),
+            hasher: DefaultHashBuilder::default(),
+        }
+    }
+
     /// The shape of `fde` and its chains; `None` if its rows have to be made for itself: they depend on its
     /// place or reach behind its end.
     pub(crate) fn of(
@@ -96,7 +120,7 @@ impl Shapes {
         let number = match self.numbers.find(hash, |number| key_of(number) == key) {
             Some(number) => *number,
             None => {
-                let shape = Self::make(&mut self.links, cies, fde, chains);
+                let shape = Self::make(&mut self.links, &mut self.rows, cies, fde, chains);
                 let number = self.shapes.len() as u32;
                 let hasher = &self.hasher;
                 self.numbers.insert_unique(hash, number, |number| hasher.hash_one(key_of(number)));
@@ -109,9 +133,15 @@ impl Shapes {
         (!shape.is_placed && shape.reach < fde.length).then_some((shape, links))
     }
 
-    fn make(links: &mut Vec<Link>, cies: &[Cie<'_>], fde: &Fde, chains: &mut Chains) -> Shape {
+    fn make(
+        links: &mut Vec<Link>,
+        rows: &mut FdeRows,
+        cies: &[Cie<'_>],
+        fde: &Fde,
+        chains: &mut Chains,
+    ) -> Shape {
         // Rows past 4 GiB are in no FDE that a table reaches.
-        let rows = FdeRows::of(&cies[fde.cie as usize], fde, 1 << 32);
+        rows.run(&cies[fde.cie as usize], fde, 1 << 32);
         let first = links.len() as u32;
         if !rows.is_placed {
             chains.divide(&rows.steps, |link| links.push(link));
