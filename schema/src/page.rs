@@ -15,20 +15,22 @@
 //! code, a *group* is 16 blocks. `G` = groups, `L` = locals, `E` = entries.
 //! ```text
 //! offset  size        field
-//! 0       u8          flags: bit 0 WIDE_COUNTS, bit 1 WIDE_RECORDS, others 0
+//! 0       u8          flags: bit 0 WIDE_COUNTS, bit 1 WIDE_RECORDS or bit 2 NINTH_BITS, others 0
 //! 1       u8          first group: (page offset >> 12) of the first group, 0 to 15
 //! 2       u8          G: number of groups, 1 to 16 - first
-//! 3       u8          L: number of page-local record numbers (0 with WIDE_RECORDS)
+//! 3       u8          L: number of page-local record numbers, low 8 bits (0 with WIDE_RECORDS)
 //! 4       u16         E: number of entries, at least 1
 //! 6       u8          C: record numbers below C are dictionary numbers
-//! 7       u8          0
+//! 7       u8          high bits of L
 //! 8                   entries of each block, narrow: u64[G], block b of its group in bits 4 b to 4 b + 3
 //!                                            wide:   u8[16 G]
 //!         u16[G]      number of the first entry of each group
 //!         u16[L]      dictionary numbers of record numbers C, C + 1, ...
 //!         u16[E]      with WIDE_RECORDS only: dictionary number of each entry
 //!         u8[E]       low byte of the address of each entry, ascending inside a block
-//!         u8[E]       without WIDE_RECORDS only: record number of each entry
+//!         u8[E]       without WIDE_RECORDS only: low 8 bits of the record number of each entry
+//!         u8[E / 8]   with NINTH_BITS only, rounded up: bit 8 of the record number of entry `i` in bit
+//!                     `i & 7` of byte `i >> 3`
 //! ```
 //! An entry holds from its address up to the next entry's. The rows of a page stand on their own: a
 //! state that lasts from the page before is stated again at page offset 0, and only code that no
@@ -64,8 +66,10 @@ pub const MAX_PROBES: u32 = 8;
 pub const PAGE_HEADER_BYTES: u32 = 8;
 /// Flag: counts take a byte each, because a block has more than [`MAX_NARROW_COUNT`] entries.
 pub const WIDE_COUNTS: u8 = 1;
-/// Flag: entries hold 16-bit dictionary numbers, because the page uses more than 256 records.
+/// Flag: entries hold 16-bit dictionary numbers, because the page uses more than 512 records.
 pub const WIDE_RECORDS: u8 = 2;
+/// Flag: record numbers have nine bits, because the page uses more than 256 records.
+pub const NINTH_BITS: u8 = 4;
 /// The distance that is past every run.
 pub const PAST_RUN: u32 = u32::MAX;
 
@@ -116,6 +120,7 @@ pub struct PageLayout {
     pub wide_records_at: u32,
     pub low_bytes_at: u32,
     pub records_at: u32,
+    pub ninth_bits_at: u32,
     /// Size of the page in bytes.
     pub end: u32,
 }
@@ -137,7 +142,8 @@ impl PageLayout {
         let wide_records_at = locals_at + 2 * locals;
         let low_bytes_at = wide_records_at + if flags & WIDE_RECORDS != 0 { 2 * entries } else { 0 };
         let records_at = low_bytes_at + entries;
-        let end = records_at + if flags & WIDE_RECORDS != 0 { 0 } else { entries };
+        let ninth_bits_at = records_at + if flags & WIDE_RECORDS != 0 { 0 } else { entries };
+        let end = ninth_bits_at + if flags & NINTH_BITS != 0 { (entries + 7) >> 3 } else { 0 };
         Self {
             flags,
             first_group,
@@ -150,6 +156,7 @@ impl PageLayout {
             wide_records_at,
             low_bytes_at,
             records_at,
+            ninth_bits_at,
             end,
         }
     }
@@ -161,7 +168,7 @@ impl PageLayout {
             page.byte(0),
             u32::from(page.byte(1)),
             u32::from(page.byte(2)),
-            u32::from(page.byte(3)),
+            u32::from(page.byte(3)) | u32::from(page.byte(7)) << 8,
             u32::from(page.half(4)),
             u32::from(page.byte(6)),
         )
@@ -194,13 +201,24 @@ impl PageLayout {
         (start, start + count as u32)
     }
 
+    /// The page's number for the record of entry `entry`, without `WIDE_RECORDS`.
+    #[inline(always)]
+    pub fn record_number<P: PageBytes>(&self, page: &P, entry: u32) -> u32 {
+        let number = u32::from(page.byte(self.records_at + entry));
+        if self.flags & NINTH_BITS == 0 {
+            return number;
+        }
+        let bits = u32::from(page.byte(self.ninth_bits_at + (entry >> 3)));
+        number | (bits >> (entry & 7) & 1) << 8
+    }
+
     /// The dictionary number of entry `entry`.
     #[inline(always)]
     pub fn dictionary_number<P: PageBytes>(&self, page: &P, entry: u32) -> u32 {
         if self.flags & WIDE_RECORDS != 0 {
             return u32::from(page.half(self.wide_records_at + 2 * entry));
         }
-        let number = u32::from(page.byte(self.records_at + entry));
+        let number = self.record_number(page, entry);
         if number < self.common {
             number
         } else {

@@ -53,21 +53,28 @@
 //!
 //! # Runs: a prologue's pushes or an epilogue's pops
 //! ```text
-//! byte 0      kind 7 PUSH_RUN or 8 POP_RUN (bits 0-3), base frame-pointer rule (bits 4-5: SAME or
-//!             AT_CFA), bit 6: the last change sets CFA = rbp + offset (PUSH_RUN) or ends the
-//!             coverage (POP_RUN)
-//! byte 1      base CFA offset / 8: CFA = rsp + 8 * byte at distance 0
+//! byte 0      kind 7 PUSH_RUN or 8 POP_RUN (bits 0-3), base frame-pointer rule (bit 4: SAME or
+//!             AT_CFA), LAST (bit 6), FRAME (bit 7); bit 5 is 0
+//! byte 1      base: CFA = rsp + 8 * base at distance 0
 //! bytes 2-3   mask: bit i set means that CFA changes at distance i + 1 from the run's first byte
 //! byte 4      frame-pointer event: bit 7 present, bits 0-3 its distance - 1
-//! byte 5      0
+//! byte 5      e, a number of words for the last change
 //! bytes 6-7   i16 f of the base frame-pointer rule
 //! ```
 //! At distance `d`, with `n` = number of set bits among mask bits 0..d: CFA = rsp + 8 * (base + n) in
-//! a push run, rsp + 8 * (base - n) in a pop run. With bit 6, the last set bit does not count: in a push
-//! run it changes the CFA register to rbp, from it on a pop run is `NO_CFI` (the byte behind `ret`);
-//! there is one, and an event comes before it. At and after its event's distance, a push run has saved
+//! a push run, rsp + 8 * (base - n) in a pop run. At and after its event's distance, a push run has saved
 //! rbp at the CFA's own offset (`push rbp` at CFA = rsp + 16 saves it at CFA - 16); a pop run has
-//! restored it (`SAME`).
+//! restored it (`SAME`). The last change of the mask may be another one; it then is behind the event.
+//!
+//! | kind | LAST | FRAME | e | from the last change on | as in |
+//! |---|---|---|---|---|---|
+//! | push | 0 | 0 | 0 | as above | `push` |
+//! | push | 0 | 0 | 1 to 255 | CFA = rsp + 8 * (base + n + e) | `sub rsp, 8 * (e + 1)` |
+//! | push | 1 | 0 | 0 | CFA = rbp + 8 * (base + n - 1) | `mov rbp, rsp` |
+//! | pop | 0 | 0 | 0 | as above | `pop` |
+//! | pop | 1 | 0 | 0 | nothing is covered | `ret` at a function's end |
+//! | pop | 1 | 0 | 1 to 255 | CFA = rsp + 8 * (base + e), frame-pointer rule of the base | `ret` amid a function |
+//! | pop | 1 | 1 | 1 to 255 | CFA = rbp + 8 * e, rbp at CFA - 16 | the same, behind `leave` |
 //!
 //! # Example
 //! `push rbp; mov rbp, rsp` of every function with a frame pointer, at distances 1 and 4:
@@ -243,10 +250,12 @@ impl Record {
         let base = self.aux() as u32;
         let event = (self.0 >> 32) as u8;
         let event_distance = (event & 15) as u32 + 1;
-        let mut frame_pointer = self.frame_pointer();
+        let mut frame_pointer = self.frame_pointer() & 1;
         let mut f = (self.0 >> 48) as u16;
         let has_event = event & 0x80 != 0 && reach >= event_distance;
-        let is_last = self.0 as u8 & 0x40 != 0 && changes == ones(mask) && changes != 0;
+        let extra = (self.0 >> 40) as u8 as u32;
+        let is_behind = changes == ones(mask) && changes != 0;
+        let is_last = self.0 as u8 & 0x40 != 0 && is_behind;
         let mut cfa_kind = kind::SP;
         let words;
         if self.kind() == kind::PUSH_RUN {
@@ -255,20 +264,29 @@ impl Record {
                 cfa_kind = kind::FP;
                 counted -= 1;
             }
-            words = base + counted;
+            words = base + counted + if is_behind { extra } else { 0 };
             if has_event {
                 let at_event = base + ones(mask & ((1 << event_distance) - 1));
                 frame_pointer = frame_pointer::AT_CFA;
                 f = 0u16.wrapping_sub((8 * at_event) as u16);
             }
         } else {
-            if is_last {
+            if is_last && extra == 0 {
                 return Self::NO_CFI;
             }
-            words = base.wrapping_sub(changes);
-            if has_event {
-                frame_pointer = frame_pointer::SAME;
-                f = 0;
+            if is_last && self.0 as u8 & 0x80 != 0 {
+                cfa_kind = kind::FP;
+                words = extra;
+                frame_pointer = frame_pointer::AT_CFA;
+                f = 0u16.wrapping_sub(16);
+            } else if is_last {
+                words = base + extra;
+            } else {
+                words = base.wrapping_sub(changes);
+                if has_event {
+                    frame_pointer = frame_pointer::SAME;
+                    f = 0;
+                }
             }
         }
         Self(

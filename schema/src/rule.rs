@@ -303,25 +303,37 @@ pub(crate) fn has_meaning(record: Record, architecture: Architecture) -> bool {
         if architecture != Architecture::X86_64 {
             return false;
         }
-        let [first, _, _, _, event, spare, ..] = record.0.to_le_bytes();
+        let [first, _, _, _, event, extra, ..] = record.0.to_le_bytes();
         let mask = record.run_mask();
-        // Unused: bit 7 of byte 0, bits 4 to 6 of the event, its distance if there is none, byte 5.
-        if first & 0x80 != 0 || event & 0x70 != 0 || (event & 0x80 == 0 && event != 0) || spare != 0 {
+        // Unused: bit 5 of byte 0, bits 4 to 6 of the event, its distance if there is none.
+        if first & 0x20 != 0 || event & 0x70 != 0 || (event & 0x80 == 0 && event != 0) {
             return false;
         }
         let is_pop = record.kind() == kind::POP_RUN;
-        let has_last = first & 0x40 != 0;
+        let (has_last, is_frame) = (first & 0x40 != 0, first & 0x80 != 0);
+        // The rows of the record module's table.
+        let is_known = if is_pop {
+            (has_last || extra == 0) && (!is_frame || has_last && extra != 0)
+        } else {
+            !is_frame && !(has_last && extra != 0)
+        };
         let last_change = mask.checked_ilog2();
         let event_change = (event & 0x80 != 0).then_some(u32::from(event & 15));
-        if record.frame_pointer() > frame_pointer::AT_CFA
-            || has_last && (last_change.is_none() || event_change >= last_change)
+        let ends_apart = has_last || extra != 0;
+        if !is_known
+            || ends_apart && (last_change.is_none() || event_change >= last_change)
             || is_pop && u32::from(record.aux()) < mask.count_ones() - u32::from(has_last)
         {
             return false;
         }
     }
-    let last = if record.is_run() { MAX_RUN_BYTES } else { 0 };
-    (0..=last).all(|distance| Rule::of_record(record.at(distance), architecture).is_ok())
+    // The state changes at distance 0, at each change of the mask and at the event.
+    let event = record.0 >> 32;
+    let changes =
+        if record.is_run() { record.run_mask() | ((event >> 7 & 1) << (event & 15)) as u32 } else { 0 };
+    (0..=MAX_RUN_BYTES)
+        .filter(|distance| *distance == 0 || changes >> (distance - 1) & 1 != 0)
+        .all(|distance| Rule::of_record(record.at(distance), architecture).is_ok())
 }
 
 impl fmt::Debug for Rule {
@@ -428,16 +440,21 @@ mod tests {
         saved: Option<i16>,
         /// Distance of the event.
         event: Option<u8>,
+        extra: u8,
+        is_frame: bool,
     }
 
     impl Run {
         fn record(self) -> Record {
             let kind = if self.is_push { kind::PUSH_RUN } else { kind::POP_RUN };
-            let first = kind | u8::from(self.saved.is_some()) << 4 | u8::from(self.has_last) << 6;
+            let first = kind
+                | u8::from(self.saved.is_some()) << 4
+                | u8::from(self.has_last) << 6
+                | u8::from(self.is_frame) << 7;
             let [m0, m1] = self.mask.to_le_bytes();
             let [f0, f1] = self.saved.unwrap_or(0).to_le_bytes();
             let event = self.event.map_or(0, |distance| 0x80 | (distance - 1));
-            Record(u64::from_le_bytes([first, self.base, m0, m1, event, 0, f0, f1]))
+            Record(u64::from_le_bytes([first, self.base, m0, m1, event, self.extra, f0, f1]))
         }
 
         /// The equations of the record module, one distance at a time.
@@ -447,11 +464,17 @@ mod tests {
             let mut saved = self.saved;
             for at in 1..=distance.min(16) {
                 if self.mask >> (at - 1) & 1 != 0 {
-                    match (self.is_push, self.has_last && Some(at) == last) {
-                        (true, true) => register = Register::RBP,
-                        (false, true) => return Rule::NoCfi,
-                        (true, false) => words += 1,
-                        (false, false) => words -= 1,
+                    let extra = i32::from(self.extra);
+                    match (self.is_push, Some(at) == last, self.has_last) {
+                        (true, true, true) => register = Register::RBP,
+                        (true, true, false) => words += 1 + extra,
+                        (true, false, _) => words += 1,
+                        (false, true, true) if extra == 0 => return Rule::NoCfi,
+                        (false, true, true) if self.is_frame => {
+                            (register, words, saved) = (Register::RBP, extra, Some(-16));
+                        }
+                        (false, true, true) => (words, saved) = (i32::from(self.base) + extra, self.saved),
+                        (false, ..) => words -= 1,
                     }
                 }
                 if self.event.map(u32::from) == Some(at) {
@@ -469,12 +492,17 @@ mod tests {
     fn run() -> impl Strategy<Value = Run> {
         let saved = prop::option::of(any::<i16>());
         let event = prop::option::of(1u8..=16);
-        (any::<bool>(), any::<bool>(), any::<u8>(), any::<u16>(), saved, event).prop_map(
-            |(is_push, has_last, base, mask, saved, event)| {
+        let extra = prop_oneof![Just(0u8), any::<u8>()];
+        let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+        (flags, any::<u8>(), any::<u16>(), saved, event, extra).prop_map(
+            |((is_push, has_last, is_frame), base, mask, saved, event, extra)| {
                 let last = 16 - mask.leading_zeros() as u8;
-                let has_last = has_last && last > event.unwrap_or(0);
+                let ends_apart = last > event.unwrap_or(0);
+                let has_last = has_last && ends_apart;
+                let extra = if ends_apart && is_push != has_last { extra } else { 0 };
+                let is_frame = is_frame && !is_push && has_last && extra != 0;
                 let pops = if is_push { 0 } else { mask.count_ones() as u8 - u8::from(has_last) };
-                Run { is_push, has_last, base: base.max(pops), mask, saved, event }
+                Run { is_push, has_last, base: base.max(pops), mask, saved, event, extra, is_frame }
             },
         )
     }
@@ -512,9 +540,18 @@ mod tests {
 
     #[test]
     fn runs_without_meaning() {
-        let push = Run { is_push: true, has_last: true, base: 1, mask: 0b1001, saved: None, event: Some(1) };
-        let pop =
-            Run { is_push: false, has_last: false, base: 2, mask: 0b11, saved: Some(-16), event: Some(2) };
+        let none = Run {
+            is_push: true,
+            has_last: false,
+            base: 1,
+            mask: 0,
+            saved: None,
+            event: None,
+            extra: 0,
+            is_frame: false,
+        };
+        let push = Run { has_last: true, mask: 0b1001, event: Some(1), ..none };
+        let pop = Run { is_push: false, base: 2, mask: 0b11, saved: Some(-16), event: Some(2), ..none };
         assert!(has_meaning(push.record()) && has_meaning(pop.record()));
         for run in [
             Run { event: Some(4), ..push },
@@ -523,11 +560,17 @@ mod tests {
             Run { base: 1, ..pop },
             Run { has_last: true, ..pop },
             Run { has_last: true, base: 0, event: None, ..pop },
+            Run { extra: 1, ..none },
+            Run { extra: 1, ..push },
+            Run { has_last: false, event: Some(4), extra: 1, ..push },
+            Run { is_frame: true, ..push },
+            Run { extra: 1, ..pop },
+            Run { has_last: true, event: None, is_frame: true, ..pop },
         ] {
             assert!(!has_meaning(run.record()), "{run:?}");
         }
         // Bits that no run uses; a base rule that no run has; an offset without its rule.
-        for bits in [1 << 5, 1 << 7, 1 << 36, 1 << 38, 1 << 40, 1 << 47] {
+        for bits in [1 << 5, 1 << 7, 1 << 36, 1 << 38, 1 << 47] {
             assert!(!has_meaning(Record(push.record().0 | bits)), "{bits:#x}");
         }
         assert!(

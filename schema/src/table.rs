@@ -51,7 +51,8 @@
 use crate::architecture::Architecture;
 use crate::build_id::{BuildId, MAX_BUILD_ID_BYTES};
 use crate::page::{
-    BLOCK_SHIFT, GROUP_BLOCKS, MAX_BLOCK_ENTRIES, PAGE_SHIFT, PageLayout, WIDE_COUNTS, WIDE_RECORDS, search,
+    BLOCK_SHIFT, GROUP_BLOCKS, MAX_BLOCK_ENTRIES, NINTH_BITS, PAGE_SHIFT, PageLayout, WIDE_COUNTS,
+    WIDE_RECORDS, search,
 };
 use crate::record::{MAX_RUN_BYTES, Record};
 use crate::rule::has_meaning;
@@ -232,8 +233,10 @@ impl<'a> Table<'a> {
             return Err("longer than a page may be");
         }
         let page = &page[..layout.end as usize];
-        if layout.flags & !(WIDE_COUNTS | WIDE_RECORDS) != 0 || page[7] != 0 {
-            return Err("reserved bits are set");
+        if layout.flags & !(WIDE_COUNTS | WIDE_RECORDS | NINTH_BITS) != 0
+            || layout.flags & (WIDE_RECORDS | NINTH_BITS) == WIDE_RECORDS | NINTH_BITS
+        {
+            return Err("flags that no page has");
         }
         if layout.groups == 0
             || layout.first_group + layout.groups > 256 / GROUP_BLOCKS
@@ -261,8 +264,7 @@ impl<'a> Table<'a> {
         }
         for entry in 0..layout.entries {
             if layout.flags & WIDE_RECORDS == 0 {
-                let number = u32::from(page[(layout.records_at + entry) as usize]);
-                if number >= layout.common + layout.locals {
+                if layout.record_number(&page, entry) >= layout.common + layout.locals {
                     return Err("record number without a local");
                 }
             }

@@ -1,12 +1,14 @@
 //! Writes one page; the format is that of [`windlass_schema::page`].
 
 use windlass_schema::page::{
-    BLOCK_SHIFT, GROUP_BLOCKS, GROUP_SHIFT, MAX_NARROW_COUNT, PageLayout, WIDE_COUNTS, WIDE_RECORDS,
+    BLOCK_SHIFT, GROUP_BLOCKS, GROUP_SHIFT, MAX_NARROW_COUNT, NINTH_BITS, PageLayout, WIDE_COUNTS,
+    WIDE_RECORDS,
 };
 use windlass_schema::table::MAX_RECORDS;
 
-/// Record numbers that a byte tells apart.
+/// Record numbers that a byte tells apart, and nine bits.
 const NARROW_RECORDS: usize = 256;
+const NINE_BIT_RECORDS: usize = 512;
 /// Blocks of a page.
 const PAGE_BLOCKS: usize = 256;
 
@@ -24,7 +26,7 @@ pub(crate) struct PageWriter {
     /// For each record, the number of the last page that uses it, counted from 1.
     used_in: Vec<u32>,
     /// For each record, its number in the page.
-    numbers: Vec<u8>,
+    numbers: Vec<u16>,
     page: u32,
     /// Records that the page uses, sorted.
     used: Vec<u16>,
@@ -51,9 +53,12 @@ impl PageWriter {
         let counts = &counts[(GROUP_BLOCKS * first_group) as usize..][..(GROUP_BLOCKS * groups) as usize];
         let is_wide = counts.iter().any(|count| usize::from(*count) > MAX_NARROW_COUNT);
         self.collect_used(entries);
-        let split = split_numbers(&self.used);
-        let flags = if is_wide { WIDE_COUNTS } else { 0 } | if split.is_none() { WIDE_RECORDS } else { 0 };
-        let (common, locals_from) = split.unwrap_or((0, self.used.len()));
+        let counts_flag = if is_wide { WIDE_COUNTS } else { 0 };
+        let narrow = split_numbers(&self.used, NARROW_RECORDS).map(|split| (0, split));
+        let nine = || split_numbers(&self.used, NINE_BIT_RECORDS).map(|split| (NINTH_BITS, split));
+        let (numbers_flag, (common, locals_from)) =
+            narrow.or_else(nine).unwrap_or((WIDE_RECORDS, (0, self.used.len())));
+        let flags = counts_flag | numbers_flag;
         let locals = &self.used[locals_from..];
         let layout = PageLayout::new(
             flags,
@@ -67,7 +72,7 @@ impl PageWriter {
         let start = page.len();
         page.extend([flags, first_group as u8, groups as u8, locals.len() as u8]);
         page.extend((entries.len() as u16).to_le_bytes());
-        page.extend([common as u8, 0]);
+        page.extend([common as u8, (locals.len() >> 8) as u8]);
         if is_wide {
             page.extend_from_slice(counts);
         } else {
@@ -79,19 +84,27 @@ impl PageWriter {
             before += counts.iter().map(|count| u16::from(*count)).sum::<u16>();
         }
         page.extend(locals.iter().flat_map(|number| number.to_le_bytes()));
-        if split.is_none() {
+        if flags & WIDE_RECORDS != 0 {
             page.extend(entries.iter().flat_map(|entry| entry.record.to_le_bytes()));
         }
         page.extend(entries.iter().map(|entry| entry.offset as u8));
-        if split.is_some() {
-            for (number, record) in (common..).zip(locals) {
-                self.numbers[usize::from(*record)] = number as u8;
+        if flags & WIDE_RECORDS == 0 {
+            for (number, record) in (common as u16..).zip(locals) {
+                self.numbers[usize::from(*record)] = number;
             }
             let numbers = &self.numbers;
-            page.extend(entries.iter().map(|entry| match entry.record {
-                record if usize::from(record) < common => record as u8,
+            let number = |entry: &PageEntry| match entry.record {
+                record if usize::from(record) < common => record,
                 record => numbers[usize::from(record)],
-            }));
+            };
+            page.extend(entries.iter().map(|entry| number(entry) as u8));
+            if flags & NINTH_BITS != 0 {
+                let bit = |entry: &PageEntry| (number(entry) >> 8) as u8;
+                let byte = |entries: &[PageEntry]| {
+                    (0..).zip(entries).map(|(at, entry)| bit(entry) << at).sum::<u8>()
+                };
+                page.extend(entries.chunks(8).map(byte));
+            }
         }
         debug_assert_eq!(page.len() - start, layout.end as usize);
     }
@@ -111,8 +124,8 @@ impl PageWriter {
 }
 
 /// How many of the dictionary's first numbers to take as they are, and where among the numbers in use, which
-/// are sorted, those begin that a page names itself. `None` if the page uses too many for a byte to tell apart.
-fn split_numbers(used: &[u16]) -> Option<(usize, usize)> {
+/// are sorted, those begin that a page names itself. `None` if the page uses more than `most`.
+fn split_numbers(used: &[u16], most: usize) -> Option<(usize, usize)> {
     // One more common number saves one local at most, so their sum never falls: the most that fit are best.
     let mut locals_from = used.len();
     for common in (0..=usize::from(u8::MAX)).rev() {
@@ -120,7 +133,7 @@ fn split_numbers(used: &[u16]) -> Option<(usize, usize)> {
             locals_from -= 1;
         }
         let locals = used.len() - locals_from;
-        if common + locals <= NARROW_RECORDS && locals <= usize::from(u8::MAX) {
+        if common + locals <= most {
             return Some((common, locals_from));
         }
     }

@@ -11,9 +11,8 @@ pub(crate) fn links(state: Record, distance: u64, next: Record) -> bool {
     if distance > u64::from(MAX_RUN_BYTES) || state.kind() != kind::SP {
         return false;
     }
-    [kind::PUSH_RUN, kind::POP_RUN]
-        .into_iter()
-        .any(|kind| Run::begin(state, kind).is_some_and(|mut run| run.extend(distance, next)))
+    let is_run = |kind| Run::begin(state, kind).is_some_and(|mut run| run.extend(distance, next));
+    is_run(kind::PUSH_RUN) || is_run(kind::POP_RUN)
 }
 
 /// A run under construction; fields as in [`windlass_schema::record`].
@@ -23,11 +22,19 @@ pub(crate) struct Run {
     base_words: u32,
     mask: u16,
     event: u8,
-    has_last: bool,
+    /// Bits 6 and 7 of byte 0.
+    last: u8,
+    extra: u8,
+    /// Whether nothing can follow.
+    is_closed: bool,
     /// State at the last distance.
     words: u32,
     frame_pointer: (u8, i16),
 }
+
+/// Bits of byte 0.
+const LAST: u8 = 0x40;
+const FRAME: u8 = 0x80;
 
 impl Run {
     pub(crate) fn begin(base: Record, run_kind: u8) -> Option<Self> {
@@ -43,7 +50,9 @@ impl Run {
             base_words,
             mask: 0,
             event: 0,
-            has_last: false,
+            last: 0,
+            extra: 0,
+            is_closed: false,
             words: base_words,
             frame_pointer: (base.frame_pointer(), base.frame_pointer_offset()),
         })
@@ -51,53 +60,89 @@ impl Run {
 
     /// Takes `next`, the state from `distance` on, into the run if it can.
     pub(crate) fn extend(&mut self, distance: u64, next: Record) -> bool {
-        if self.has_last
+        if self.is_closed
             || !(1..=u64::from(MAX_RUN_BYTES)).contains(&distance)
             || next.return_address() != return_address::AT_CFA
         {
             return false;
         }
-        let is_push = self.kind == kind::PUSH_RUN;
         let bit = distance as u8 - 1;
-        if !is_push && next == Record::NO_CFI {
-            self.mask |= 1 << bit;
-            self.has_last = true;
-            return true;
-        }
-        let words = if is_push { Some(self.words + 1) } else { self.words.checked_sub(1) };
-        let offset_is = |words: u32| i64::from(next.offset()) == 8 * i64::from(words);
-        let sets_rbp = is_push && next.kind() == kind::FP && offset_is(self.words);
-        let moves = next.kind() == kind::SP && words.is_some_and(offset_is);
-        let stays = next.kind() == kind::SP && offset_is(self.words);
-        if !(sets_rbp || moves || stays) {
-            return false;
-        }
-        let words = words.filter(|_| moves).unwrap_or(self.words);
+        if self.kind == kind::PUSH_RUN { self.push(bit, next) } else { self.pop(bit, next) }
+    }
+
+    fn push(&mut self, bit: u8, next: Record) -> bool {
+        let Some(words) = words_of(next) else { return false };
         let saves = (next.frame_pointer(), next.frame_pointer_offset());
-        let event =
-            if is_push { (frame_pointer::AT_CFA, -8 * words as i16) } else { (frame_pointer::SAME, 0) };
-        let has_event = saves != self.frame_pointer;
-        if has_event && (saves != event || self.event != 0 || sets_rbp) {
-            return false;
+        // `push rbp` saves it where the CFA then is.
+        let saves_here = saves.0 == frame_pointer::AT_CFA && i64::from(saves.1) == -8 * i64::from(words);
+        match (next.kind(), saves == self.frame_pointer) {
+            (kind::FP, true) if words == self.words => (self.last, self.is_closed) = (LAST, true),
+            (kind::SP, true) if words == self.words + 1 => {}
+            (kind::SP, true) if words > self.words + 1 => {
+                let Ok(extra) = u8::try_from(words - self.words - 1) else { return false };
+                (self.extra, self.is_closed) = (extra, true);
+            }
+            (kind::SP, false)
+                if self.event == 0 && saves_here && (self.words..=self.words + 1).contains(&words) =>
+            {
+                self.event = 0x80 | bit;
+            }
+            _ => return false,
         }
-        if sets_rbp || moves {
-            self.mask |= 1 << bit;
+        self.mask |= u16::from(next.kind() == kind::FP || words != self.words) << bit;
+        (self.words, self.frame_pointer) = (words, saves);
+        true
+    }
+
+    fn pop(&mut self, bit: u8, next: Record) -> bool {
+        if next == Record::NO_CFI {
+            return self.close(bit, LAST, 0);
         }
-        if has_event {
+        let Some(words) = words_of(next) else { return false };
+        let saves = (next.frame_pointer(), next.frame_pointer_offset());
+        let base_saves = (self.base.frame_pointer(), self.base.frame_pointer_offset());
+        match next.kind() {
+            kind::FP if saves == (frame_pointer::AT_CFA, -16) && words != 0 => {
+                return u8::try_from(words).is_ok_and(|extra| self.close(bit, LAST | FRAME, extra));
+            }
+            kind::SP if words > self.base_words && saves == base_saves => {
+                let extra = u8::try_from(words - self.base_words);
+                return extra.is_ok_and(|extra| self.close(bit, LAST, extra));
+            }
+            kind::SP if words == self.words || words + 1 == self.words => {}
+            _ => return false,
+        }
+        if saves != self.frame_pointer {
+            if saves != (frame_pointer::SAME, 0) || self.event != 0 {
+                return false;
+            }
             self.event = 0x80 | bit;
         }
-        (self.words, self.frame_pointer, self.has_last) = (words, saves, sets_rbp);
+        self.mask |= u16::from(words != self.words) << bit;
+        (self.words, self.frame_pointer) = (words, saves);
+        true
+    }
+
+    fn close(&mut self, bit: u8, last: u8, extra: u8) -> bool {
+        self.mask |= 1 << bit;
+        (self.last, self.extra, self.is_closed) = (last, extra, true);
         true
     }
 
     pub(crate) fn to_record(&self) -> Record {
-        let first = self.kind | self.base.frame_pointer() << 4 | u8::from(self.has_last) << 6;
+        let first = self.kind | self.base.frame_pointer() << 4 | self.last;
         Record(
             u64::from(first)
                 | u64::from(self.base_words) << 8
                 | u64::from(self.mask) << 16
                 | u64::from(self.event) << 32
+                | u64::from(self.extra) << 40
                 | u64::from(self.base.frame_pointer_offset() as u16) << 48,
         )
     }
+}
+
+/// The CFA's offset in words.
+fn words_of(record: Record) -> Option<u32> {
+    (record.offset() % 8 == 0).then(|| u32::try_from(record.offset() / 8).ok()).flatten()
 }

@@ -19,8 +19,9 @@ use crate::projection::record;
 pub(crate) struct FdeRows {
     /// Changes of the record.
     pub(crate) steps: Vec<Step>,
-    /// Rows of CFI.
+    /// Rows of CFI, and the offset of the last.
     pub(crate) cfi_rows: u64,
+    reach: u64,
     /// Whether some instruction is malformed.
     pub(crate) is_malformed: bool,
     /// Whether they depend on where the function lies.
@@ -38,15 +39,17 @@ impl FdeRows {
     /// Runs the instructions of `fde` over its first `length` bytes.
     fn run(&mut self, cie: &Cie<'_>, fde: &Fde, length: u64) {
         self.steps.clear();
-        self.cfi_rows = 0;
+        (self.cfi_rows, self.reach) = (0, 0);
         let ran = run(cie, fde.instructions, fde.start, |offset, row| {
             if offset < length {
                 self.cfi_rows += 1;
+                self.reach = offset;
                 self.push(offset, record(cie, row));
             }
         });
         let malformed_from = ran.malformed_from.filter(|offset| *offset < length);
         if let Some(offset) = malformed_from {
+            self.reach = offset;
             self.push(offset, Record::unsupported(UnsupportedReason::Malformed));
         }
         self.is_malformed = malformed_from.is_some();
@@ -150,7 +153,7 @@ impl Shapes {
             cie: fde.cie,
             instructions: fde.instructions,
             links: (first, links.len() as u32),
-            reach: rows.steps.last().map_or(0, |step| step.at),
+            reach: rows.reach as u32,
             cfi_rows: rows.cfi_rows,
             is_malformed: rows.is_malformed,
             is_placed: rows.is_placed,
