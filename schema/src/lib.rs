@@ -24,11 +24,17 @@ pub mod http;
 pub mod maps;
 pub mod page;
 #[cfg(feature = "std")]
+pub mod page_writer;
+#[cfg(feature = "std")]
 pub mod pprof;
 pub mod record;
 pub mod rule;
 pub mod stop;
 pub mod table;
+#[cfg(feature = "std")]
+pub mod table_writer;
+#[cfg(feature = "std")]
+pub mod wire;
 
 pub use address::{FileOffset, ImageAddress, LoadBias, ProcessAddress, ReturnAddress};
 pub use architecture::{Architecture, Register};

@@ -313,9 +313,9 @@ pub(crate) fn has_meaning(record: Record, architecture: Architecture) -> bool {
         let (has_last, is_frame) = (first & 0x40 != 0, first & 0x80 != 0);
         // The rows of the record module's table.
         let is_known = if is_pop {
-            (has_last || extra == 0) && (!is_frame || has_last && extra != 0)
+            if has_last { !is_frame || extra != 0 } else { !is_frame && extra == 0 }
         } else {
-            !is_frame && !(has_last && extra != 0)
+            !is_frame && (!has_last || extra == 0)
         };
         let last_change = mask.checked_ilog2();
         let event_change = (event & 0x80 != 0).then_some(u32::from(event & 15));

@@ -263,10 +263,10 @@ impl<'a> Table<'a> {
             return Err("entries behind the index");
         }
         for entry in 0..layout.entries {
-            if layout.flags & WIDE_RECORDS == 0 {
-                if layout.record_number(&page, entry) >= layout.common + layout.locals {
-                    return Err("record number without a local");
-                }
+            if layout.flags & WIDE_RECORDS == 0
+                && layout.record_number(&page, entry) >= layout.common + layout.locals
+            {
+                return Err("record number without a local");
             }
             if layout.dictionary_number(&page, entry) >= records {
                 return Err("record number beyond the dictionary");
@@ -323,6 +323,32 @@ impl<'a> Table<'a> {
     /// The dictionary's bytes: little-endian records.
     pub fn dictionary(&self) -> &'a [u8] {
         self.dictionary
+    }
+
+    /// The dictionary.
+    pub fn records(&self) -> impl Iterator<Item = Record> + 'a {
+        let table = *self;
+        (0..(self.dictionary.len() / 8) as u32).map(move |number| table.record(number))
+    }
+
+    /// Every entry in the order of addresses.
+    #[cfg(feature = "std")]
+    pub fn entries(&self) -> impl Iterator<Item = crate::table_writer::TableEntry> + 'a {
+        let table = *self;
+        (0..self.page_count()).filter_map(move |number| Some((number, table.page(number)?))).flat_map(
+            |(number, page)| {
+                let layout = PageLayout::read(&page);
+                (0..GROUP_BLOCKS * layout.groups).flat_map(move |block| {
+                    let start =
+                        (number << PAGE_SHIFT) + (GROUP_BLOCKS * layout.first_group + block << BLOCK_SHIFT);
+                    let (first, end) = layout.block(&page, block);
+                    (first..end).map(move |entry| crate::table_writer::TableEntry {
+                        offset: start + u32::from(page[(layout.low_bytes_at + entry) as usize]),
+                        record: layout.dictionary_number(&page, entry) as u16,
+                    })
+                })
+            },
+        )
     }
 
     /// Rows that the table states.

@@ -1,12 +1,10 @@
 //! Writes a table; the format is that of [`windlass_schema::table`].
 
-use windlass_schema::page::{PAGE_CODE_BYTES, PAGE_SHIFT};
-use windlass_schema::table::{HEADER_BYTES, MAGIC, NO_PAGE, VERSION, checksum};
-use windlass_schema::{Architecture, BuildId};
+use windlass_schema::table_writer::{TableEntry, TableHeader, write_table};
+use windlass_schema::{Architecture, BuildId, ImageAddress};
 
 use crate::dictionary::Dictionary;
 use crate::fold::{Folded, fold};
-use crate::page::{PageEntry, PageWriter};
 use crate::placement::Placement;
 
 /// The table of the image `build_id` with these rows, which `density` has let through.
@@ -32,55 +30,16 @@ fn write(
     folded: &Folded,
     dictionary: &Dictionary,
 ) -> Vec<u8> {
-    let placed = &placement.placed;
-    let page = |offset: u32| offset >> PAGE_SHIFT;
-    let first = placed.first().map_or(0, |first| page(first.offset));
-    let pages = placed.last().map_or(0, |last| page(last.offset) - first + 1) as usize;
-    let base = placement.base + (u64::from(first) << PAGE_SHIFT);
-
-    let records_at = HEADER_BYTES;
-    let directory_at = records_at + 8 * dictionary.records.len();
-    let pages_at = directory_at + 4 * pages.next_multiple_of(2);
-    let mut file = Vec::with_capacity(pages_at + placed.len() * 3);
-    file.extend(MAGIC);
-    file.extend(VERSION.to_le_bytes());
-    file.extend([architecture as u8, 0]);
-    file.extend([0; 8]);
-    file.extend(base.to_le_bytes());
-    file.resize(40, 0);
-    file.push(build_id.as_bytes().len() as u8);
-    file.extend(build_id.as_bytes());
-    file.resize(HEADER_BYTES, 0);
-    file.extend(dictionary.records.iter().flat_map(|record| record.0.to_le_bytes()));
-    let mut directory = vec![NO_PAGE; pages];
-    file.resize(pages_at, 0);
-
-    let mut writer = PageWriter::default();
-    let mut entries = Vec::new();
-    for placed in placed.chunk_by(|a, b| page(a.offset) == page(b.offset)) {
-        entries.clear();
-        for placed in placed {
-            entries.extend(folded.entries(placed.chain).iter().map(|entry| PageEntry {
-                offset: ((placed.offset + entry.at) % PAGE_CODE_BYTES as u32) as u16,
-                record: dictionary.number(entry.record),
-            }));
-        }
-        directory[(page(placed[0].offset) - first) as usize] = ((file.len() - pages_at) / 8) as u32;
-        writer.write(&entries, &mut file);
-        file.resize(file.len().next_multiple_of(8), 0);
+    let mut entries = Vec::with_capacity(placement.placed.len() * 5 / 4);
+    for placed in &placement.placed {
+        entries.extend(folded.entries(placed.chain).iter().map(|entry| TableEntry {
+            offset: placed.offset + entry.at,
+            record: dictionary.number(entry.record),
+        }));
     }
-    for (at, offset) in directory.iter().enumerate() {
-        file[directory_at + 4 * at..][..4].copy_from_slice(&offset.to_le_bytes());
-    }
-    let page_bytes = file.len() - pages_at;
-    for (at, field) in
-        [pages, dictionary.records.len(), page_bytes, placement.rows as usize].iter().enumerate()
-    {
-        file[24 + 4 * at..][..4].copy_from_slice(&(*field as u32).to_le_bytes());
-    }
-    let sum = checksum(&file);
-    file[8..16].copy_from_slice(&sum.to_le_bytes());
-    file
+    let base = ImageAddress::new(placement.base);
+    let header = TableHeader { architecture, build_id, base, rows: placement.rows as u32 };
+    write_table(&header, &dictionary.records, &entries)
 }
 
 #[cfg(test)]
@@ -89,11 +48,10 @@ mod tests {
     use crate::density::bound;
     use crate::rows::{Row, push};
     use proptest::prelude::*;
-    use windlass_schema::page::MAX_BLOCK_ENTRIES;
+    use windlass_schema::page::{MAX_BLOCK_ENTRIES, PAGE_SHIFT};
     use windlass_schema::table::{MAX_PAGES, MAX_RECORDS};
     use windlass_schema::{
-        CfaRule, FramePointerRule, ImageAddress, Record, Register, ReturnAddressRule, Rule, Table,
-        UnsupportedReason,
+        CfaRule, FramePointerRule, Record, Register, ReturnAddressRule, Rule, Table, UnsupportedReason,
     };
 
     fn encoded(rows: &[Row]) -> Vec<u8> {

@@ -16,7 +16,7 @@
 //! - `rows`: what several FDEs say of one address
 //! - `placement`: all rows at their addresses; `density`: what the format cannot hold, marked as such
 //! - `run`, `fold`: runs of rows as one record
-//! - `dictionary`, `page`, `encode`: the bytes
+//! - `dictionary`, `encode`: the bytes
 //! - `report`: what became of everything
 //! - `oracle`, `verify`: the proof, by another interpreter
 //!
@@ -44,7 +44,6 @@ mod expression;
 mod fold;
 mod instructions;
 mod oracle;
-mod page;
 mod placement;
 mod projection;
 mod report;

@@ -1,10 +1,10 @@
-//! Writes one page; the format is that of [`windlass_schema::page`].
+//! Writes one page; the format is that of [`crate::page`].
 
-use windlass_schema::page::{
+use crate::page::{
     BLOCK_SHIFT, GROUP_BLOCKS, GROUP_SHIFT, MAX_NARROW_COUNT, NINTH_BITS, PageLayout, WIDE_COUNTS,
     WIDE_RECORDS,
 };
-use windlass_schema::table::MAX_RECORDS;
+use crate::table::MAX_RECORDS;
 
 /// Record numbers that a byte tells apart, and nine bits.
 const NARROW_RECORDS: usize = 256;
@@ -14,15 +14,15 @@ const PAGE_BLOCKS: usize = 256;
 
 /// An entry of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct PageEntry {
+pub struct PageEntry {
     /// Offset in the page.
-    pub(crate) offset: u16,
+    pub offset: u16,
     /// Number of its record in the dictionary.
-    pub(crate) record: u16,
+    pub record: u16,
 }
 
 /// Writes pages, one after the other.
-pub(crate) struct PageWriter {
+pub struct PageWriter {
     /// For each record, the number of the last page that uses it, counted from 1.
     used_in: Vec<u32>,
     /// For each record, its number in the page.
@@ -42,7 +42,7 @@ impl Default for PageWriter {
 impl PageWriter {
     /// Appends the page with these entries: at least one, at most as many as `density` lets through, in the
     /// order of their offsets.
-    pub(crate) fn write(&mut self, entries: &[PageEntry], page: &mut Vec<u8>) {
+    pub fn write(&mut self, entries: &[PageEntry], page: &mut Vec<u8>) {
         let group = |entry: &PageEntry| u32::from(entry.offset) >> GROUP_SHIFT;
         let first_group = group(&entries[0]);
         let groups = group(&entries[entries.len() - 1]) - first_group + 1;
