@@ -114,6 +114,7 @@ pub(super) struct EntryModel {
     facts: Vec<Facts>,
     records: Symbols<5>,
     gaps: Symbols<4>,
+    low_bits: Flags,
     by_three: Predictions,
     by_two: Predictions,
     by_pair: Predictions,
@@ -138,7 +139,8 @@ impl EntryModel {
         Self {
             facts: records.iter().map(|record| Facts::of(*record)).collect(),
             records: Symbols::new((bits - 1).min(14)),
-            gaps: Symbols::new((bits - 1).min(14)),
+            gaps: Symbols::new((bits - 1).min(13)),
+            low_bits: Flags::new(16 * 16 * 16),
             by_three: Predictions::new(bits),
             by_two: Predictions::new(bits),
             by_pair: Predictions::new(bits),
@@ -288,48 +290,24 @@ impl EntryModel {
             hash([3, r0]),
             hash([4, r0, record.into()]),
         ];
-        let (slot, low_bits) = slot_of(gap);
-        let slot = self.gaps.code(coder, contexts, 2, slot);
-        let low_bits_len = low_bits_of(slot);
-        let mut value = 0;
-        for bit in (0..low_bits_len).rev() {
-            value = value << 1 | u32::from(coder.bit(1 << 15, low_bits >> bit & 1 != 0));
+        let len = self.gaps.code(coder, contexts, 1, (32 - gap.leading_zeros()).min(15));
+        let low_len = if len < 15 { len.saturating_sub(1) } else { 32 };
+        let mut value = u32::from(0 < len && len < 15);
+        let mut node = 1;
+        for bit in (0..low_len).rev() {
+            let bit = gap >> bit & 1 != 0;
+            // The upper ones are worth learning.
+            let bit = if node < 16 {
+                let context = (usize::from(kind) << 4 | len as usize) << 4 | node;
+                node = node << 1;
+                let bit = self.low_bits.code(coder, context, bit);
+                node |= usize::from(bit);
+                bit
+            } else {
+                coder.bit(1 << 15, bit)
+            };
+            value = value << 1 | u32::from(bit);
         }
-        first_of(slot) | value
-    }
-}
-
-/// The slot of a gap, as floating-point numbers are cut into exponent and mantissa: gaps below 16 have one
-/// each, larger ones share it with those of the same top four bits.
-fn slot_of(gap: u32) -> (u32, u32) {
-    if gap < 16 {
-        return (gap, 0);
-    }
-    let exponent = gap.ilog2();
-    let mantissa = gap >> (exponent - 3) & 7;
-    (16 + (exponent - 4) * 8 + mantissa, gap & ((1 << (exponent - 3)) - 1))
-}
-
-/// Bits of a gap that its slot does not say.
-fn low_bits_of(slot: u32) -> u32 {
-    if slot < 16 { 0 } else { ((slot - 16) / 8 + 1).min(28) }
-}
-
-/// The least gap of a slot. Slots from 240 on are no gap's and give one that is too large.
-fn first_of(slot: u32) -> u32 {
-    if slot < 16 { slot } else { (8 | (slot - 16) % 8) << low_bits_of(slot) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slots_give_back_gaps() {
-        for gap in (0..5000).chain([u32::MAX, 1 << 31, (1 << 20) + 12345, 0x7fff_ffff]) {
-            let (slot, low) = slot_of(gap);
-            assert_eq!(first_of(slot) | low, gap);
-            assert!(slot < 240 && low < 1 << low_bits_of(slot) || low == 0, "{gap}");
-        }
+        value
     }
 }
