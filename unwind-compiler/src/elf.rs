@@ -15,12 +15,12 @@ use std::ops::Range;
 
 use gimli::{BaseAddresses, EhFrameHdr, LittleEndian as GimliLittleEndian, Pointer};
 use object::elf::{self, FileHeader64, ProgramHeader64, SectionHeader64};
-use object::read::elf::{CompressionHeader, FileHeader, ProgramHeader, SectionHeader};
+use object::read::elf::{CompressionHeader, FileHeader, ProgramHeader, SectionHeader, SectionTable};
 use object::read::{CompressedData, CompressedFileRange, CompressionFormat};
 use object::{LittleEndian, ReadRef};
 use windlass_schema::page::{BLOCK_SHIFT, PAGE_SHIFT};
 use windlass_schema::table::{MAX_PAGES, TableError};
-use windlass_schema::{BuildId, ImageAddress};
+use windlass_schema::{Architecture, BuildId, ImageAddress};
 
 use crate::report::{SkipReason, SkippedFde};
 
@@ -36,8 +36,8 @@ const EH_FRAME_BYTES_PER_FILE_BYTE: u64 = 8;
 /// better, and compiling so little takes 40 MiB at worst.
 const MIN_EH_FRAME_BUDGET_BYTES: u64 = 1 << 20;
 
-/// Most sections named `.eh_frame` that are read. Linkers write one, or none.
-const MAX_EH_FRAME_SECTIONS: usize = 16;
+/// Most sections of call frame information that are read. Linkers write one of a name, or none.
+const MAX_SECTIONS: usize = 16;
 
 /// What a segment's end is rounded up to when it is mapped.
 const MEMORY_PAGE_BYTES: u64 = 4096;
@@ -54,8 +54,8 @@ pub enum CompileError {
     /// A byte order other than little-endian.
     #[error("ELF data encoding {0}, expected 1 (little-endian)")]
     ByteOrder(u8),
-    /// An instruction set other than x86-64.
-    #[error("ELF machine {0}, expected 62 (x86-64)")]
+    /// An instruction set other than x86-64 and aarch64.
+    #[error("ELF machine {0}, expected 62 (x86-64) or 183 (aarch64)")]
     Machine(u16),
     /// The table that was made breaks its own format: a fault of the compiler, not of the file.
     #[error("compiled table cannot be read back: this is a fault of the compiler, report it with the file")]
@@ -108,7 +108,7 @@ fn skipped_section(address: u64, reason: SkipReason) -> SkippedFde {
 
 /// What unwinding needs of an image.
 pub(crate) struct Image<'a> {
-    pub(crate) architecture: windlass_schema::Architecture,
+    pub(crate) architecture: Architecture,
     pub(crate) frames: Vec<FrameSection<'a>>,
     /// Sections that are there but are not read.
     pub(crate) skipped: Vec<SkippedFde>,
@@ -116,6 +116,9 @@ pub(crate) struct Image<'a> {
     pub(crate) text: Option<u64>,
     /// Address of `.got`, which data-relative pointers count from.
     pub(crate) got: Option<u64>,
+    file: &'a [u8],
+    segments: &'a [Segment],
+    sections: Sections<'a>,
     /// Addresses that are loaded.
     loaded: Vec<Range<u64>>,
     /// First address that is loaded as code.
@@ -125,10 +128,11 @@ pub(crate) struct Image<'a> {
 type Header = FileHeader64<LittleEndian>;
 type Segment = ProgramHeader64<LittleEndian>;
 type SectionRow = SectionHeader64<LittleEndian>;
+type Sections<'a> = SectionTable<'a, Header>;
 const LE: LittleEndian = LittleEndian;
 
-/// The header of a supported file.
-fn header(file: &[u8]) -> Result<&Header, CompileError> {
+/// The header of a supported file, and its instruction set.
+fn header(file: &[u8]) -> Result<(&Header, Architecture), CompileError> {
     // e_ident up to EI_DATA and e_machine lie at the same offsets in every class.
     let (Some(ident), Some(machine)) = (file.get(..16), file.get(18..20)) else {
         return Err(CompileError::NotElf);
@@ -143,20 +147,26 @@ fn header(file: &[u8]) -> Result<&Header, CompileError> {
         return Err(CompileError::ByteOrder(ident[5]));
     }
     let machine = u16::from_le_bytes([machine[0], machine[1]]);
-    if machine != 62 {
-        return Err(CompileError::Machine(machine));
-    }
-    Header::parse(file).map_err(|_| CompileError::NotElf)
+    let architecture = match machine {
+        62 => Architecture::X86_64,
+        183 => Architecture::Aarch64,
+        _ => return Err(CompileError::Machine(machine)),
+    };
+    let header = Header::parse(file).map_err(|_| CompileError::NotElf)?;
+    Ok((header, architecture))
 }
 
 impl<'a> Image<'a> {
-    fn new(architecture: windlass_schema::Architecture) -> Self {
+    fn new(file: &'a [u8], architecture: Architecture) -> Self {
         Self {
             architecture,
             frames: Vec::new(),
             skipped: Vec::new(),
             text: None,
             got: None,
+            file,
+            segments: &[],
+            sections: SectionTable::default(),
             loaded: Vec::new(),
             first_code: None,
         }
@@ -165,8 +175,8 @@ impl<'a> Image<'a> {
     /// Finds the call frame information of `file`. An image of another type than `ET_EXEC` and `ET_DYN`
     /// has none that is of use: its addresses are not final.
     pub(crate) fn parse(file: &'a [u8]) -> Result<Self, CompileError> {
-        let header = header(file)?;
-        let mut image = Self::new(windlass_schema::Architecture::X86_64);
+        let (header, architecture) = header(file)?;
+        let mut image = Self::new(file, architecture);
         if header.e_type(LE) != elf::ET_EXEC && header.e_type(LE) != elf::ET_DYN {
             return Ok(image);
         }
@@ -180,14 +190,19 @@ impl<'a> Image<'a> {
             image.loaded.push(range);
         }
         let sections = header.sections(LE, file).unwrap_or_default();
+        (image.segments, image.sections) = (segments, sections);
         let mut intake = Intake::of(file);
         let mut is_named = false;
         for section in sections.iter() {
+            let mut add =
+                |kind, is_old| image.add(section.sh_addr(LE), intake.section(section, kind, is_old));
             match sections.section_name(LE, section).unwrap_or_default() {
                 b".eh_frame" => {
                     is_named = true;
-                    image.add(section.sh_addr(LE), intake.eh_frame(section));
+                    add(SectionKind::EhFrame, false);
                 }
+                b".debug_frame" => add(SectionKind::DebugFrame, false),
+                b".zdebug_frame" => add(SectionKind::DebugFrame, true),
                 b".text" => image.text = Some(section.sh_addr(LE)),
                 b".got" => image.got = Some(section.sh_addr(LE)),
                 _ => {}
@@ -199,6 +214,8 @@ impl<'a> Image<'a> {
             let section = eh_frame_of_header(file, segments, header).ok_or(SkipReason::Unreadable);
             image.add(header.p_vaddr(LE), section.map(Some));
         }
+        // What the running program unwinds by comes first.
+        image.frames.sort_by_key(|section| section.kind == SectionKind::DebugFrame);
         Ok(image)
     }
 
@@ -209,8 +226,13 @@ impl<'a> Image<'a> {
         }
     }
 
-    pub(crate) fn word_at(&self, _: u64) -> Option<u64> {
-        None
+    /// The 8 bytes of the file that are loaded at `address`.
+    pub(crate) fn word_at(&self, address: u64) -> Option<u64> {
+        self.segments.iter().filter(|segment| segment.p_type(LE) == elf::PT_LOAD).find_map(|segment| {
+            let skip = usize::try_from(address.checked_sub(segment.p_vaddr(LE))?).ok()?;
+            let word = segment.data(LE, self.file).ok()?.get(skip..)?.first_chunk()?;
+            Some(u64::from_le_bytes(*word))
+        })
     }
 
     /// Whether address 0 is loaded as code.
@@ -250,17 +272,36 @@ impl<'a> Intake<'a> {
         Self { file, budget_bytes, taken: Vec::new() }
     }
 
-    /// `None` for a section without bytes, as in split debug files.
-    fn eh_frame(&mut self, section: &SectionRow) -> Result<Option<FrameSection<'a>>, SkipReason> {
+    /// `None` for a section without bytes, as in split debug files. With `is_old`, one that is compressed as
+    /// `.zdebug_*` sections are: "ZLIB", the size in 8 big-endian bytes, and the stream.
+    fn section(
+        &mut self,
+        section: &SectionRow,
+        kind: SectionKind,
+        is_old: bool,
+    ) -> Result<Option<FrameSection<'a>>, SkipReason> {
         let Some((file_offset, stored_bytes)) = section.file_range(LE) else { return Ok(None) };
         let range = file_offset..file_offset.saturating_add(stored_bytes);
-        if self.taken.len() == MAX_EH_FRAME_SECTIONS {
+        if self.taken.len() == MAX_SECTIONS {
             return Err(SkipReason::SectionLimit);
         }
         if self.taken.iter().any(|taken| taken.start < range.end && range.start < taken.end) {
             return Err(SkipReason::SectionOverlap);
         }
         let (stored, read_bytes, stated_bytes) = match section.compression(LE, self.file) {
+            Ok(None) if is_old => {
+                let data = self.file.read_bytes_at(file_offset, stored_bytes);
+                let data = data.map_err(|()| SkipReason::Truncated)?;
+                let (Some(b"ZLIB"), Some(size)) =
+                    (data.get(..4), data.get(4..12).and_then(|size| size.first_chunk()))
+                else {
+                    return Err(SkipReason::Unreadable);
+                };
+                let uncompressed_size = u64::from_be_bytes(*size);
+                let format = CompressionFormat::Zlib;
+                let data = CompressedData { format, data: &data[12..], uncompressed_size };
+                (Stored::Compressed(data), uncompressed_size, uncompressed_size)
+            }
             Ok(None) => {
                 let end = range.end.min(self.file.len() as u64);
                 let read_bytes = end.saturating_sub(range.start).min(self.budget_bytes);
@@ -284,12 +325,9 @@ impl<'a> Intake<'a> {
         };
         self.budget_bytes = self.budget_bytes.checked_sub(read_bytes).ok_or(SkipReason::SectionLimit)?;
         self.taken.push(range);
-        Ok(Some(FrameSection {
-            kind: SectionKind::EhFrame,
-            address: section.sh_addr(LE),
-            stated_bytes: Some(stated_bytes),
-            stored,
-        }))
+        // `.debug_frame` is not loaded: nothing in it counts from where it is.
+        let address = if kind == SectionKind::EhFrame { section.sh_addr(LE) } else { 0 };
+        Ok(Some(FrameSection { kind, address, stated_bytes: Some(stated_bytes), stored }))
     }
 }
 
@@ -348,7 +386,7 @@ mod tests {
     /// Where the reach of an image with code at `first` ends, which `end` is just short of or at.
     #[track_caller]
     fn check_reach(first: u64, end: u64) {
-        let image = Image { first_code: Some(first), ..Image::new(windlass_schema::Architecture::X86_64) };
+        let image = Image { first_code: Some(first), ..Image::new(&[], Architecture::X86_64) };
         assert!(image.reaches(&(first..end - 1)), "{first:#x}..{end:#x}");
         assert!(!image.reaches(&(first..end)), "{first:#x}..{end:#x}");
     }

@@ -1,38 +1,40 @@
-//! The FDEs of an image, one at a time, and the rows of each.
+//! The FDEs of an image and the rows of each, by gimli: what tables are held against.
 //!
 //! # Why this shape
-//! Iterators over `.eh_frame` stop at the first entry they cannot parse, and so do the unwinders built on
-//! them: one bad FDE, or a CIE augmentation they do not know, loses the file. Each entry states its
-//! length, which is all that is needed to get to the next one, so entries are found here by
-//! their lengths alone, and whatever is wrong inside one stays there. The interpreter of
-//! instructions is gimli's; nothing behind [`Fde::rows`] knows that.
+//! Compiler and oracle share where sections are and how entries are found (by their lengths alone, so that one
+//! broken entry costs itself); headers, pointers and instructions are read by gimli here, and by
+//! [`entries`](crate::entries) and [`instructions`](crate::instructions) there.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use gimli::{
-    BaseAddresses, CommonInformationEntry, EhFrame, EhFrameOffset, EndianSlice, FrameDescriptionEntry,
-    LittleEndian, StoreOnHeap, UnwindContext, UnwindSection, UnwindTableRow,
+    BaseAddresses, CommonInformationEntry, DebugFrame, EhFrame, EndianSlice, FrameDescriptionEntry,
+    LittleEndian, StoreOnHeap, UnwindContext, UnwindOffset, UnwindSection, UnwindTableRow, Vendor,
 };
-use windlass_schema::ImageAddress;
+use windlass_schema::{Architecture, ImageAddress};
 
-use crate::elf::Image;
+use crate::elf::{Image, SectionKind};
+use crate::entries::MAX_CIE_BYTES;
 use crate::report::{SkipReason, SkippedFde};
 
 pub(crate) type Reader<'a> = EndianSlice<'a, LittleEndian>;
 pub(crate) type CfiRow = UnwindTableRow<usize, StoreOnHeap>;
 
-/// Largest CIE in bytes. Its instructions run again for each of its FDEs; those of compilers take under 100
-/// bytes.
-const MAX_CIE_BYTES: usize = 4096;
-
 /// One FDE of an image and what is needed to interpret it.
-pub(crate) struct Fde<'a, 's> {
-    pub(crate) section: &'s EhFrame<Reader<'a>>,
+pub(crate) struct Fde<'a, 's, S> {
+    pub(crate) section: &'s S,
     bases: &'s BaseAddresses,
     pub(crate) entry: FrameDescriptionEntry<Reader<'a>>,
 }
 
-impl Fde<'_, '_> {
+/// What is done with each FDE.
+pub(crate) trait Visitor {
+    /// An FDE of use, of a section of this kind.
+    fn fde<'a, S: UnwindSection<Reader<'a>>>(&mut self, kind: SectionKind, fde: &Fde<'a, '_, S>);
+}
+
+impl<'a, S: UnwindSection<Reader<'a>>> Fde<'a, '_, S> {
     /// The addresses that the FDE covers: at least one.
     pub(crate) fn range(&self) -> std::ops::Range<u64> {
         self.entry.initial_address()..self.entry.end_address()
@@ -66,19 +68,11 @@ impl Fde<'_, '_> {
     }
 }
 
-/// Calls `visit` with each FDE of `image` that is of use, and with what was skipped. Holds one section at a
-/// time; gives the bytes of all that were read.
-pub(crate) fn for_each_fde(image: &Image<'_>, mut visit: impl FnMut(Result<Fde<'_, '_>, SkippedFde>)) -> u64 {
-    let mut read_bytes = 0;
-    for skipped in &image.skipped {
-        visit(Err(*skipped));
-    }
+/// Hands each FDE of `image` that is of use to `visitor`, section by section.
+pub(crate) fn for_each_fde(image: &Image<'_>, visitor: &mut impl Visitor) {
     for section in &image.frames {
-        let Some(data) = section.data() else {
-            visit(Err(section.skipped(SkipReason::Unreadable)));
-            continue;
-        };
-        read_bytes += data.len() as u64;
+        let Some(data) = section.data() else { continue };
+        let data = without_letters(image.architecture, section.kind, data);
         let mut bases = BaseAddresses::default().set_eh_frame(section.address);
         if let Some(text) = image.text {
             bases = bases.set_text(text);
@@ -86,21 +80,107 @@ pub(crate) fn for_each_fde(image: &Image<'_>, mut visit: impl FnMut(Result<Fde<'
         if let Some(got) = image.got {
             bases = bases.set_got(got);
         }
-        let mut eh_frame = EhFrame::new(&data, LittleEndian);
-        eh_frame.set_address_size(8);
-        let mut cies = Cies::default();
-        for_each_entry(&data, section.stated_bytes, |entry| {
-            visit(entry.and_then(|offset| parse(image, &eh_frame, &bases, &mut cies, offset)));
-        });
+        let vendor = match image.architecture {
+            Architecture::X86_64 => Vendor::Default,
+            Architecture::Aarch64 => Vendor::AArch64,
+        };
+        match section.kind {
+            SectionKind::EhFrame => {
+                let mut eh_frame = EhFrame::new(&data, LittleEndian);
+                eh_frame.set_address_size(8);
+                eh_frame.set_vendor(vendor);
+                for_each_of(image, section.kind, section.stated_bytes, &data, &eh_frame, &bases, visitor);
+            }
+            SectionKind::DebugFrame => {
+                let mut debug_frame = DebugFrame::new(&data, LittleEndian);
+                debug_frame.set_address_size(8);
+                debug_frame.set_vendor(vendor);
+                for_each_of(image, section.kind, section.stated_bytes, &data, &debug_frame, &bases, visitor);
+            }
+        }
     }
-    read_bytes
+}
+
+/// The section without the letters `B` and `G` in the augmentations of its CIEs. They are without data and of
+/// no matter to where anything is saved, but gimli does not know them. What follows one moves up; a nop
+/// takes the place at the end.
+fn without_letters(architecture: Architecture, kind: SectionKind, data: Cow<'_, [u8]>) -> Cow<'_, [u8]> {
+    if architecture != Architecture::Aarch64 {
+        return data;
+    }
+    let mut cies = Vec::new();
+    for_each_cie(kind, &data, |string, end| cies.push((string, end)));
+    let mut data = data.into_owned();
+    for (string, end) in cies {
+        let mut at = string;
+        while data.get(at).is_some_and(|letter| *letter != 0) && at < end {
+            if matches!(data[at], b'B' | b'G') {
+                data.copy_within(at + 1..end, at);
+                data[end - 1] = 0;
+            } else {
+                at += 1;
+            }
+        }
+    }
+    data.into()
+}
+
+fn for_each_of<'a, S: UnwindSection<Reader<'a>>>(
+    image: &Image<'_>,
+    kind: SectionKind,
+    stated_bytes: Option<u64>,
+    data: &'a [u8],
+    section: &S,
+    bases: &BaseAddresses,
+    visitor: &mut impl Visitor,
+) {
+    let mut cies = Cies::default();
+    for_each_entry(kind, data, stated_bytes, |entry| {
+        if let Ok(fde) = entry.and_then(|offset| parse(image, section, bases, &mut cies, offset)) {
+            visitor.fde(kind, &fde);
+        }
+    });
+}
+
+/// Calls `visit` with the offsets of the augmentation string and of the end of each CIE.
+fn for_each_cie(kind: SectionKind, data: &[u8], mut visit: impl FnMut(usize, usize)) {
+    walk_entries(kind, data, None, |entry| {
+        if let Ok(Found::Cie { string, end }) = entry {
+            visit(string, end);
+        }
+    });
+}
+
+/// Calls `visit` with the offset of each entry of a section that is not a CIE.
+fn for_each_entry(
+    kind: SectionKind,
+    data: &[u8],
+    stated_bytes: Option<u64>,
+    mut visit: impl FnMut(Result<usize, SkippedFde>),
+) {
+    walk_entries(kind, data, stated_bytes, |entry| match entry {
+        Ok(Found::Cie { .. }) => {}
+        Ok(Found::Fde(offset)) => visit(Ok(offset)),
+        Err(skipped) => visit(Err(skipped)),
+    });
+}
+
+/// An entry of a section.
+enum Found {
+    Cie { string: usize, end: usize },
+    Fde(usize),
 }
 
 /// The CIEs met so far, by offset; `None` for those of no use.
 type Cies<'a> = HashMap<usize, Option<CommonInformationEntry<Reader<'a>>>>;
 
-/// Calls `visit` with the offset of each entry of a section that is not a CIE.
-fn for_each_entry(data: &[u8], stated_bytes: Option<u64>, mut visit: impl FnMut(Result<usize, SkippedFde>)) {
+/// Calls `visit` with each entry of a section.
+fn walk_entries(
+    kind: SectionKind,
+    data: &[u8],
+    stated_bytes: Option<u64>,
+    mut visit: impl FnMut(Result<Found, SkippedFde>),
+) {
     let half = |at: usize| Some(u32::from_le_bytes(data.get(at..at + 4)?.try_into().ok()?));
     let mut at = 0;
     let skip = |at: usize, reason| Err(SkippedFde { offset: at as u64, address: None, reason });
@@ -123,10 +203,21 @@ fn for_each_entry(data: &[u8], stated_bytes: Option<u64>, mut visit: impl FnMut(
         let Some(end) = end.filter(|end| *end <= data.len()) else {
             return visit(skip(at, SkipReason::Truncated));
         };
-        match half(body) {
+        let is_cie = match (kind, half(body)) {
+            (SectionKind::EhFrame, Some(id)) => id == 0,
+            (SectionKind::DebugFrame, Some(id)) => {
+                id == u32::MAX && (header == 4 || half(body + 4) == Some(u32::MAX))
+            }
+            (_, None) => false,
+        };
+        match is_cie {
             _ if end - body < 4 => visit(skip(at, SkipReason::Header)),
-            Some(0) => {}
-            _ => visit(Ok(at)),
+            // Behind the id and the version.
+            true => visit(Ok(Found::Cie {
+                string: body + if header == 12 && kind == SectionKind::DebugFrame { 9 } else { 5 },
+                end,
+            })),
+            false => visit(Ok(Found::Fde(at))),
         }
         at = end;
     }
@@ -135,20 +226,20 @@ fn for_each_entry(data: &[u8], stated_bytes: Option<u64>, mut visit: impl FnMut(
     }
 }
 
-fn parse<'a, 's>(
+fn parse<'a, 's, S: UnwindSection<Reader<'a>>>(
     image: &Image<'_>,
-    section: &'s EhFrame<Reader<'a>>,
+    section: &'s S,
     bases: &'s BaseAddresses,
     cies: &mut Cies<'a>,
     offset: usize,
-) -> Result<Fde<'a, 's>, SkippedFde> {
+) -> Result<Fde<'a, 's, S>, SkippedFde> {
     let skipped = |address, reason| SkippedFde { offset: offset as u64, address, reason };
     let partial = section
-        .partial_fde_from_offset(bases, EhFrameOffset(offset))
+        .partial_fde_from_offset(bases, S::Offset::from(offset))
         .map_err(|_| skipped(None, SkipReason::Header))?;
     let cie_offset = partial.cie_offset();
     let cie = cies
-        .entry(cie_offset.0)
+        .entry(UnwindOffset::into(cie_offset))
         .or_insert_with(|| {
             let cie = section.cie_from_offset(bases, cie_offset).ok()?;
             (cie.entry_len() <= MAX_CIE_BYTES).then_some(cie)

@@ -12,16 +12,17 @@ use std::ops::Range;
 
 use gimli::{
     CfaRule as CfiCfa, EvaluationResult, Location, Register as CfiRegister, RegisterRule, UnwindContext,
-    UnwindExpression, Value,
+    UnwindExpression, UnwindSection, Value,
 };
-use windlass_schema::record::{DWARF_RBP, DWARF_RSP, REGISTERS};
+use windlass_schema::record::DWARF_RSP;
 use windlass_schema::{
-    CfaRule, FramePointerRule, ImageAddress, ReturnAddressRule, Rule, Table, UnsupportedReason,
+    Architecture, CfaRule, FramePointerRule, ImageAddress, Register, ReturnAddressRule, Rule, Table,
+    UnsupportedReason,
 };
 
-use crate::elf::{CompileError, Image};
+use crate::elf::{CompileError, Image, SectionKind};
 use crate::expression::ENCODING;
-use crate::oracle::{CfiRow, Fde, for_each_fde};
+use crate::oracle::{CfiRow, Fde, Reader, Visitor, for_each_fde};
 
 /// Most disagreements that a verification describes; all are counted.
 pub const MAX_DISAGREEMENTS_LISTED: usize = 20;
@@ -57,33 +58,73 @@ pub struct Verification {
 /// Compares `table` with the call frame information of `elf`.
 pub fn verify(elf: &[u8], table: &Table<'_>) -> Result<Verification, CompileError> {
     let image = Image::parse(elf)?;
-    let mut verification = Verification::default();
-    let mut covered = Vec::new();
-    let mut context = UnwindContext::new();
-    for_each_fde(&image, |fde| {
-        let Ok(fde) = fde else { return };
-        verification.fdes += 1;
-        covered.push(fde.range());
-        let end = fde.rows(&mut context, |range, row| {
-            verification.check_row(table, range, |rule, address| {
-                if states(rule, &fde, row, address) { Ok(()) } else { Err(describe(&fde, row)) }
-            });
-        });
-        if let Err(unknown_from) = end {
-            verification.check_row(table, unknown_from..fde.range().end, |_, _| {
-                Err("malformed instructions".to_owned())
-            });
-        }
-    });
+    let mut check = Check {
+        architecture: image.architecture,
+        table,
+        verification: Verification::default(),
+        context: UnwindContext::new(),
+        covered: Vec::new(),
+        covered_by_eh_frame: None,
+    };
+    for_each_fde(&image, &mut check);
+    let Check { mut verification, covered, .. } = check;
     verification.check_gaps(table, covered);
     Ok(verification)
 }
+
+/// A comparison under way.
+struct Check<'t> {
+    architecture: Architecture,
+    table: &'t Table<'t>,
+    verification: Verification,
+    context: UnwindContext<usize>,
+    covered: Vec<Range<u64>>,
+    /// What `.eh_frame` covers, sorted, once `.debug_frame` has begun: that has a say only elsewhere.
+    covered_by_eh_frame: Option<Vec<Range<u64>>>,
+}
+
+impl Visitor for Check<'_> {
+    fn fde<'a, S: UnwindSection<Reader<'a>>>(&mut self, kind: SectionKind, fde: &Fde<'a, '_, S>) {
+        if kind == SectionKind::DebugFrame && self.covered_by_eh_frame.is_none() {
+            let mut covered = self.covered.clone();
+            covered.sort_by_key(|range| range.start);
+            self.covered_by_eh_frame = Some(covered);
+        }
+        self.verification.fdes += 1;
+        self.covered.push(fde.range());
+        let covered = self.covered_by_eh_frame.as_deref().unwrap_or_default();
+        // Ranges may overlap; those that start before the address and reach it are few steps back.
+        let is_others = |address: u64| {
+            let behind = covered.partition_point(|range| range.start <= address);
+            covered[..behind].iter().rev().take(MAX_OVERLAPS).any(|range| range.contains(&address))
+        };
+        let (table, architecture, verification) = (self.table, self.architecture, &mut self.verification);
+        let end = fde.rows(&mut self.context, |range, row| {
+            verification.check_row(table, range, is_others, |rule, address| {
+                if states(rule, architecture, fde, row, address) {
+                    Ok(())
+                } else {
+                    Err(describe(architecture, fde, row))
+                }
+            });
+        });
+        if let Err(unknown_from) = end {
+            verification.check_row(table, unknown_from..fde.range().end, is_others, |_, _| {
+                Err("malformed instructions".to_owned())
+            });
+        }
+    }
+}
+
+/// FDEs that may cover one address, for an address to be found covered.
+const MAX_OVERLAPS: usize = 64;
 
 impl Verification {
     fn check_row(
         &mut self,
         table: &Table<'_>,
         range: Range<u64>,
+        is_others: impl Fn(u64) -> bool,
         compare: impl Fn(Rule, u64) -> Result<(), String>,
     ) {
         self.rows_checked += 1;
@@ -91,6 +132,7 @@ impl Verification {
         let mut addresses =
             [range.start, range.start + (range.end - range.start) / 2, range.end - 1].to_vec();
         addresses.dedup();
+        addresses.retain(|address| !is_others(*address));
         for address in addresses {
             self.addresses_checked += 1;
             match table.rule(ImageAddress::new(address)) {
@@ -139,50 +181,75 @@ impl Verification {
 }
 
 /// The row as gimli has it, without the registers that no walk needs.
-fn describe(fde: &Fde<'_, '_>, row: &CfiRow) -> String {
-    let rule = |number: u8| row.register(CfiRegister(number.into()));
+fn describe<'a, S: UnwindSection<Reader<'a>>>(
+    architecture: Architecture,
+    fde: &Fde<'a, '_, S>,
+    row: &CfiRow,
+) -> String {
+    let rule = |register: Register| row.register(CfiRegister(register.number().into()));
     format!(
-        "cfa={:?} ra={:?} rsp={:?} rbp={:?} signal={}",
+        "cfa={:?} ra={:?} sp={:?} fp={:?} signal={}",
         row.cfa(),
         row.register(fde.entry.cie().return_address_register()),
-        rule(DWARF_RSP),
-        rule(DWARF_RBP),
+        rule(architecture.stack_pointer()),
+        rule(architecture.frame_pointer()),
         fde.entry.is_signal_trampoline(),
     )
 }
 
 /// Whether `rule`, which is none of the unsupported ones, is what `row` says at `address`.
-fn states(rule: Rule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
+fn states<'a, S: UnwindSection<Reader<'a>>>(
+    rule: Rule,
+    architecture: Architecture,
+    fde: &Fde<'a, '_, S>,
+    row: &CfiRow,
+    address: u64,
+) -> bool {
     let return_address = row.register(fde.entry.cie().return_address_register());
     match rule {
         Rule::NoCfi | Rule::Unsupported(_) => false,
         Rule::End => return_address == Some(RegisterRule::Undefined),
-        Rule::Signal(offset) => fde.entry.is_signal_trampoline() && states_signal(offset, fde, row, address),
+        Rule::Signal(offset) => {
+            architecture == Architecture::X86_64
+                && fde.entry.is_signal_trampoline()
+                && states_signal(offset, fde, row, address)
+        }
         Rule::Frame { cfa, return_address: ra, frame_pointer } => {
-            let stack_pointer = row.register(CfiRegister(DWARF_RSP.into()));
+            let stack_pointer = row.register(CfiRegister(architecture.stack_pointer().number().into()));
+            let column = fde.entry.cie().return_address_register();
             !fde.entry.is_signal_trampoline()
-                && states_cfa(cfa, fde, row, address)
+                && states_cfa(cfa, architecture, fde, row, address)
                 && match ra {
                     ReturnAddressRule::AtCfa(offset) => {
                         return_address == Some(RegisterRule::Offset(offset.into()))
                     }
                     ReturnAddressRule::Register(register) => {
-                        return_address == Some(RegisterRule::Register(CfiRegister(register.number().into())))
+                        let register = CfiRegister(register.number().into());
+                        return_address == Some(RegisterRule::Register(register))
+                            || architecture == Architecture::Aarch64
+                                && register == column
+                                && matches!(return_address, None | Some(RegisterRule::SameValue))
                     }
                 }
                 && matches!(stack_pointer, None | Some(RegisterRule::ValOffset(0)))
-                && states_frame_pointer(frame_pointer, fde, row, address)
+                && states_frame_pointer(frame_pointer, architecture, fde, row, address)
         }
     }
 }
 
-fn states_cfa(cfa: CfaRule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
+fn states_cfa<'a, S: UnwindSection<Reader<'a>>>(
+    cfa: CfaRule,
+    architecture: Architecture,
+    fde: &Fde<'a, '_, S>,
+    row: &CfiRow,
+    address: u64,
+) -> bool {
     match (cfa, row.cfa()) {
         (CfaRule::Offset(r, k), CfiCfa::RegisterAndOffset { register, offset }) => {
             u16::from(r.number()) == register.0 && i64::from(k) == *offset
         }
         (_, CfiCfa::RegisterAndOffset { .. }) => false,
-        (cfa, CfiCfa::Expression(expression)) => Machine::states(address).all(|machine| {
+        (cfa, CfiCfa::Expression(expression)) => Machine::states(architecture, address).all(|machine| {
             let register = |number: u8| machine.register(number.into());
             let at = |base: u64, offset: i16| base.wrapping_add_signed(offset.into());
             let expected = match cfa {
@@ -203,15 +270,22 @@ fn states_cfa(cfa: CfaRule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bo
     }
 }
 
-fn states_frame_pointer(rule: FramePointerRule, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
-    let stated = row.register(CfiRegister(DWARF_RBP.into()));
+fn states_frame_pointer<'a, S: UnwindSection<Reader<'a>>>(
+    rule: FramePointerRule,
+    architecture: Architecture,
+    fde: &Fde<'a, '_, S>,
+    row: &CfiRow,
+    address: u64,
+) -> bool {
+    let frame_pointer = architecture.frame_pointer().number();
+    let stated = row.register(CfiRegister(frame_pointer.into()));
     match (rule, stated) {
         (FramePointerRule::Same, None | Some(RegisterRule::SameValue)) => true,
         (FramePointerRule::Undefined, Some(RegisterRule::Undefined)) => true,
         (FramePointerRule::AtCfa(f), Some(RegisterRule::Offset(offset))) => i64::from(f) == offset,
         (FramePointerRule::AtFramePointer(f), Some(RegisterRule::Expression(expression))) => {
-            Machine::states(address).all(|machine| {
-                let expected = machine.register(DWARF_RBP.into()).wrapping_add_signed(f.into());
+            Machine::states(architecture, address).all(|machine| {
+                let expected = machine.register(frame_pointer.into()).wrapping_add_signed(f.into());
                 machine.evaluate(fde, &expression) == Some(expected)
             })
         }
@@ -220,10 +294,15 @@ fn states_frame_pointer(rule: FramePointerRule, fde: &Fde<'_, '_>, row: &CfiRow,
 }
 
 /// Whether every register comes from its place in the `sigcontext` at rsp + `offset`.
-fn states_signal(offset: i16, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> bool {
+fn states_signal<'a, S: UnwindSection<Reader<'a>>>(
+    offset: i16,
+    fde: &Fde<'a, '_, S>,
+    row: &CfiRow,
+    address: u64,
+) -> bool {
     // struct sigcontext_64: r8 to r15, di, si, bp, bx, dx, ax, cx, sp, ip.
     let places = [13, 12, 14, 11, 9, 8, 10, 15, 0, 1, 2, 3, 4, 5, 6, 7, 16];
-    Machine::states(address).all(|machine| {
+    Machine::states(Architecture::X86_64, address).all(|machine| {
         let context = machine.register(DWARF_RSP.into()).wrapping_add_signed(offset.into());
         let place = |register: usize| context.wrapping_add(8 * places[register]);
         let CfiCfa::Expression(cfa) = row.cfa() else { return false };
@@ -238,14 +317,16 @@ fn states_signal(offset: i16, fde: &Fde<'_, '_>, row: &CfiRow, address: u64) -> 
 
 /// A made-up machine state. Registers and memory hold a hash of their number or address.
 struct Machine {
+    architecture: Architecture,
     seed: u64,
     rip: u64,
 }
 
 impl Machine {
     /// States at `address`, one for each place that a PLT entry may stand at.
-    fn states(address: u64) -> impl Iterator<Item = Self> {
+    fn states(architecture: Architecture, address: u64) -> impl Iterator<Item = Self> {
         (0..16).map(move |low| Self {
+            architecture,
             seed: address.wrapping_mul(31).wrapping_add(low),
             rip: address & !15 | low,
         })
@@ -260,7 +341,7 @@ impl Machine {
     }
 
     fn register(&self, number: u16) -> u64 {
-        if usize::from(number) < REGISTERS { self.hash(number.into()) } else { self.rip }
+        if Register::new(self.architecture, number).is_some() { self.hash(number.into()) } else { self.rip }
     }
 
     fn memory(&self, address: u64) -> u64 {
@@ -268,7 +349,11 @@ impl Machine {
     }
 
     /// The value of an expression, by gimli. `None` if it needs more than registers and memory.
-    fn evaluate(&self, fde: &Fde<'_, '_>, expression: &UnwindExpression<usize>) -> Option<u64> {
+    fn evaluate<'a, S: UnwindSection<Reader<'a>>>(
+        &self,
+        fde: &Fde<'a, '_, S>,
+        expression: &UnwindExpression<usize>,
+    ) -> Option<u64> {
         let mut evaluation = expression.get(fde.section).ok()?.evaluation(ENCODING);
         // Loops are possible, none is known.
         evaluation.set_max_iterations(256);
@@ -276,7 +361,7 @@ impl Machine {
         loop {
             result = match result {
                 EvaluationResult::Complete => break,
-                EvaluationResult::RequiresRegister { register, .. } if register.0 <= REGISTERS as u16 => {
+                EvaluationResult::RequiresRegister { register, .. } if register.0 <= 31 => {
                     evaluation.resume_with_register(Value::Generic(self.register(register.0))).ok()?
                 }
                 EvaluationResult::RequiresMemory { address, size: 8, space: None, .. } => {

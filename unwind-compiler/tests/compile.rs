@@ -128,8 +128,11 @@ fn what_is_not_supported_is_an_error_that_says_what() {
     assert_eq!(with(0, 0), Err(CompileError::NotElf));
     assert_eq!(with(4, 1), Err(CompileError::Class(1)));
     assert_eq!(with(5, 2), Err(CompileError::ByteOrder(2)));
-    assert_eq!(with(18, 183), Err(CompileError::Machine(183)));
-    assert_eq!(CompileError::Machine(183).to_string(), "ELF machine 183, expected 62 (x86-64)");
+    assert_eq!(with(18, 243), Err(CompileError::Machine(243)));
+    assert_eq!(
+        CompileError::Machine(243).to_string(),
+        "ELF machine 243, expected 62 (x86-64) or 183 (aarch64)"
+    );
 }
 
 #[test]
