@@ -71,7 +71,7 @@ fn canonical_frame_address<M: StackMemory>(
     let (a, b) = (i64::from(record.a()), i64::from(record.b()));
     match record.kind() {
         kind::SP => Ok(offset(rsp, i64::from(record.offset()))),
-        kind::FP => Ok(offset(registers.get(DWARF_RBP)?, i64::from(record.offset()))),
+        kind::FP | kind::OTHER_STACK => Ok(offset(registers.get(DWARF_RBP)?, i64::from(record.offset()))),
         kind::REGISTER => Ok(offset(registers.get(record.aux())?, i64::from(record.offset()))),
         kind::DEREF => Ok(offset(word(memory, offset(registers.get(record.aux())?, a))?, b)),
         kind::DEREF_INDEXED => {
@@ -85,7 +85,8 @@ fn canonical_frame_address<M: StackMemory>(
         kind::GO_STACK => {
             let g = word(memory, offset(rsp, a))?;
             let stack_end = word(memory, offset(g, GO_STACK_END))?;
-            Ok(stack_end.wrapping_sub(word(memory, offset(rsp, b))?).wrapping_add(8))
+            let stack_pointer = stack_end.wrapping_sub(word(memory, offset(rsp, b))?);
+            Ok(offset(stack_pointer, 8 * i64::from(record.aux() as i8)))
         }
         kind::NO_CFI => Err(StopReason::NoCfi),
         kind::END => Err(StopReason::EndOfStack),
@@ -105,7 +106,7 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
     let cfa = canonical_frame_address(registers, record, memory)?;
     // A call pushes its return address, so the caller's stack pointer lies above the callee's, but for
     // a caller on another stack.
-    if cfa <= rsp && record.kind() != kind::GO_STACK {
+    if cfa <= rsp && record.kind() < kind::GO_STACK {
         return Err(StopReason::NoAdvance);
     }
     let mut known = FRAME_REGISTERS & registers.known | 1 << DWARF_RSP;
@@ -324,9 +325,15 @@ mod tests {
             }
         }
         let mut after = registers();
-        let rule = frame(CfaRule::GoStack { g: 8, depth: 0 }, AT_CFA, SAME);
+        let rule = frame(CfaRule::GoStack { g: 8, depth: 0, words: 1 }, AT_CFA, SAME);
         step(&mut after, rule.to_record(), &Stacks).unwrap();
         assert_eq!((after.rip, after.general[7], after.general[6]), (0x4242, 0x2f08, BASE + 80));
+        // By a frame pointer that points there.
+        let mut after = registers();
+        after.general[6] = 0x2f00 - 8;
+        let rule = frame(CfaRule::OtherStack(16), AT_CFA, SAME);
+        step(&mut after, rule.to_record(), &Stacks).unwrap();
+        assert_eq!((after.rip, after.general[7]), (0x4242, 0x2f08));
     }
 
     #[test]

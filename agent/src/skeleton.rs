@@ -138,6 +138,8 @@ fn is_kept(section: &SectionHeader, names: &[u8]) -> bool {
             b".eh_frame_hdr",
             b".debug_frame",
             b".zdebug_frame",
+            b".gopclntab",
+            b".data.rel.ro.gopclntab",
             b".dynsym",
             b".dynstr",
             b".symtab",

@@ -22,9 +22,13 @@
 //! | 9 | `END` | none: the return address is undefined, this frame has no caller |
 //! | 10 | `NO_CFI` | none: no FDE covers the address |
 //! | 11 | `UNSUPPORTED` | none: byte 1 is the code of the reason |
-//! | 12 | `GO_STACK` | *(*(rsp + a) + 8) - *(rsp + b) + 8 |
+//! | 12 | `GO_STACK` | *(*(rsp + a) + 8) - *(rsp + b) + 8 * c, c being byte 1 as i8 |
+//! | 13 | `OTHER_STACK` | rbp + offset |
 //!
-//! The stack pointer is rsp or sp, the frame pointer rbp or x29. Kinds 4, 5, 7, 8 and 12 are for x86-64 alone.
+//! The CFA lies above the stack pointer, but for the last two kinds, which lead to another stack.
+//!
+//! The stack pointer is rsp or sp, the frame pointer rbp or x29. Kinds 4, 5, 7, 8, 12
+//! and 13 are for x86-64 alone.
 //! The saved context of `SIGNAL` is what the kernel pushes: r8 to r15, rdi, rsi, rbp, rbx, rdx, rax, rcx,
 //! rsp, rip (`struct sigcontext` of x86-64), or x0 to x30, sp, pc (`regs` of that of aarch64).
 //!
@@ -45,6 +49,7 @@
 //! | byte 1 | x86-64 | aarch64 |
 //! |---|---|---|
 //! | kinds 2 and 3 | CFA register in bits 0-3, with rule 1 the return address's in bits 4-7 | CFA register; rule 1 is x30 |
+//! | kind 12 | c; rule 0 or 2 | |
 //! | others, rule 1 | return address's register in bits 4-7 | return address's register |
 //! | others, rule 3 | g | g |
 //!
@@ -116,6 +121,7 @@ pub mod kind {
     pub const NO_CFI: u8 = 10;
     pub const UNSUPPORTED: u8 = 11;
     pub const GO_STACK: u8 = 12;
+    pub const OTHER_STACK: u8 = 13;
 }
 
 /// Frame-pointer rules; see the [module documentation](self).

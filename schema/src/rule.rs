@@ -21,14 +21,18 @@ pub enum CfaRule {
         /// CFA offset before that push.
         base: i16,
     },
-    /// *(*(rsp + g) + 8) - *(rsp + depth) + 8: the goroutine's stack, seen from the system stack on which it
-    /// runs C code.
+    /// *(*(rsp + g) + 8) - *(rsp + depth) + offset: the goroutine's stack, seen from the system stack on which
+    /// it runs C code.
     GoStack {
         /// Where the goroutine is saved.
         g: i16,
         /// Where the depth of its stack pointer is saved.
         depth: i16,
+        /// From that stack pointer to the CFA, in words.
+        words: i8,
     },
+    /// frame pointer + offset, on whichever stack that is.
+    OtherStack(i32),
 }
 
 impl CfaRule {
@@ -36,7 +40,9 @@ impl CfaRule {
     pub const fn architecture(self) -> Architecture {
         match self {
             Self::Offset(register, _) | Self::Deref(register, ..) => register.architecture(),
-            Self::DerefIndexed(..) | Self::Plt { .. } | Self::GoStack { .. } => Architecture::X86_64,
+            Self::DerefIndexed(..) | Self::Plt { .. } | Self::GoStack { .. } | Self::OtherStack(_) => {
+                Architecture::X86_64
+            }
         }
     }
 }
@@ -207,7 +213,8 @@ const fn frame_record(cfa: CfaRule, ra: ReturnAddressRule, fp: FramePointerRule)
         CfaRule::Deref(register, a, b) => (kind::DEREF, Some(register.number()), Record::pair(a, b)),
         CfaRule::DerefIndexed(a, b) => (kind::DEREF_INDEXED, None, Record::pair(a, b)),
         CfaRule::Plt { threshold, base } => (kind::PLT, None, Record::pair(threshold, base)),
-        CfaRule::GoStack { g, depth } => (kind::GO_STACK, None, Record::pair(g, depth)),
+        CfaRule::GoStack { g, depth, words } => (kind::GO_STACK, Some(words as u8), Record::pair(g, depth)),
+        CfaRule::OtherStack(offset) => (kind::OTHER_STACK, None, offset),
     };
     let (fp_rule, f) = match fp {
         FramePointerRule::Same => (frame_pointer::SAME, 0),
@@ -226,6 +233,7 @@ const fn frame_record(cfa: CfaRule, ra: ReturnAddressRule, fp: FramePointerRule)
                 return None;
             }
         }
+        (ReturnAddressRule::Register(_), _) if matches!(cfa, CfaRule::GoStack { .. }) => return None,
         (ReturnAddressRule::Register(saved), register) => {
             let aux = match (architecture, register) {
                 (Architecture::X86_64, None) => saved.number() << 4,
@@ -267,7 +275,11 @@ fn decode(record: Record, architecture: Architecture) -> Option<Rule> {
         }
         kind::DEREF_INDEXED if is_x86 => CfaRule::DerefIndexed(a, b),
         kind::PLT if is_x86 => CfaRule::Plt { threshold: a, base: b },
-        kind::GO_STACK if is_x86 => CfaRule::GoStack { g: a, depth: b },
+        kind::GO_STACK if is_x86 => {
+            has_register = true;
+            CfaRule::GoStack { g: a, depth: b, words: record.aux() as i8 }
+        }
+        kind::OTHER_STACK if is_x86 => CfaRule::OtherStack(record.offset()),
         kind::SIGNAL => return Some(Rule::Signal(a)),
         kind::END => return Some(Rule::End),
         kind::NO_CFI => return Some(Rule::NoCfi),
@@ -359,7 +371,10 @@ impl fmt::Display for Rule {
             CfaRule::Plt { threshold, base } => {
                 write!(f, "cfa=rsp{base:+}+8*((rip&15)>={threshold})")?;
             }
-            CfaRule::GoStack { g, depth } => write!(f, "cfa=*(*(rsp{g:+})+8)-*(rsp{depth:+})+8")?,
+            CfaRule::GoStack { g, depth, words } => {
+                write!(f, "cfa=*(*(rsp{g:+})+8)-*(rsp{depth:+}){:+}", 8 * i32::from(*words))?;
+            }
+            CfaRule::OtherStack(offset) => write!(f, "cfa=rbp{offset:+} on another stack")?,
         }
         match ra {
             ReturnAddressRule::AtCfa(offset) => write!(f, " ra=*(cfa{offset:+})")?,
@@ -401,7 +416,8 @@ mod tests {
                 .prop_map(|(register, a, b)| CfaRule::Deref(register, a, b)),
             of_x86 => (any::<i16>(), any::<i16>()).prop_map(|(a, b)| CfaRule::DerefIndexed(a, b)),
             of_x86 => (any::<i16>(), any::<i16>()).prop_map(|(threshold, base)| CfaRule::Plt { threshold, base }),
-            of_x86 => (any::<i16>(), any::<i16>()).prop_map(|(g, depth)| CfaRule::GoStack { g, depth }),
+            of_x86 => (any::<i16>(), any::<i16>(), any::<i8>()).prop_map(|(g, depth, words)| CfaRule::GoStack { g, depth, words }),
+            of_x86 => any::<i32>().prop_map(CfaRule::OtherStack),
         ];
         let return_address = prop_oneof![
             Just(ReturnAddressRule::AtCfa(-8)),
@@ -588,7 +604,7 @@ mod tests {
             CfaRule::Offset(register, _) => {
                 register != architecture.stack_pointer() && register != architecture.frame_pointer()
             }
-            CfaRule::Deref(..) => true,
+            CfaRule::Deref(..) | CfaRule::GoStack { .. } => true,
             _ => false,
         };
         match return_address {
@@ -598,7 +614,8 @@ mod tests {
                     || !has_register && offset % 8 == 0 && (-128..128).contains(&(offset / 8))
             }
             ReturnAddressRule::Register(register) => {
-                architecture == Architecture::X86_64 || !has_register || register == Register::X30
+                let is_go = matches!(cfa, CfaRule::GoStack { .. });
+                !is_go && (architecture == Architecture::X86_64 || !has_register || register == Register::X30)
             }
         }
     }

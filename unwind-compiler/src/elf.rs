@@ -14,7 +14,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use gimli::{BaseAddresses, EhFrameHdr, LittleEndian as GimliLittleEndian, Pointer};
-use object::elf::{self, FileHeader64, ProgramHeader64, SectionHeader64};
+use object::elf::{self, FileHeader64, ProgramHeader64, Rela64, SectionHeader64};
 use object::read::elf::{CompressionHeader, FileHeader, ProgramHeader, SectionHeader, SectionTable};
 use object::read::{CompressedData, CompressedFileRange, CompressionFormat};
 use object::{LittleEndian, ReadRef};
@@ -22,6 +22,7 @@ use windlass_schema::page::{BLOCK_SHIFT, PAGE_SHIFT};
 use windlass_schema::table::{MAX_PAGES, TableError};
 use windlass_schema::{Architecture, BuildId, ImageAddress};
 
+use crate::go::{GoCode, GoImage, find_table, text_start};
 use crate::report::{SkipReason, SkippedFde};
 
 /// Most bytes of `.eh_frame`, all sections together. The largest of a Debian developer's machine has 15 MB;
@@ -226,13 +227,74 @@ impl<'a> Image<'a> {
         }
     }
 
+    /// Addresses with the bytes that are loaded there and whether they are (writable, executable): sections, or
+    /// segments where there are none. Skeletons and split debug files have program headers that
+    /// lead to other bytes, and sections that say so.
+    fn loaded_bytes(&self) -> impl Iterator<Item = (u64, &'a [u8], (bool, bool))> + Clone + '_ {
+        let sections = self.sections.iter().filter_map(|section| {
+            let flags = section.sh_flags(LE);
+            let bytes: &'a [u8] = section.data(LE, self.file).ok()?;
+            let kind = (flags.contains(elf::SHF_WRITE), flags.contains(elf::SHF_EXECINSTR));
+            flags.contains(elf::SHF_ALLOC).then_some((section.sh_addr(LE), bytes, kind))
+        });
+        let segments = self.segments.iter().filter(|_| self.sections.is_empty()).filter_map(|segment| {
+            let flags = segment.p_flags(LE);
+            let bytes: &'a [u8] = segment.data(LE, self.file).ok()?;
+            let kind = (flags.contains(elf::PF_W), flags.contains(elf::PF_X));
+            (segment.p_type(LE) == elf::PT_LOAD).then_some((segment.p_vaddr(LE), bytes, kind))
+        });
+        sections.chain(segments)
+    }
+
     /// The 8 bytes of the file that are loaded at `address`.
     pub(crate) fn word_at(&self, address: u64) -> Option<u64> {
-        self.segments.iter().filter(|segment| segment.p_type(LE) == elf::PT_LOAD).find_map(|segment| {
-            let skip = usize::try_from(address.checked_sub(segment.p_vaddr(LE))?).ok()?;
-            let word = segment.data(LE, self.file).ok()?.get(skip..)?.first_chunk()?;
-            Some(u64::from_le_bytes(*word))
+        self.loaded_bytes().find_map(|(start, bytes, _)| {
+            let skip = usize::try_from(address.checked_sub(start)?).ok()?;
+            Some(u64::from_le_bytes(*bytes.get(skip..)?.first_chunk()?))
         })
+    }
+
+    /// What the Go linker wrote of an image's functions.
+    pub(crate) fn go_table(&self) -> Option<GoTable<'a>> {
+        let named = |name: &[u8]| {
+            self.sections
+                .iter()
+                .find(|section| self.sections.section_name(LE, section).is_ok_and(|it| it == name))
+        };
+        let (address, table) = match named(b".gopclntab").or_else(|| named(b".data.rel.ro.gopclntab")) {
+            Some(section) => (section.sh_addr(LE), section.data(LE, self.file).ok()?),
+            // Where nothing has a name, by its first bytes.
+            None if self.sections.is_empty() => self.loaded_bytes().find_map(|(start, bytes, _)| {
+                find_table(bytes).map(|at| (start + at as u64, &bytes[at..]))
+            })?,
+            None => return None,
+        };
+        if table.is_empty() {
+            return None;
+        }
+        let code = (self.loaded_bytes())
+            .filter(|(_, bytes, (_, is_code))| *is_code && !bytes.is_empty())
+            .map(|(address, bytes, _)| GoCode { address, bytes })
+            .collect();
+        let words =
+            self.loaded_bytes().filter(|(_, _, (is_data, _))| *is_data).flat_map(|(start, bytes, _)| {
+                // Aligned words, as the start of a section need not be.
+                let skip = start.wrapping_neg() as usize % 8;
+                let (words, _) = bytes.get(skip..).unwrap_or_default().as_chunks();
+                (start + skip as u64..).step_by(8).zip(words.iter().map(|word| u64::from_le_bytes(*word)))
+            });
+        // By name: the linker's own is not listed as dynamic by every version.
+        let relocations = [named(b".rela"), named(b".rela.dyn")].into_iter().flatten().flat_map(|section| {
+            let entries = section.data_as_array::<Rela64<LittleEndian>, _>(LE, self.file).unwrap_or_default();
+            let relative =
+                |entry: &&Rela64<LittleEndian>| entry.r_info.get(LE) == u64::from(elf::R_X86_64_RELATIVE.0);
+            entries
+                .iter()
+                .filter(relative)
+                .map(|entry| (entry.r_offset.get(LE), entry.r_addend.get(LE) as u64))
+        });
+        let text = text_start(table, address, words.chain(relocations));
+        Some(GoTable { table, text, code })
     }
 
     /// Whether address 0 is loaded as code.
@@ -254,6 +316,20 @@ impl<'a> Image<'a> {
         range.start >= first
             && range.end < reach - (1 << BLOCK_SHIFT)
             && (self.loaded.is_empty() || self.loaded.iter().any(loads))
+    }
+}
+
+/// A Go function table and what it is read with.
+pub(crate) struct GoTable<'a> {
+    table: &'a [u8],
+    text: Option<u64>,
+    code: Vec<GoCode<'a>>,
+}
+
+impl GoTable<'_> {
+    /// As the decoder takes it.
+    pub(crate) fn image(&self) -> GoImage<'_> {
+        GoImage { table: self.table, text: self.text, code: &self.code }
     }
 }
 

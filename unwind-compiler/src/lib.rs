@@ -11,6 +11,7 @@
 //!
 //! - `elf`: where the image keeps its call frame information
 //! - `entries`: its CIEs and FDEs; `instructions`: the rows of each
+//! - `go`, `go_functions`: the rows of Go code, which has other tables
 //! - `projection`, `expression`: a row of CFI as a [`Rule`](windlass_schema::Rule)
 //! - `shapes`, `chains`: what functions have in common, once
 //! - `rows`: what several FDEs say of one address
@@ -42,6 +43,8 @@ mod encode;
 mod entries;
 mod expression;
 mod fold;
+mod go;
+mod go_functions;
 mod instructions;
 mod oracle;
 mod placement;

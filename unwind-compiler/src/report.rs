@@ -76,6 +76,8 @@ pub struct SkippedFde {
 pub struct Report {
     /// FDEs that gave rows.
     pub fdes: u64,
+    /// Stretches of Go functions that gave rows.
+    pub go_functions: u64,
     /// Rows of these FDEs, one for each address at which any register's rule may change.
     pub cfi_rows: u64,
     /// Rows of the table: changes of (CFA, return address, frame pointer), ends of coverage included.

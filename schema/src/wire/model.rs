@@ -299,7 +299,7 @@ impl EntryModel {
             // The upper ones are worth learning.
             let bit = if node < 16 {
                 let context = (usize::from(kind) << 4 | len as usize) << 4 | node;
-                node = node << 1;
+                node <<= 1;
                 let bit = self.low_bits.code(coder, context, bit);
                 node |= usize::from(bit);
                 bit

@@ -1,0 +1,77 @@
+//! Go executables, stripped and not: every row against `.debug_frame`, which the linker writes from the same
+//! depths by another path. `WINDLASS_GO_BINARIES` lists executables, separated by colons, to compare instead of
+//! a program that is built here with `go`; without `go` there is nothing to compare, and the test says so.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use windlass_schema::{BuildId, ImageAddress, Rule, Table};
+use windlass_unwind_compiler::{Compiled, compile, verify};
+
+fn compiled(elf: &[u8]) -> Compiled {
+    compile(elf, BuildId::new(b"WINDLASS").unwrap()).unwrap()
+}
+
+/// Builds the program with these flags of the linker. `None` without `go`.
+fn build(folder: &Path, name: &str, linker_flags: &str) -> Option<PathBuf> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/sources/go_stacks.go");
+    let program = folder.join(name);
+    let mut go = Command::new("go");
+    go.args(["build", "-ldflags", linker_flags, "-o"]).arg(&program).arg(source);
+    go.env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=mod").env("GOCACHE", folder.join("cache"));
+    match go.output() {
+        Ok(output) => {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            Some(program)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => panic!("go: {error}"),
+    }
+}
+
+#[track_caller]
+fn check(path: &Path) -> Compiled {
+    let elf = std::fs::read(path).unwrap();
+    let compiled = compiled(&elf);
+    let table = Table::parse(&compiled.table).unwrap();
+    let verification = verify(&elf, &table).unwrap();
+    assert_eq!(verification.wrong, 0, "{}: {:#?}", path.display(), verification.disagreements);
+    let report = &compiled.report;
+    assert!(report.go_functions > 0 && report.rows > 1000, "{}: {report:#?}", path.display());
+    let exact = report.exact_code_bytes as f64 / report.code_bytes as f64;
+    assert!(exact > 0.999, "{}: {exact}", path.display());
+    compiled
+}
+
+#[test]
+fn go_code_is_covered_and_right() {
+    if let Some(paths) = std::env::var_os("WINDLASS_GO_BINARIES") {
+        for path in std::env::split_paths(&paths) {
+            check(&path);
+        }
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("windlass-go-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let whole = build(&folder, "whole", "");
+    let stripped = build(&folder, "stripped", "-s -w");
+    let (Some(whole), Some(stripped)) = (whole, stripped) else {
+        eprintln!("skipped: there is no go to build a program with");
+        return;
+    };
+    let (whole, stripped) = (check(&whole), check(&stripped));
+    let (whole, stripped) = (Table::parse(&whole.table).unwrap(), Table::parse(&stripped.table).unwrap());
+    // Stripping takes away nothing of what rows are made of.
+    let mut rows = 0;
+    for (address, _) in whole.rows() {
+        let address = ImageAddress::new(address.get());
+        if whole.rule(address) != Rule::NoCfi {
+            assert_eq!(stripped.rule(address), whole.rule(address), "{address}");
+            rows += 1;
+        }
+    }
+    assert!(rows > 1000, "{rows} rows");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
