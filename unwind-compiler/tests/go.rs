@@ -20,7 +20,7 @@ fn build(folder: &Path, name: &str, linker_flags: &str) -> Option<PathBuf> {
     let program = folder.join(name);
     let mut go = Command::new("go");
     go.args(["build", "-ldflags", linker_flags, "-o"]).arg(&program).arg(source);
-    go.env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=mod").env("GOCACHE", folder.join("cache"));
+    go.env("CGO_ENABLED", "1").env("GOFLAGS", "-mod=mod").env("GOCACHE", folder.join("cache"));
     match go.output() {
         Ok(output) => {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -41,7 +41,8 @@ fn check(path: &Path) -> Compiled {
     let report = &compiled.report;
     assert!(report.go_functions > 0 && report.rows > 1000, "{}: {report:#?}", path.display());
     let exact = report.exact_code_bytes as f64 / report.code_bytes as f64;
-    assert!(exact > 0.999, "{}: {exact}", path.display());
+    // What signals interrupt, and the switches of stacks, are marked: half a percent of a small program.
+    assert!(exact > 0.995, "{}: {exact}", path.display());
     compiled
 }
 
