@@ -67,16 +67,17 @@ impl Facts {
 /// What followed the last time.
 #[derive(Clone, Copy, Default)]
 struct Prediction {
-    check: u16,
-    record: u16,
     gap: u32,
+    record: u16,
+    /// Part of the hash, odd; 0 in an empty slot.
+    check: u8,
     /// How often it was right, at most 15.
     trust: u8,
 }
 
 impl Prediction {
     /// Notes what followed this time.
-    fn learn(&mut self, check: u16, record: u16, gap: u32, patience: u8) {
+    fn learn(&mut self, check: u8, record: u16, gap: u32, patience: u8) {
         if self.check == check && self.record == record && self.gap == gap {
             self.trust = (self.trust + 1).min(15);
         } else if self.check == check && self.trust > patience {
@@ -98,9 +99,8 @@ impl Predictions {
         Self { slots: vec![Prediction::default(); 1 << bits], shift: 64 - bits }
     }
 
-    fn slot(&mut self, hash: u64) -> (&mut Prediction, u16) {
-        // 0 is what an empty slot has.
-        (&mut self.slots[(hash >> self.shift) as usize], hash as u16 | 1)
+    fn slot(&mut self, hash: u64) -> (&mut Prediction, u8) {
+        (&mut self.slots[(hash >> self.shift) as usize], hash as u8 | 1)
     }
 }
 
@@ -141,9 +141,9 @@ impl EntryModel {
             records: Symbols::new((bits - 1).min(14)),
             gaps: Symbols::new((bits - 1).min(13)),
             low_bits: Flags::new(16 * 16 * 16),
-            by_three: Predictions::new(bits),
-            by_two: Predictions::new(bits),
-            by_pair: Predictions::new(bits),
+            by_three: Predictions::new(bits.min(16)),
+            by_two: Predictions::new(bits.min(15)),
+            by_pair: Predictions::new(bits.min(15)),
             is_by_three: Flags::new(16 * 16),
             is_by_two: Flags::new(16),
             is_by_pair: Flags::new(16),
