@@ -10,7 +10,8 @@ use crate::placement::Placement;
 /// The table of the image `build_id` with these rows, which `density` has let through.
 pub(crate) fn encode(build_id: BuildId, architecture: Architecture, placement: &Placement) -> Vec<u8> {
     let placed = &placement.placed;
-    let folded = fold(&placement.chains, placed, true);
+    // Runs are of words that x86-64 pushes and pops.
+    let folded = fold(&placement.chains, placed, architecture == Architecture::X86_64);
     let (folded, dictionary) = match Dictionary::of(&folded, placed) {
         Some(dictionary) => (folded, dictionary),
         None => {
@@ -160,6 +161,22 @@ mod tests {
         assert_eq!(unsupported(&rows), 1);
         assert_eq!(pages(&rows), MAX_PAGES);
         check(&rows);
+    }
+
+    /// On aarch64 rows may look like pushes, and are no run.
+    #[test]
+    fn other_architectures_have_no_runs() {
+        let sp = |words: i32| Record::plain(windlass_schema::record::kind::SP, 0, 0, 0, 0, 8 * words);
+        let rows: Vec<Row> = (0..200u64)
+            .flat_map(|at| [(0, 1), (4, 2), (8, 3)].map(|(offset, words)| (32 * at + offset, words)))
+            .map(|(address, words)| Row { address, record: sp(words) })
+            .chain([Row { address: 0x3000, record: Record::NO_CFI }])
+            .collect();
+        let mut placement = Placement::new(0, 0);
+        placement.rows(&rows);
+        let file = encode(BuildId::new(&[7; 20]).unwrap(), Architecture::Aarch64, &placement);
+        let table = Table::parse(&file).unwrap();
+        assert!(table.rows().map(|(address, record)| Row { address: address.get(), record }).eq(rows));
     }
 
     #[test]

@@ -1,28 +1,32 @@
-//! `cargo xtask bench`: runs a benchmark and puts its table into `docs/benchmarks.md`.
+//! `cargo xtask bench`: runs a benchmark and puts its tables into `docs/benchmarks.md`.
 //!
-//! A figure without the machine, the versions and the peer beside it tells nothing, so each table
+//! A figure without the machine, the versions and the peer beside it tells nothing, so each section
 //! carries them, is measured in one run, and is written by the program that measured it.
 
 use anyhow::{Context, Result};
 
 use crate::checkout::{cargo, line_of, output, root};
 
-/// The tables there are; each is a benchmark of this crate, which prints its table.
+/// The sections there are; each is a benchmark of this crate, which prints its tables as Markdown, with headings
+/// below the section's.
 pub(crate) const NAMES: [&str; 1] = ["unwind"];
 
 /// Where the tables go.
 const PAGE: &str = "docs/benchmarks.md";
 
-/// Measures one table and writes it.
+/// Packages that benchmarks measure against.
+const PEERS: [&str; 3] = ["framehop", "gimli", "zstd"];
+
+/// Measures one section and writes it.
 pub(crate) fn run(name: &str) -> Result<()> {
-    let table = output(&mut cargo(&format!("bench --quiet --locked --package xtask --bench {name}")))?;
-    print!("{table}");
+    let tables = output(&mut cargo(&format!("bench --quiet --locked --package xtask --bench {name}")))?;
+    print!("{tables}");
     let path = root().join(PAGE);
     std::fs::create_dir_all(root().join("docs"))?;
     let page = std::fs::read_to_string(&path).unwrap_or_else(|_| {
-        "# Benchmarks\n\nWritten by `cargo xtask bench`, with the machine beside each table.\n".to_owned()
+        "# Benchmarks\n\nWritten by `cargo xtask bench`, with the machine beside each section.\n".to_owned()
     });
-    let section = format!("{}\n{table}", circumstances(name));
+    let section = format!("{}\n{tables}", circumstances(name));
     std::fs::write(&path, replace_section(&page, name, &section)).with_context(|| format!("write {PAGE}"))
 }
 
@@ -35,12 +39,23 @@ fn circumstances(name: &str) -> String {
         .map_or("unknown CPU", |(_, model)| model);
     let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     format!(
-        "`cargo xtask bench {name}` on {cpu}, {cores} cores, Linux {}; {}; Windlass {}; {}.\n",
+        "`cargo xtask bench {name}` on {cpu}, {cores} cores, Linux {}; {}; {}; Windlass {}; {}.\n",
         line_of("uname", &["-r"]),
         line_of("rustc", &["--version"]),
+        peers(),
         line_of("git", &["describe", "--always", "--dirty"]),
         line_of("date", &["--utc", "+%Y-%m-%d"]),
     )
+}
+
+/// The peers and their versions, as the lock file has them for this crate.
+fn peers() -> String {
+    let tree =
+        "tree --locked --offline --package xtask --edges normal,dev --depth 1 --prefix none --format {p}";
+    let tree = output(&mut cargo(tree)).unwrap_or_default();
+    let is_peer = |line: &&str| line.split(' ').next().is_some_and(|name| PEERS.contains(&name));
+    let peers: Vec<_> = tree.lines().filter(is_peer).collect();
+    if peers.is_empty() { "peers of unknown versions".to_owned() } else { peers.join(", ") }
 }
 
 /// The page with the section `## name` replaced, or appended.
