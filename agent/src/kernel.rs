@@ -243,9 +243,8 @@ impl Kernel {
 impl Backend for Kernel {
     fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError> {
         let placed = self.space.place(table)?;
-        let maps = &mut self.chunk_maps;
-        self.space
-            .flush(|number, chunk, last| maps.write(number, chunk, last))
+        self.chunk_maps
+            .flush(&mut self.space)
             .map_err(|error| PlaceError::Kernel(describe(&error)))?;
         Ok(placed.header)
     }

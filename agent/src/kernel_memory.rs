@@ -39,7 +39,7 @@ pub fn charge<'a>(tables: impl Iterator<Item = &'a [u8]>) -> Charge {
             };
             match &mut maps {
                 Some(present) => {
-                    if space.flush(|number, chunk, last| present.write(number, chunk, last)).is_err() {
+                    if present.flush(&mut space).is_err() {
                         maps = None;
                     }
                 }

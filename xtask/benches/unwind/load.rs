@@ -9,7 +9,7 @@ use anyhow::Result;
 use windlass_agent::chunks::ChunkSpace;
 use windlass_agent::kernel::ChunkMaps;
 use windlass_schema::Table;
-use windlass_schema::maps::{CHUNK_BYTES, Chunk, MAX_CHUNKS};
+use windlass_schema::maps::{CHUNK_BYTES, MAX_CHUNKS};
 
 use crate::best::{Best, RUNS};
 use crate::measured::Measured;
@@ -87,7 +87,7 @@ fn measure(largest: &Measured, wire: &[u8]) -> Result<Steps> {
         steps.chunks = (space.used_bytes() / u64::from(CHUNK_BYTES)) as usize;
         match (ChunkMaps::create(), &mut steps.write) {
             (Ok(mut maps), Some(best)) => {
-                best.time(|| space.flush(|number, chunk: &Chunk, last| maps.write(number, chunk, last)))?
+                best.time(|| maps.flush(&mut space))?
             }
             _ => steps.write = None,
         }
