@@ -1,4 +1,7 @@
 //! Writes a table file from its entries; the format is that of [`crate::table`].
+//!
+//! The same rows give the same bytes: records are numbered by how many pages use them, those of most pages first, of which
+//! those that most entries have, of which the least; each page is written as [`crate::page_writer`] says.
 
 use crate::page::{PAGE_CODE_BYTES, PAGE_SHIFT};
 use crate::page_writer::{PageEntry, PageWriter};
@@ -26,6 +29,31 @@ pub struct TableEntry {
     pub offset: u32,
     /// Number of its record in the dictionary.
     pub record: u16,
+}
+
+/// Numbers the records as tables do, in their entries too. Each must be in use.
+pub fn number_records(records: &mut Vec<Record>, entries: &mut [TableEntry]) {
+    let mut uses = vec![(0u32, 0u32, u32::MAX); records.len()];
+    for entry in &*entries {
+        let (pages, entries, last) = &mut uses[usize::from(entry.record)];
+        let page = entry.offset >> PAGE_SHIFT;
+        *pages += u32::from(page != *last);
+        *entries += 1;
+        *last = page;
+    }
+    let mut order: Vec<usize> = (0..records.len()).collect();
+    order.sort_unstable_by_key(|number| {
+        let (pages, entries, _) = uses[*number];
+        (std::cmp::Reverse(pages), std::cmp::Reverse(entries), records[*number])
+    });
+    let mut numbers = vec![0; records.len()];
+    for (new, old) in (0..).zip(&order) {
+        numbers[*old] = new;
+    }
+    for entry in entries {
+        entry.record = numbers[usize::from(entry.record)];
+    }
+    *records = order.into_iter().map(|number| records[number]).collect();
 }
 
 /// The file with these records and entries, which are in the order of their offsets. Pages of the directory

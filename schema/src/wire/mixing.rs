@@ -1,59 +1,21 @@
-//! Probabilities: counters that learn, and a mixer that learns whom to believe.
+//! Probabilities: what contexts have seen, and how far each is believed.
 //!
-//! A counter holds the share of ones among the bits seen in a context, the first few at once and later ones
-//! by less and less. For each bit several contexts have one. Each counter's probability `p` is stretched to
-//! `ln(p / (1 - p))`, the stretched ones are added up with weights, and the sum is squashed back; then each
-//! weight moves in the direction that would have made the bit more probable. All numbers are integers, so that
-//! every machine computes the same ones.
+//! A flag has a counter: the share of those that were set. A symbol has a row in each of several contexts: sixteen starts,
+//! moved towards each symbol that comes, far at first and then less and less. The rows of a symbol are blended from the
+//! most general to the most particular one, each by how far it is believed: rows that have seen as much have been
+//! better or worse than the blend before them. All numbers are integers, so that every machine computes the same ones,
+//! and sixteen of them are one or two operations of a machine's vector unit.
 
-/// Stretched values are in 1/256, from -2047 to 2047.
-const STRETCHED_END: i32 = 2047;
-/// Parts that a probability has: 1/65536.
-const ONE: u32 = 1 << 16;
+use super::coder::{CHOICES, Coder, ONE, Starts};
 
-/// exp(1/256).
-const E_TO_A_256TH: f64 = 1.003_913_889_338_347_6;
-
-/// `65536 / (1 + exp(-x / 256))` for x from -2047 to 2047, at index x + 2047, rounded down, 16 to 65520.
-const SQUASHED: [u16; 4095] = {
-    let mut table = [0; 4095];
-    // exp(x / 256) for x >= 0; below 0, the probability is that of the other bit.
-    let mut power = 1.0;
-    let mut x = 0;
-    while x <= STRETCHED_END as usize {
-        let p = (65536.0 * power / (1.0 + power)) as u32;
-        let p = if p > 65520 { 65520 } else { p };
-        table[2047 + x] = p as u16;
-        table[2047 - x] = (ONE - p) as u16;
-        power *= E_TO_A_256TH;
-        x += 1;
-    }
-    table
-};
-
-/// The least x with a `SQUASHED` of at least p, by p / 16.
-const STRETCHED: [i16; 4096] = {
-    let mut table = [0; 4096];
-    let mut x = 0;
-    let mut p = 0;
-    while p < 4096 {
-        while x < 4094 && (SQUASHED[x] as usize) < 16 * p {
-            x += 1;
-        }
-        table[p] = x as i16 - STRETCHED_END as i16;
-        p += 1;
-    }
-    table
-};
-
-/// Probability of a one in the upper 22 bits, bits seen in the lower 10.
+/// A flag's probability, in 1/65536, in the upper 22 bits; flags seen in the lower 10.
 #[derive(Clone, Copy)]
 pub(super) struct Counter(u32);
 
-/// Bits after which a counter forgets as fast as it learns.
+/// Flags after which a counter forgets as fast as it learns.
 const LIMIT: u32 = 64;
 
-/// How far a counter moves towards its n-th bit: 65536 / (n + 1.6).
+/// How far a counter moves towards its n-th flag: 65536 / (n + 1.6).
 const STEPS: [u32; LIMIT as usize + 1] = {
     let mut table = [0; LIMIT as usize + 1];
     let mut n = 0;
@@ -67,75 +29,174 @@ const STEPS: [u32; LIMIT as usize + 1] = {
 impl Counter {
     pub(super) const NEW: Self = Self(1 << 31);
 
-    /// Probability in 1/65536, 16 to 65520.
-    pub(super) fn p(self) -> u32 {
-        (self.0 >> 16).clamp(16, 65520)
+    /// One that starts with a guess in 1/65536, as if it had seen this many flags.
+    pub(super) fn guessed(p: u32) -> Self {
+        const SEEN: u32 = 8;
+        Self(p.min(65535) << 16 | SEEN)
     }
 
-    pub(super) fn seen(self) -> u32 {
-        self.0 & 0x3ff
-    }
-
-    pub(super) fn update(&mut self, bit: bool) {
-        let (p, seen) = (self.0 >> 10, self.seen());
+    /// Codes a flag and learns from it.
+    #[inline(always)]
+    pub(super) fn code<C: Coder>(&mut self, coder: &mut C, flag: bool) -> bool {
+        let flag = coder.flag((self.0 >> 18).clamp(4, ONE - 4), flag);
+        let (p, seen) = (self.0 >> 10, self.0 & 0x3ff);
         let step = STEPS[seen as usize];
-        let p = if bit {
+        let p = if flag {
             p + (u64::from((1 << 22) - 1 - p) * u64::from(step) >> 16) as u32
         } else {
             p - (u64::from(p) * u64::from(step) >> 16) as u32
         };
         self.0 = p << 10 | (seen + 1).min(LIMIT);
-    }
-
-    /// Stretched probability, less of it for a counter that has seen little.
-    fn input(self) -> i32 {
-        const TRUST: [i32; 4] = [0, 10, 13, 16];
-        i32::from(STRETCHED[(self.0 >> 20) as usize]) * TRUST[self.seen().min(3) as usize] >> 4
+        flag
     }
 }
 
-/// Weights in 1/65536, for each class of bits its own.
-pub(super) struct Mixer<const N: usize> {
-    weights: Vec<[i32; N]>,
-}
+/// What a context has seen of a symbol: in the first place how many symbols, and behind it where its other choices start.
+#[derive(Clone, Copy)]
+#[repr(align(32))]
+pub(super) struct Row([i16; CHOICES]);
 
-/// What a weight starts with: a third.
-const FIRST_WEIGHT: i32 = 22_938;
-/// Weights stay below this: 32.
-const WEIGHT_END: i32 = 1 << 21;
+/// Symbols after which a row forgets as fast as it learns.
+const SEEN_LIMIT: i16 = 62;
+/// Numbers of symbols that are told apart: a power of two above [`SEEN_LIMIT`].
+const SEEN: usize = 64;
 
-impl<const N: usize> Mixer<N> {
-    pub(super) fn new(classes: usize) -> Self {
-        Self { weights: vec![[FIRST_WEIGHT; N]; classes] }
-    }
-
-    /// Codes a bit by what the counters say of it, and lets all of them learn from it.
-    #[inline]
-    pub(super) fn bit<C: super::coder::Coder>(
-        &mut self,
-        coder: &mut C,
-        counters: [&mut Counter; N],
-        bit: bool,
-    ) -> bool {
-        let inputs: [i32; N] = core::array::from_fn(|at| counters[at].input());
-        // How much the two most particular contexts have seen, which is how much they are worth.
-        let grade = |at: usize| match counters[at].seen() {
-            0 => 0,
-            1..4 => 1,
-            _ => 2,
+/// How far a row moves towards a symbol, by how many it has seen: 2^-n. Found by trying.
+const RATES: [u8; SEEN] = {
+    let mut table = [0; SEEN];
+    let mut seen = 0;
+    while seen < SEEN {
+        table[seen] = match seen {
+            0 => 1,
+            1..=3 => 2,
+            4..=12 => 3,
+            13..=30 => 4,
+            31..=58 => 5,
+            _ => 6,
         };
-        let weights = &mut self.weights[3 * grade(N - 2) + grade(N - 1)];
-        let sum: i64 = inputs.iter().zip(&*weights).map(|(x, w)| i64::from(*x) * i64::from(*w)).sum();
-        let x = (sum >> 16).clamp(-i64::from(STRETCHED_END), i64::from(STRETCHED_END)) as i32;
-        let p = u32::from(SQUASHED[(x + STRETCHED_END) as usize]);
-        let bit = coder.bit(p, bit);
-        let error = if bit { (ONE - 1 - p) as i32 } else { -(p as i32) };
-        for (weight, x) in weights.iter_mut().zip(inputs) {
-            *weight = (*weight + (x * error >> 14)).clamp(-WEIGHT_END, WEIGHT_END);
+        seen += 1;
+    }
+    table
+};
+
+/// Where the choices start for a row that has seen nothing but this symbol: each choice keeps a part at least.
+const TARGETS: [[i16; CHOICES]; CHOICES] = {
+    let mut table = [[0; CHOICES]; CHOICES];
+    let mut symbol = 0;
+    while symbol < CHOICES {
+        let mut at = 1;
+        while at < CHOICES {
+            let skipped = if at > symbol { ONE as usize - CHOICES } else { 0 };
+            table[symbol][at] = (at + skipped) as i16;
+            at += 1;
         }
-        for counter in counters {
-            counter.update(bit);
+        symbol += 1;
+    }
+    table
+};
+
+impl Row {
+    /// Every choice alike.
+    pub(super) const NEW: Self = {
+        let mut starts = [0; CHOICES];
+        let mut at = 1;
+        while at < CHOICES {
+            starts[at] = (at * ONE as usize / CHOICES) as i16;
+            at += 1;
         }
-        bit
+        Self(starts)
+    };
+
+    #[inline(always)]
+    fn starts(&self) -> Starts {
+        let mut starts = [0; CHOICES + 1];
+        starts[1..CHOICES].copy_from_slice(&self.0[1..]);
+        starts[CHOICES] = ONE as i16;
+        starts
+    }
+
+    #[inline(always)]
+    fn seen(&self) -> i16 {
+        self.0[0]
+    }
+
+    #[inline(always)]
+    fn learn(&mut self, symbol: usize) {
+        let seen = self.seen();
+        let rate = RATES[seen as usize % SEEN];
+        for (start, target) in self.0.iter_mut().zip(TARGETS[symbol % CHOICES]) {
+            *start += (target - *start) >> rate;
+        }
+        self.0[0] = (seen + 1).min(SEEN_LIMIT);
+    }
+}
+
+/// How far a row is believed over a more general one, by what it has seen; in 1/32768.
+#[derive(Clone)]
+pub(super) struct Belief([i16; SEEN]);
+
+impl Belief {
+    pub(super) fn new() -> Self {
+        Self(core::array::from_fn(|seen| (32767 * seen / (seen + 1)) as i16))
+    }
+}
+
+/// Codes a symbol by rows from the most general to the most particular, and lets all of them learn.
+#[inline(always)]
+pub(super) fn code<C: Coder, const N: usize>(
+    coder: &mut C,
+    rows: [&mut Row; N],
+    beliefs: &mut [Belief; N],
+    symbol: usize,
+) -> usize {
+    // What each row says, and what it comes to together with those before it.
+    let own: [Starts; N] = core::array::from_fn(|at| rows[at].starts());
+    let mut blends = [own[0]; N];
+    for at in 1..N {
+        let weight = i32::from(beliefs[at].0[rows[at].seen() as usize % SEEN]);
+        for choice in 0..CHOICES {
+            let before = blends[at - 1][choice];
+            let difference = 2 * (own[at][choice] - before);
+            blends[at][choice] = before + (i32::from(difference) * weight >> 16) as i16;
+        }
+    }
+    let symbol = coder.symbol(&blends[N - 1], symbol);
+    let size = |starts: &Starts| starts[symbol + 1] - starts[symbol];
+    for at in 1..N {
+        let belief = &mut beliefs[at].0[rows[at].seen() as usize % SEEN];
+        let is_better = size(&own[at]) > size(&blends[at - 1]);
+        let target = 32767 & -i16::from(is_better);
+        *belief += (target - *belief) >> 6;
+    }
+    for row in rows {
+        row.learn(symbol);
+    }
+    symbol
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Else a choice could not be coded.
+        #[test]
+        fn every_choice_keeps_a_part(symbols in prop::collection::vec(0..CHOICES, 0..500)) {
+            let mut row = Row::NEW;
+            for symbol in symbols {
+                row.learn(symbol);
+                let starts = row.starts();
+                prop_assert!(starts.windows(2).all(|pair| pair[0] < pair[1]), "{:?}", starts);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_learns_what_repeats() {
+        let mut row = Row::NEW;
+        (0..20).for_each(|_| row.learn(5));
+        let starts = row.starts();
+        assert!(i32::from(starts[6] - starts[5]) > ONE as i32 * 9 / 10, "{starts:?}");
     }
 }
