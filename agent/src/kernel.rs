@@ -243,9 +243,7 @@ impl Kernel {
 impl Backend for Kernel {
     fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError> {
         let placed = self.space.place(table)?;
-        self.chunk_maps
-            .flush(&mut self.space)
-            .map_err(|error| PlaceError::Kernel(describe(&error)))?;
+        self.chunk_maps.flush(&mut self.space).map_err(|error| PlaceError::Kernel(describe(&error)))?;
         Ok(placed.header)
     }
 

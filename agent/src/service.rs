@@ -8,12 +8,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use reqwest::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{RequestBuilder, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
 use windlass_schema::BuildId;
 use windlass_schema::http::{
-    ArtefactKind, ArtefactName, ErrorBody, MissingRequest, MissingResponse, SHA256_HEADER,
+    ArtefactKind, ArtefactName, ErrorBody, MissingRequest, MissingResponse, SHA256_HEADER, UNWIND_WIRE_TYPE,
 };
 
 /// Largest table taken, in bytes: as much as the chunks in the kernel hold.
@@ -40,7 +40,7 @@ pub struct Service {
 /// Answer to a request for a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TableAnswer {
-    /// Its bytes, unchecked.
+    /// What was sent, unchecked: its wire form, if the service has it.
     Table(Vec<u8>),
     /// It is being made.
     Making {
@@ -154,7 +154,8 @@ impl Service {
     /// `GET /api/v1/buildid/ID/unwind`.
     pub async fn table(&self, id: BuildId) -> Result<TableAnswer, ServiceError> {
         let url = format!("{}/api/v1/buildid/{id}/unwind", self.base);
-        let mut response = self.send(self.http.get(url)).await?;
+        let request = self.http.get(url).header(ACCEPT, UNWIND_WIRE_TYPE);
+        let mut response = self.send(request).await?;
         match response.status() {
             StatusCode::NOT_FOUND => return Ok(TableAnswer::UnknownImage),
             StatusCode::ACCEPTED => {

@@ -1,8 +1,8 @@
 //! Which tables are on this host's disk?
 //!
-//! One file for each build-ID, `ID.wlut`, as it came from the service. A table is checked to the last
-//! byte both on its way in and on its way out (checksum, build-ID, instruction set), so that neither a
-//! torn write nor a bad disk becomes a wrong frame; what does not pass is deleted and fetched anew. A
+//! One file for each build-ID, `ID.wluw`, as it came from the service: in its wire form, a sixth of the table. A table is
+//! unpacked and checked to the last byte both on its way in and on its way out (checksum, build-ID, instruction
+//! set), so that neither a torn write nor a bad disk becomes a wrong frame; what does not pass is deleted and fetched anew. A
 //! file appears under its name only when it is complete. When all of them exceed the budget, those
 //! used longest ago go first.
 
@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use windlass_schema::Architecture;
+use windlass_schema::wire::{self, WIRE_MAGIC, WireError};
 use windlass_schema::{BuildId, Table, TableError};
 
 /// Ending of a table's file name.
-const ENDING: &str = "wlut";
+const ENDING: &str = "wluw";
 /// Start of the name of a file that is being written.
 const UNFINISHED: &str = ".unfinished-";
 
@@ -35,6 +36,9 @@ pub enum TableCacheError {
     /// Malformed.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// Malformed on the outside.
+    #[error(transparent)]
+    Wire(#[from] WireError),
     /// Of another image.
     #[error("unwind table is that of image {0}")]
     BuildId(BuildId),
@@ -46,16 +50,17 @@ pub enum TableCacheError {
     Io(PathBuf, io::Error),
 }
 
-/// Checks that `bytes` are the table of `id` for this machine.
-pub fn check(bytes: &[u8], id: BuildId) -> Result<Table<'_>, TableCacheError> {
-    let table = Table::parse(bytes)?;
+/// The table file of `id` for this machine that travelled as `bytes`, checked.
+fn unpack(bytes: &[u8], id: BuildId) -> Result<Vec<u8>, TableCacheError> {
+    let file = if bytes.starts_with(&WIRE_MAGIC) { wire::unpack(bytes)? } else { bytes.to_vec() };
+    let table = Table::parse(&file)?;
     if table.build_id() != id {
         return Err(TableCacheError::BuildId(table.build_id()));
     }
     if table.architecture() != HOST_ARCHITECTURE {
         return Err(TableCacheError::Architecture(table.architecture()));
     }
-    Ok(table)
+    Ok(file)
 }
 
 impl TableCache {
@@ -80,33 +85,40 @@ impl TableCache {
         self.directory.join(format!("{id}.{ENDING}"))
     }
 
-    /// The bytes of the table of `id`, checked; `None` if there is none that passes.
+    /// The table file of `id`, checked; `None` if there is none that passes.
     pub fn get(&self, id: BuildId) -> Option<Vec<u8>> {
         let path = self.path(id);
         let bytes = fs::read(&path).ok()?;
-        if let Err(error) = check(&bytes, id) {
-            tracing::warn!(path = %path.display(), %error, "cached unwind table is damaged, fetching it again");
-            let _ = fs::remove_file(&path);
-            return None;
-        }
+        let table = match unpack(&bytes, id) {
+            Ok(table) => table,
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "cached unwind table is damaged, fetching it again");
+                let _ = fs::remove_file(&path);
+                return None;
+            }
+        };
         // Marks it as used; where that fails it is merely evicted sooner.
         let _ = fs::File::options()
             .append(true)
             .open(&path)
             .and_then(|file| file.set_modified(SystemTime::now()));
-        Some(bytes)
+        Some(table)
     }
 
-    /// Checks and keeps the table of `id`.
-    pub fn put(&self, id: BuildId, bytes: &[u8]) -> Result<(), TableCacheError> {
-        check(bytes, id)?;
+    /// Checks what came as the table of `id`, keeps it, and gives the table file. That the disk does not take it
+    /// is said in the log: it is merely fetched again some day.
+    pub fn put(&self, id: BuildId, bytes: &[u8]) -> Result<Vec<u8>, TableCacheError> {
+        let table = unpack(bytes, id)?;
         let write = || {
             let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.directory)?;
             file.write_all(bytes)?;
             file.persist(self.path(id))?;
             self.evict()
         };
-        write().map_err(|error| self.io(error))
+        if let Err(error) = write() {
+            tracing::warn!(error = %self.io(error), "unwind table is not kept on disk");
+        }
+        Ok(table)
     }
 
     /// Deletes what was used longest ago until the rest is within the budget.
@@ -151,6 +163,11 @@ mod tests {
         file
     }
 
+    /// As it travels.
+    fn empty_wire(id: BuildId) -> Vec<u8> {
+        wire::pack(&empty_table(id)).unwrap()
+    }
+
     fn id(number: u16) -> BuildId {
         BuildId::new(&number.to_be_bytes()).unwrap()
     }
@@ -161,19 +178,20 @@ mod tests {
         let cache = TableCache::open(directory.path(), 1 << 20).unwrap();
         assert_eq!(cache.get(id(1)), None);
         let table = empty_table(id(1));
-        cache.put(id(1), &table).unwrap();
+        let wire = empty_wire(id(1));
+        assert_eq!(cache.put(id(1), &wire).unwrap(), table);
         assert_eq!(cache.get(id(1)), Some(table.clone()));
         let path = cache.path(id(1));
-        for at in 0..table.len() {
-            let mut damaged = table.clone();
+        for at in 0..wire.len() {
+            let mut damaged = wire.clone();
             damaged[at] ^= 1;
             fs::write(&path, &damaged).unwrap();
             assert_eq!(cache.get(id(1)), None, "byte {at}");
             assert!(!path.exists(), "a damaged table stays on disk");
-            fs::write(&path, &table[..at]).unwrap();
+            fs::write(&path, &wire[..at]).unwrap();
             assert_eq!(cache.get(id(1)), None, "{at} bytes");
         }
-        fs::write(cache.path(id(2)), &table).unwrap();
+        fs::write(cache.path(id(2)), &wire).unwrap();
         assert_eq!(cache.get(id(2)), None, "the table of another image");
     }
 
@@ -182,7 +200,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let cache = TableCache::open(directory.path(), 1 << 20).unwrap();
         assert!(matches!(cache.put(id(1), b"WLUT"), Err(TableCacheError::Table(_))));
-        assert!(matches!(cache.put(id(1), &empty_table(id(2))), Err(TableCacheError::BuildId(_))));
+        assert!(matches!(cache.put(id(1), &WIRE_MAGIC), Err(TableCacheError::Wire(_))));
+        assert!(matches!(cache.put(id(1), &empty_wire(id(2))), Err(TableCacheError::BuildId(_))));
         let mut other = empty_table(id(1));
         other[6] = 3 - HOST_ARCHITECTURE as u8;
         // The checksum starts behind the architecture, so the bytes are still a sound table.
@@ -193,16 +212,16 @@ mod tests {
     #[test]
     fn what_was_used_longest_ago_is_evicted() {
         let directory = tempfile::tempdir().unwrap();
-        let size = empty_table(id(1)).len() as u64;
+        let size = empty_wire(id(1)).len() as u64;
         let cache = TableCache::open(directory.path(), 3 * size).unwrap();
         for number in 1..=3 {
-            cache.put(id(number), &empty_table(id(number))).unwrap();
+            cache.put(id(number), &empty_wire(id(number))).unwrap();
             let age = Duration::from_secs(100 - u64::from(number));
             let file = fs::File::options().append(true).open(cache.path(id(number))).unwrap();
             file.set_modified(SystemTime::now() - age).unwrap();
         }
         assert!(cache.get(id(1)).is_some(), "used now");
-        cache.put(id(4), &empty_table(id(4))).unwrap();
+        cache.put(id(4), &empty_wire(id(4))).unwrap();
         let left: Vec<bool> = (1..=4).map(|number| cache.get(id(number)).is_some()).collect();
         assert_eq!(left, [true, false, true, true]);
     }

@@ -24,7 +24,7 @@ use windlass_schema::http::ArtefactKind;
 use crate::mapped_file::ImageSource;
 use crate::service::{Service, ServiceError, TableAnswer};
 use crate::skeleton::skeleton;
-use crate::table_cache::{TableCache, check};
+use crate::table_cache::TableCache;
 use crate::table_queue::{Job, Queue};
 
 /// Requests under way for images that samples wait for.
@@ -100,7 +100,7 @@ impl Tables {
         let queue = Arc::new(Queue::default());
         let (sender, results) = mpsc::channel(RESULTS);
         let skeletons = Semaphore::new(SKELETONS);
-        let source = Arc::new(TableSource { service: service.clone(), cache, skeletons });
+        let source = Arc::new(TableSource { service: service.clone(), cache: Arc::new(cache), skeletons });
         for worker in 0..URGENT_WORKERS + WORKERS {
             let only_urgent = worker < URGENT_WORKERS;
             runtime.spawn(work(queue.clone(), source.clone(), sender.clone(), only_urgent));
@@ -200,20 +200,26 @@ enum Attempt {
 /// Where tables come from.
 struct TableSource {
     service: Service,
-    cache: TableCache,
+    cache: Arc<TableCache>,
     skeletons: Semaphore,
 }
 
 impl TableSource {
     async fn attempt(&self, job: &mut Job) -> Attempt {
         let id = job.request.id;
-        if let Some(table) = self.cache.get(id) {
+        if let Ok(Some(table)) = self.with_cache(move |cache| cache.get(id)).await {
             return Attempt::Cached(table);
         }
         let unavailable = |reason: String| Attempt::Done(TableOutcome::Unavailable(reason));
         loop {
             match self.service.table(id).await {
-                Ok(TableAnswer::Table(table)) => return Attempt::Done(self.take(id, table)),
+                Ok(TableAnswer::Table(sent)) => {
+                    return match self.with_cache(move |cache| cache.put(id, &sent)).await {
+                        Ok(Ok(table)) => Attempt::Done(TableOutcome::Table(table)),
+                        Ok(Err(error)) => unavailable(format!("the service sent no usable table: {error}")),
+                        Err(error) => unavailable(error.to_string()),
+                    };
+                }
                 Ok(TableAnswer::Making { .. }) => {
                     let made_for = job.making_since.get_or_insert_with(Instant::now).elapsed();
                     if made_for > MAKING_LIMIT {
@@ -239,14 +245,13 @@ impl TableSource {
         }
     }
 
-    fn take(&self, id: BuildId, table: Vec<u8>) -> TableOutcome {
-        if let Err(error) = check(&table, id) {
-            return TableOutcome::Unavailable(format!("the service sent no usable table: {error}"));
-        }
-        if let Err(error) = self.cache.put(id, &table) {
-            tracing::warn!(%error, "unwind table is not kept on disk");
-        }
-        TableOutcome::Table(table)
+    /// Calls `work` where it may take its time: a large table takes tens of milliseconds to unpack.
+    async fn with_cache<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&TableCache) -> T + Send + 'static,
+    ) -> Result<T, tokio::task::JoinError> {
+        let cache = self.cache.clone();
+        tokio::task::spawn_blocking(move || work(&cache)).await
     }
 
     async fn send_skeleton(&self, request: &TableRequest) -> Result<(), SendError> {

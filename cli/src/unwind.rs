@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use windlass_schema::table::MAGIC;
+use windlass_schema::wire::{self, WIRE_MAGIC};
 use windlass_schema::{BuildId, ImageAddress, Rule, Table};
 use windlass_unwind_compiler::{Compiled, build_id_of, compile};
 
@@ -50,16 +51,19 @@ enum Command {
         /// Where to write the table
         #[arg(short, long, value_name = "FILE")]
         output: PathBuf,
+        /// Write its wire form, as the service sends it to agents
+        #[arg(long)]
+        wire: bool,
     },
     /// Print a table: header, then each row
     Dump {
-        /// A table, or an ELF file to compile first
+        /// A table, in its wire form too, or an ELF file to compile first
         #[arg(value_name = "FILE|ELF")]
         file: PathBuf,
     },
     /// Print the rule that holds at each address
     Lookup {
-        /// A table, or an ELF file to compile first
+        /// A table, in its wire form too, or an ELF file to compile first
         #[arg(value_name = "FILE|ELF")]
         file: PathBuf,
         /// Image addresses
@@ -75,7 +79,7 @@ enum Command {
 /// Runs `windlass unwind`.
 pub(crate) fn run(args: UnwindArgs) -> anyhow::Result<ExitCode> {
     match args.command {
-        Command::Compile { elf, output } => {
+        Command::Compile { elf, output, wire } => {
             let bytes = map(&elf)?;
             let compiled = compile_file(&elf, &bytes)?;
             for skipped in &compiled.report.skipped {
@@ -86,8 +90,8 @@ pub(crate) fn run(args: UnwindArgs) -> anyhow::Result<ExitCode> {
                     skipped.reason.as_str()
                 );
             }
-            fs::write(&output, &compiled.table)
-                .with_context(|| format!("failed to write {}", output.display()))?;
+            let written = if wire { wire::pack(&compiled.table)? } else { compiled.table };
+            fs::write(&output, written).with_context(|| format!("failed to write {}", output.display()))?;
         }
         Command::Dump { file } => with_table(&file, dump)?,
         Command::Lookup { file, addresses } => with_table(&file, |table, out| {
@@ -125,14 +129,18 @@ fn with_table(
     print: impl FnOnce(&Table<'_>, &mut dyn io::Write) -> io::Result<()>,
 ) -> anyhow::Result<()> {
     let bytes = map(path)?;
-    let compiled;
+    let failed = || format!("failed to read {}", path.display());
+    let made;
     let file = if bytes.starts_with(&MAGIC) {
         &bytes[..]
+    } else if bytes.starts_with(&WIRE_MAGIC) {
+        made = wire::unpack(&bytes).with_context(failed)?;
+        &made
     } else {
-        compiled = compile_file(path, &bytes)?;
-        &compiled.table
+        made = compile_file(path, &bytes)?.table;
+        &made
     };
-    let table = Table::parse(file).with_context(|| format!("failed to read {}", path.display()))?;
+    let table = Table::parse(file).with_context(failed)?;
     let mut out = io::BufWriter::new(io::stdout().lock());
     print(&table, &mut out)?;
     Ok(out.flush()?)

@@ -67,6 +67,8 @@ pub struct DerivedKey {
 pub enum DerivedKind {
     /// The unwind table.
     Unwind,
+    /// The unwind table in its wire form.
+    UnwindWire,
     /// The symbol index.
     Symbols,
 }
@@ -76,6 +78,7 @@ impl DerivedKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Unwind => "unwind",
+            Self::UnwindWire => "unwind-wire",
             Self::Symbols => "symbols",
         }
     }

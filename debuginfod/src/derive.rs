@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
-use windlass_schema::Table;
+use windlass_schema::{Table, wire};
 use windlass_symbol_index::{Index, Input};
 
 use crate::blob::Blob;
@@ -159,11 +159,15 @@ fn make(
     image: Option<&[u8]>,
     kallsyms: Option<&[u8]>,
 ) -> Result<Vec<u8>, String> {
-    match key.kind {
-        DerivedKind::Unwind => windlass_unwind_compiler::compile(image.unwrap_or_default(), key.build_id)
+    // With its sources: why a table cannot be read back is the one clue to a fault of the compiler.
+    let table = || {
+        windlass_unwind_compiler::compile(image.unwrap_or_default(), key.build_id)
             .map(|compiled| compiled.table)
-            // With its sources: why a table cannot be read back is the one clue to a fault of the compiler.
-            .map_err(|e| format!("{:#}", anyhow::Error::from(e))),
+            .map_err(|e| format!("{:#}", anyhow::Error::from(e)))
+    };
+    match key.kind {
+        DerivedKind::Unwind => table(),
+        DerivedKind::UnwindWire => wire::pack(&table()?).map_err(|e| e.to_string()),
         DerivedKind::Symbols => {
             windlass_symbol_index::build(Input { debug, image, kallsyms }).map_err(|e| e.to_string())
         }
@@ -173,6 +177,8 @@ fn make(
 fn is_sound(key: DerivedKey, bytes: &[u8]) -> bool {
     match key.kind {
         DerivedKind::Unwind => Table::parse(bytes).is_ok_and(|table| table.build_id() == key.build_id),
+        DerivedKind::UnwindWire => wire::unpack(bytes)
+            .is_ok_and(|table| is_sound(DerivedKey { kind: DerivedKind::Unwind, ..key }, &table)),
         DerivedKind::Symbols => Index::parse(bytes).is_ok(),
     }
 }

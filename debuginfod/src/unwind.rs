@@ -1,4 +1,7 @@
 //! `GET /api/v1/buildid/ID/unwind`: the compiled unwind table.
+//!
+//! Whoever lists [`UNWIND_WIRE_TYPE`] in `Accept` is sent the wire form, half the bytes of the compressed table; anyone else
+//! the table as it is read, of which ranges make sense.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,8 +10,9 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use windlass_schema::BuildId;
-use windlass_schema::http::ArtefactKind;
+use windlass_schema::http::{ArtefactKind, UNWIND_TYPE, UNWIND_WIRE_TYPE};
 use windlass_schema::table::VERSION;
+use windlass_schema::wire::WIRE_VERSION;
 
 use crate::blob::BlobError;
 use crate::catalog::{Artefact, DerivedKind};
@@ -17,8 +21,6 @@ use crate::derive::{Inputs, derive};
 use crate::error::ServiceError;
 use crate::service::App;
 
-/// `Content-Type` of a table.
-pub(crate) const TABLE_TYPE: &str = "application/vnd.windlass.unwind";
 /// How long a request waits for a compilation before it is answered 202.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -54,7 +56,13 @@ async fn deliver(
 ) -> Result<Response, ServiceError> {
     let (modified_s, file_name) = (source.modified_s, source.file_name.clone());
     let inputs = Inputs { image: Some(source), ..Inputs::default() };
-    let key = inputs.key(DerivedKind::Unwind, u32::from(VERSION)).expect("there is an input");
+    let (kind, version, content_type) = if accepts_wire(headers) {
+        let version = u32::from(WIRE_VERSION) << 16 | u32::from(VERSION);
+        (DerivedKind::UnwindWire, version, UNWIND_WIRE_TYPE)
+    } else {
+        (DerivedKind::Unwind, VERSION.into(), UNWIND_TYPE)
+    };
+    let key = inputs.key(kind, version).expect("there is an input");
     let blob = match tokio::time::timeout(PATIENCE, derive(app, key, inputs)).await {
         Ok(outcome) => outcome?.map_err(|why| ServiceError::Compile(why.to_string()))?,
         Err(_) => {
@@ -62,15 +70,21 @@ async fn deliver(
             return Ok((StatusCode::ACCEPTED, headers).into_response());
         }
     };
-    let delivery = Delivery {
-        blob,
-        part: None,
-        modified_s,
-        file_name,
-        content_type: TABLE_TYPE,
-        cache_control: REVALIDATE,
-    };
-    delivery.answer(app, method, headers).await
+    let delivery =
+        Delivery { blob, part: None, modified_s, file_name, content_type, cache_control: REVALIDATE };
+    let mut answer = delivery.answer(app, method, headers).await?;
+    answer.headers_mut().append(header::VARY, header::HeaderValue::from_static("accept"));
+    Ok(answer)
+}
+
+/// Whether `Accept` lists the wire form.
+fn accepts_wire(request: &HeaderMap) -> bool {
+    let listed = request.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    listed.flat_map(|value| value.split(',')).any(|listed| {
+        let mut parts = listed.split(';').map(str::trim);
+        parts.next().is_some_and(|name| name.eq_ignore_ascii_case(UNWIND_WIRE_TYPE))
+            && !parts.any(|part| part.strip_prefix("q=").is_some_and(|weight| weight.parse() == Ok(0.0)))
+    })
 }
 
 /// The best file to compile from. The executable has everything; a skeleton was cut from it for this; a debug

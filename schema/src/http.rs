@@ -64,6 +64,10 @@ impl FromStr for ArtefactKind {
     }
 }
 
+/// Media type of an unwind table.
+pub const UNWIND_TYPE: &str = "application/vnd.windlass.unwind";
+/// Media type of an unwind table in its wire form: sent to whoever lists it in `Accept`.
+pub const UNWIND_WIRE_TYPE: &str = "application/vnd.windlass.unwind-wire";
 /// Header of an upload: SHA-256 of the body after content decoding, lower-case hex. Required.
 pub const SHA256_HEADER: &str = "x-windlass-sha256";
 /// Header of an upload: the file's base name, percent-encoded, for `X-DEBUGINFOD-FILE`. Optional.

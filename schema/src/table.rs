@@ -262,13 +262,20 @@ impl<'a> Table<'a> {
         if next != layout.entries {
             return Err("entries behind the index");
         }
-        for entry in 0..layout.entries {
-            if layout.flags & WIDE_RECORDS == 0
-                && layout.record_number(&page, entry) >= layout.common + layout.locals
-            {
+        if layout.flags & WIDE_RECORDS != 0 {
+            if (0..layout.entries).any(|entry| layout.dictionary_number(&page, entry) >= records) {
+                return Err("record number beyond the dictionary");
+            }
+        } else {
+            // Of each number an entry that has it, so that a number is checked once and not an entry.
+            let mut used = [None; 512];
+            for entry in 0..layout.entries {
+                used[layout.record_number(&page, entry) as usize % used.len()] = Some(entry);
+            }
+            if used.iter().skip((layout.common + layout.locals) as usize).any(Option::is_some) {
                 return Err("record number without a local");
             }
-            if layout.dictionary_number(&page, entry) >= records {
+            if used.iter().flatten().any(|entry| layout.dictionary_number(&page, *entry) >= records) {
                 return Err("record number beyond the dictionary");
             }
         }

@@ -52,7 +52,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::build_id::MAX_BUILD_ID_BYTES;
 use crate::page::{BLOCK_SHIFT, MAX_BLOCK_ENTRIES};
 use crate::record::Record;
-use crate::table::{MAX_PAGES, MAX_RECORDS, Table, VERSION};
+use crate::table::{MAX_PAGES, MAX_RECORDS, Table, TableError, VERSION};
 use crate::table_writer::{TableEntry, TableHeader, number_records, write_table};
 use crate::{Architecture, BuildId, ImageAddress};
 
@@ -105,6 +105,9 @@ pub enum WireError {
         /// In the header.
         expected: u64,
     },
+    /// No table to pack.
+    #[error(transparent)]
+    Table(#[from] TableError),
     /// A table that was not written as tables are.
     #[error("the unwind table's pages are not as the writer of this version makes them")]
     NotCanonical,
@@ -127,8 +130,9 @@ struct Section {
     from: u32,
 }
 
-/// The wire form of a table. `file` are the bytes that `table` was parsed from.
-pub fn pack(table: &Table<'_>, file: &[u8]) -> Result<Vec<u8>, WireError> {
+/// The wire form of a table file.
+pub fn pack(file: &[u8]) -> Result<Vec<u8>, WireError> {
+    let table = Table::parse(file)?;
     let mut records: Vec<Record> = table.records().collect();
     let mut entries: Vec<TableEntry> = table.entries().collect();
     let header = TableHeader {
@@ -414,7 +418,7 @@ mod tests {
 
     #[track_caller]
     fn packed(file: &[u8]) -> Vec<u8> {
-        let wire = pack(&Table::parse(file).unwrap(), file).unwrap();
+        let wire = pack(file).unwrap();
         assert!(unpack(&wire).as_deref() == Ok(file));
         wire
     }

@@ -53,6 +53,8 @@ fn seeds_of_fixtures() {
     let build_id = BuildId::new(&[0xab; 20]).expect("20 bytes are a build-ID");
     let table =
         |elf: &[u8]| windlass_unwind_compiler::compile(elf, build_id).expect("fixtures compile").table;
+    let wire =
+        |elf: &[u8]| windlass_schema::wire::pack(&table(elf)).expect("compiled tables have a wire form");
     let index = |elf: &[u8]| {
         let input = windlass_symbol_index::Input { debug: Some(elf), ..Default::default() };
         windlass_symbol_index::build(input).expect("fixtures have an index")
@@ -70,6 +72,8 @@ fn seeds_of_fixtures() {
         ("skeleton", "broken-fde", &broken),
         ("table_parse", "small-plain", &table(&plain)),
         ("table_parse", "broken-fde", &table(&broken)),
+        ("wire_unpack", "small-plain", &wire(&plain)),
+        ("wire_unpack", "small", &wire(&small)),
         ("index_parse", "small", &index(&small)),
         ("index_parse", "small-plain", &index(&plain)),
         ("proc_maps", "five-kinds", maps),

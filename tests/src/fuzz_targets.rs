@@ -2,7 +2,7 @@
 //! proportion. The fuzzer calls them with what it invents, a plain test with the committed corpus.
 
 use windlass_schema::table::{Table, checksum};
-use windlass_schema::{BuildId, ImageAddress};
+use windlass_schema::{BuildId, ImageAddress, wire};
 use windlass_symbol_index::{Index, Input};
 
 /// A target: its name, which is that of its corpus, and its body.
@@ -11,6 +11,7 @@ pub type Target = (&'static str, fn(&[u8]));
 /// Every target.
 pub const TARGETS: &[Target] = &[
     ("table_parse", table_parse),
+    ("wire_unpack", wire_unpack),
     ("compile", compile),
     ("index_build", index_build),
     ("index_parse", index_parse),
@@ -41,12 +42,23 @@ fn read_table(data: &[u8]) {
     }
 }
 
+/// Unpacks bytes as the wire form of a table. A table that comes out and can be packed is what was packed.
+pub fn wire_unpack(data: &[u8]) {
+    let Ok(file) = wire::unpack(data) else { return };
+    read_table(&file);
+    if let Ok(packed) = wire::pack(&file) {
+        assert!(wire::unpack(&packed).as_ref() == Ok(&file), "packing and unpacking gives another table");
+    }
+}
+
 /// Compiles bytes as an ELF image. What comes out must be a table that agrees with the CFI.
 pub fn compile(data: &[u8]) {
     let Ok(compiled) = windlass_unwind_compiler::compile(data, build_id()) else { return };
     let table = Table::parse(&compiled.table).expect("a compiled table parses");
     let verification = windlass_unwind_compiler::verify(data, &table).expect("what compiles can be verified");
     assert_eq!(verification.wrong, 0, "{verification:?}");
+    let packed = wire::pack(&compiled.table).expect("a compiled table is written as tables are");
+    assert!(wire::unpack(&packed).as_ref() == Ok(&compiled.table), "the wire form is of another table");
 }
 
 /// Builds a symbol index from bytes as an ELF file; what comes out must be an index.

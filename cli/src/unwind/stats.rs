@@ -14,9 +14,6 @@ use windlass_unwind_compiler::Report;
 use super::corpus::{CorpusArgs, FailedFile, for_each_elf};
 use crate::terminal::{percent, size};
 
-/// Level at which tables travel: they are compressed once and sent often.
-const WIRE_ZSTD_LEVEL: i32 = 19;
-
 /// Figures of one file, or of all.
 #[derive(Clone, Debug, Default, Serialize)]
 struct Figures {
@@ -93,9 +90,8 @@ fn measure(elf: &[u8]) -> anyhow::Result<(Figures, Vec<u8>)> {
     let compiled = super::compile_unnamed(elf)?;
     let mut figures = Figures::of(&compiled.report);
     figures.compile_seconds = begin.elapsed().as_secs_f64();
-    figures.wire_bytes = zstd::bulk::compress(&compiled.table, WIRE_ZSTD_LEVEL)
-        .context("failed to compress the table")?
-        .len() as u64;
+    let wire = windlass_schema::wire::pack(&compiled.table).context("failed to pack the table")?;
+    figures.wire_bytes = wire.len() as u64;
     Ok((figures, compiled.table))
 }
 

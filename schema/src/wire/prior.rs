@@ -2,8 +2,9 @@
 //!
 //! A small table is mostly its dictionary, and that mostly of the same few thousand records: states of the
 //! platform's ABI, and what gcc, clang and rustc do on the way there. So they are listed once, in `prior.bin`, as a trained
-//! dictionary of zstd would be. The list was made from the tables of a Debian 12 machine by
-//! `cargo xtask prior`; a table with other records merely takes more bytes. Changing the list changes the wire form.
+//! dictionary of zstd would be. The list was made from the tables of a Debian 12 machine by the
+//! example `prior` of `windlass-unwind-compiler`; made from half of them, it serves the other half as well.
+//! A table with other records merely takes more bytes. Changing the list changes the wire form.
 
 use std::sync::LazyLock;
 
@@ -72,7 +73,7 @@ pub fn encode_prior(found: &[(Record, u32)]) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// A change of the coding changes what `prior.bin` says: then it is to be made anew (`cargo xtask prior`).
+    /// A change of the coding changes what `prior.bin` says: then it is to be made anew.
     #[test]
     fn the_list_is_what_was_encoded() {
         let records = &Prior::get().records;

@@ -86,9 +86,7 @@ fn measure(largest: &Measured, wire: &[u8]) -> Result<Steps> {
         steps.place.time(|| space.place(&checked).map(drop))?;
         steps.chunks = (space.used_bytes() / u64::from(CHUNK_BYTES)) as usize;
         match (ChunkMaps::create(), &mut steps.write) {
-            (Ok(mut maps), Some(best)) => {
-                best.time(|| maps.flush(&mut space))?
-            }
+            (Ok(mut maps), Some(best)) => best.time(|| maps.flush(&mut space))?,
             _ => steps.write = None,
         }
         let eh_frame = steps.decompress.time(|| decompress(&compressed))?;

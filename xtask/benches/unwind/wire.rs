@@ -1,18 +1,19 @@
 //! How a table travels. The one place that knows.
 
 use anyhow::Result;
+use windlass_schema::wire;
 
-/// Level of zstd for whatever travels, ours and a peer's: it is compressed once and fetched by a fleet.
+/// Level of zstd for what a peer sends: it is compressed once and fetched by a fleet.
 pub(crate) const ZSTD_LEVEL: i32 = 19;
 
 /// The bytes that travel for a table.
 pub(crate) fn wire_form(table: &[u8]) -> Result<Vec<u8>> {
-    compress(table)
+    Ok(wire::pack(table)?)
 }
 
 /// The table that arrives.
 pub(crate) fn from_wire(wire: &[u8]) -> Result<Vec<u8>> {
-    decompress(wire)
+    Ok(wire::unpack(wire)?)
 }
 
 /// What one sends without a format of one's own.
