@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use windlass_schema::{BuildId, StopReason, Table};
+use windlass_schema::{BuildId, StopReason};
 
 use crate::backend::{Backend, Event, PlaceError, Sample};
 use crate::images::{Images, TableState};
@@ -371,15 +371,12 @@ impl Processes {
         let (state, placement) = match &result.outcome {
             TableOutcome::ImageGone(_) => (None, Placement::Postponed),
             TableOutcome::Unavailable(reason) => unavailable(reason.clone()),
-            TableOutcome::Table(bytes) => match Table::parse(bytes) {
-                Err(error) => unavailable(error.to_string()),
-                Ok(table) => match backend.place_table(&table) {
-                    Ok(location) => (Some(TableState::Placed(location)), Placement::Placed),
-                    Err(error @ PlaceError::Budget { .. }) => {
-                        (Some(TableState::OverBudget), Placement::Unavailable(error.to_string()))
-                    }
-                    Err(error @ PlaceError::Kernel(_)) => unavailable(error.to_string()),
-                },
+            TableOutcome::Table(file) => match backend.place_table(&file.table()) {
+                Ok(location) => (Some(TableState::Placed(location)), Placement::Placed),
+                Err(error @ PlaceError::Budget { .. }) => {
+                    (Some(TableState::OverBudget), Placement::Unavailable(error.to_string()))
+                }
+                Err(error @ PlaceError::Kernel(_)) => unavailable(error.to_string()),
             },
         };
         self.images.set_table(result.id, state);

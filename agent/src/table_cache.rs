@@ -13,7 +13,7 @@ use std::time::SystemTime;
 
 use windlass_schema::Architecture;
 use windlass_schema::wire::{self, WIRE_MAGIC, WireError};
-use windlass_schema::{BuildId, Table, TableError};
+use windlass_schema::{BuildId, TableError, TableFile};
 
 /// Ending of a table's file name.
 const ENDING: &str = "wluw";
@@ -51,9 +51,10 @@ pub enum TableCacheError {
 }
 
 /// The table file of `id` for this machine that travelled as `bytes`, checked.
-fn unpack(bytes: &[u8], id: BuildId) -> Result<Vec<u8>, TableCacheError> {
+fn unpack(bytes: &[u8], id: BuildId) -> Result<TableFile, TableCacheError> {
     let file = if bytes.starts_with(&WIRE_MAGIC) { wire::unpack(bytes)? } else { bytes.to_vec() };
-    let table = Table::parse(&file)?;
+    let file = TableFile::parse(file)?;
+    let table = file.table();
     if table.build_id() != id {
         return Err(TableCacheError::BuildId(table.build_id()));
     }
@@ -86,7 +87,7 @@ impl TableCache {
     }
 
     /// The table file of `id`, checked; `None` if there is none that passes.
-    pub fn get(&self, id: BuildId) -> Option<Vec<u8>> {
+    pub fn get(&self, id: BuildId) -> Option<TableFile> {
         let path = self.path(id);
         let bytes = fs::read(&path).ok()?;
         let table = match unpack(&bytes, id) {
@@ -107,7 +108,7 @@ impl TableCache {
 
     /// Checks what came as the table of `id`, keeps it, and gives the table file. That the disk does not take it
     /// is said in the log: it is merely fetched again some day.
-    pub fn put(&self, id: BuildId, bytes: &[u8]) -> Result<Vec<u8>, TableCacheError> {
+    pub fn put(&self, id: BuildId, bytes: &[u8]) -> Result<TableFile, TableCacheError> {
         let table = unpack(bytes, id)?;
         let write = || {
             let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.directory)?;
@@ -177,7 +178,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let cache = TableCache::open(directory.path(), 1 << 20).unwrap();
         assert_eq!(cache.get(id(1)), None);
-        let table = empty_table(id(1));
+        let table = TableFile::parse(empty_table(id(1))).unwrap();
         let wire = empty_wire(id(1));
         assert_eq!(cache.put(id(1), &wire).unwrap(), table);
         assert_eq!(cache.get(id(1)), Some(table.clone()));

@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
-use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
+use windlass_schema::{BuildId, TableFile};
 
 use crate::mapped_file::ImageSource;
 use crate::service::{Service, ServiceError, TableAnswer};
@@ -81,7 +81,7 @@ pub struct TableResult {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TableOutcome {
     /// Its bytes, checked.
-    Table(Vec<u8>),
+    Table(TableFile),
     /// Nothing, and why.
     Unavailable(String),
     /// The image could not be read any more when the service wanted it.
@@ -185,7 +185,7 @@ fn back_off(job: &mut Job, error: &ServiceError) -> Duration {
 /// What one try came to.
 enum Attempt {
     /// The table, from disk.
-    Cached(Vec<u8>),
+    Cached(TableFile),
     /// What the service says.
     Done(TableOutcome),
     /// It is being made.

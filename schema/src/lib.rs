@@ -32,6 +32,8 @@ pub mod rule;
 pub mod stop;
 pub mod table;
 #[cfg(feature = "std")]
+pub mod table_file;
+#[cfg(feature = "std")]
 pub mod table_writer;
 #[cfg(feature = "std")]
 pub mod wire;
@@ -43,3 +45,5 @@ pub use record::Record;
 pub use rule::{CfaRule, FramePointerRule, ReturnAddressRule, Rule, UnsupportedReason};
 pub use stop::StopReason;
 pub use table::{Table, TableError};
+#[cfg(feature = "std")]
+pub use table_file::TableFile;

@@ -138,9 +138,10 @@ const LONG: u32 = 15;
 /// Codes entries in the order of their offsets.
 pub(super) struct EntryModel<'a> {
     known: &'a Known,
-    records: Symbols<4>,
+    records: Symbols<3>,
+    records_low: Symbols<2>,
     gaps: Symbols<3>,
-    upper_bits: Symbols<2>,
+    upper_bits: Symbols<1>,
     by_three: Predictions,
     by_two: Predictions,
     by_pushes: Predictions,
@@ -173,13 +174,14 @@ impl<'a> EntryModel<'a> {
         let bits = entries.checked_ilog2().unwrap_or(0).clamp(9, 18);
         Self {
             known,
-            records: Symbols::new([bits.min(8), bits.min(14), bits.min(15), bits.min(16)]),
+            records: Symbols::new([bits.min(12), bits.min(13), bits.min(14)]),
+            records_low: Symbols::new([bits.min(13), bits.min(14)]),
             gaps: Symbols::new([bits.min(12), bits.min(12), bits.min(14)]),
-            upper_bits: Symbols::new([8, bits.min(12)]),
+            upper_bits: Symbols::new([8]),
             by_three: Predictions::new(bits),
-            by_two: Predictions::new(bits.min(15)),
-            by_pushes: Predictions::new(bits.min(15)),
-            by_pair: Predictions::new(bits.min(15)),
+            by_two: Predictions::new(bits.min(14)),
+            by_pushes: Predictions::new(bits.min(14)),
+            by_pair: Predictions::new(bits.min(14)),
             is_restored: Flags::new(1),
             is_aligned: Flags::new(1),
             history: [NONE; 2],
@@ -347,7 +349,8 @@ impl<'a> EntryModel<'a> {
             284..4380 => 14,
             _ => 15,
         };
-        let class = self.records.code(coder, contexts, 0, class as usize) as u32;
+        let class =
+            self.records.code(coder, [contexts[1], contexts[2], contexts[3]], 0, class as usize) as u32;
         let (first, steps) = match class {
             0..12 => return class as u16,
             12 => (12, 1),
@@ -359,7 +362,8 @@ impl<'a> EntryModel<'a> {
         let mut step = class;
         for at in (0..steps).rev() {
             let nibble = (left >> (4 * at) & 15) as usize;
-            step = step << 4 | self.records.code(coder, contexts, step.into(), nibble) as u32;
+            step = step << 4
+                | self.records_low.code(coder, [contexts[2], contexts[3]], step.into(), nibble) as u32;
         }
         // One that is out of range is none of the table's; the caller finds that out.
         (first + (step & ((1 << (4 * steps)) - 1))) as u16
@@ -403,7 +407,7 @@ impl<'a> EntryModel<'a> {
         if upper != 0 {
             let kind = self.known.0.get(usize::from(record)).map_or(0, |facts| facts.kind);
             let bits = (gap >> plain & ((1 << upper) - 1)) as usize;
-            let context = [hash([len.into(), kind.into()]), hash([len.into(), r0, r1])];
+            let context = [hash([len.into(), kind.into()])];
             value =
                 value << upper | self.upper_bits.code(coder, context, 0, bits) as u32 & ((1 << upper) - 1);
         }
