@@ -4,6 +4,7 @@ use std::process::{Child, Command};
 
 use super::*;
 use crate::backend::PlacedMapping;
+use windlass_schema::Table;
 use windlass_schema::maps::{EXACT_ADDRESS, Location};
 
 const MS: Duration = Duration::from_millis(1);
