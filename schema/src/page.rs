@@ -42,7 +42,8 @@
 //! 2. The block's first entry `s` is that of its group plus the counts of the group's blocks before it; its
 //!    own count gives the end `e`.
 //! 3. Among the low bytes `s..e`, count those that are at most `x & 255`; the entry sought is the last
-//!    of them, or entry `s - 1` if there is none (nothing covers `x` if `s` is 0).
+//!    of them, or entry `s - 1` if there is none (nothing covers `x` if `s` is 0). They ascend, so of more than
+//!    [`WINDOW`] bytes up to four probes find the window that matters, and its bytes are compared eight at a time.
 //! 4. If the entry lies in this block its distance is `x - entry`; else it is "past its run": a
 //!    run's last change is always in the block of its entry.
 
@@ -56,12 +57,14 @@ pub const BLOCK_SHIFT: u32 = 8;
 pub const GROUP_SHIFT: u32 = 12;
 /// Blocks in a group: as many counts of four bits as a `u64` holds.
 pub const GROUP_BLOCKS: u32 = 1 << (GROUP_SHIFT - BLOCK_SHIFT);
-/// Most entries in one block: what 8 probes tell apart.
+/// Most entries in one block: what a byte counts.
 pub const MAX_BLOCK_ENTRIES: usize = 255;
 /// Most entries of a block that four bits count.
 pub const MAX_NARROW_COUNT: usize = 15;
-/// Most probes of one search.
-pub const MAX_PROBES: u32 = 8;
+/// Most probes of one search: up to four for a window, then as many words of eight bytes as it may touch.
+pub const MAX_PROBES: u32 = 7;
+/// Low bytes that are compared at once.
+pub const WINDOW: u32 = 16;
 /// Size of a page's header in bytes.
 pub const PAGE_HEADER_BYTES: u32 = 8;
 /// Flag: counts take a byte each, because a block has more than [`MAX_NARROW_COUNT`] entries.
@@ -73,7 +76,9 @@ pub const NINTH_BITS: u8 = 4;
 /// The distance that is past every run.
 pub const PAST_RUN: u32 = u32::MAX;
 
-const _: () = assert!(1 << MAX_PROBES == MAX_BLOCK_ENTRIES + 1);
+const _: () = assert!(MAX_BLOCK_ENTRIES < (WINDOW as usize) << (MAX_PROBES - WINDOW_WORDS));
+/// Words of eight bytes that a window touches, wherever it begins.
+const WINDOW_WORDS: u32 = WINDOW / 8 + 1;
 
 /// How the bytes of a page are read. An offset out of range gives some value, never a fault:
 /// the BPF side masks it into its map value, the host side gives zero.
@@ -100,8 +105,12 @@ impl PageBytes for &[u8] {
 
     #[inline]
     fn double(&self, offset: u32) -> u64 {
-        let bytes = self.get(offset as usize..).and_then(|rest| rest.first_chunk());
-        bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+        let rest = self.get(offset as usize..).unwrap_or_default();
+        match rest.first_chunk() {
+            Some(bytes) => u64::from_le_bytes(*bytes),
+            // The last word of a page may be cut off: what is missing is zero.
+            None => rest.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
+        }
     }
 }
 
@@ -240,6 +249,35 @@ const fn sum_bytes(word: u64) -> u64 {
     pairs.wrapping_mul(0x0001_0001_0001_0001) >> 48
 }
 
+/// How many of the first `count` bytes at `at`, or of the first [`WINDOW`] if these are fewer, are at most `low`.
+#[inline(always)]
+fn count_at_most<P: PageBytes>(page: &P, at: u32, count: u32, low: u32) -> u32 {
+    let words = [
+        page.double(at & !7),
+        page.double((at & !7).wrapping_add(8)),
+        page.double((at & !7).wrapping_add(16)),
+    ];
+    let shift = 8 * (at & 7);
+    // Twice, as a shift by 64 is none.
+    let joined = |low: u64, high: u64| low >> shift | high << 1 << (63 - shift);
+    let count = if count < WINDOW { count } else { WINDOW };
+    let first = if count < 8 { count } else { 8 };
+    at_most(joined(words[0], words[1]), first, low) + at_most(joined(words[1], words[2]), count - first, low)
+}
+
+/// How many of the lowest `count` bytes of a word, 0 to 8, are at most `low`.
+#[inline(always)]
+const fn at_most(word: u64, count: u32, low: u32) -> u32 {
+    const TOP_BITS: u64 = 0x8080_8080_8080_8080;
+    let low = low as u64 * 0x0101_0101_0101_0101;
+    // By the low seven bits of each byte, without a borrow from the next; then by the top bits, where these differ.
+    let by_low_bits = (low | TOP_BITS).wrapping_sub(word & !TOP_BITS);
+    let is_at_most = (low & !word | !(low ^ word) & by_low_bits) & TOP_BITS;
+    // Twice, as a shift by 64 is none.
+    let counted = !(u64::MAX << (4 * count) << (4 * count));
+    ((is_at_most & counted) >> 7).wrapping_mul(0x0101_0101_0101_0101).wrapping_shr(56) as u32
+}
+
 /// What a search found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hit {
@@ -263,18 +301,21 @@ pub fn search<P: PageBytes>(page: &P, offset: u32) -> Option<Hit> {
     } else {
         layout.block(page, block)
     };
-    // The largest `after` in start..=end such that every low byte in start..after is at most `low`,
-    // found bit by bit. Arithmetic instead of branches: the BPF verifier walks each side of a branch.
     let mut after = start;
-    let mut step = 1 << (MAX_PROBES - 1);
-    while step != 0 {
-        let candidate = after.wrapping_add(step);
-        let byte = u32::from(page.byte(layout.low_bytes_at.wrapping_add(candidate).wrapping_sub(1)));
-        // The sign bit of a difference is the comparison.
-        let beyond = end.wrapping_sub(candidate) >> 31 | low.wrapping_sub(byte) >> 31;
-        after += step & beyond.wrapping_sub(1);
-        step >>= 1;
+    // The largest multiple of the window such that every low byte before it is at most `low`, found bit by bit.
+    // Arithmetic instead of branches: the BPF verifier walks each side of a branch.
+    if end.wrapping_sub(start) > WINDOW {
+        let mut step = 8 * WINDOW;
+        while step >= WINDOW {
+            let candidate = after.wrapping_add(step);
+            let byte = u32::from(page.byte(layout.low_bytes_at.wrapping_add(candidate).wrapping_sub(1)));
+            // The sign bit of a difference is the comparison.
+            let beyond = end.wrapping_sub(candidate) >> 31 | low.wrapping_sub(byte) >> 31;
+            after += step & beyond.wrapping_sub(1);
+            step >>= 1;
+        }
     }
+    after += count_at_most(page, layout.low_bytes_at.wrapping_add(after), end.wrapping_sub(after), low);
     if after == 0 {
         return None;
     }
@@ -290,6 +331,20 @@ pub fn search<P: PageBytes>(page: &P, offset: u32) -> Option<Hit> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_are_compared_as_one_by_one() {
+        let bytes: Vec<u8> = [0, 1, 2, 126, 127, 128, 129, 130, 200, 254, 255].repeat(3);
+        for at in 0..bytes.len() - 1 {
+            for count in 0..20usize.min(bytes.len() - at) {
+                for low in [0, 1, 2, 127, 128, 129, 253, 254, 255] {
+                    let expected = bytes[at..at + count.min(16)].iter().filter(|byte| **byte <= low).count();
+                    let counted = count_at_most(&&bytes[..], at as u32, count as u32, low.into());
+                    assert_eq!(counted as usize, expected, "{count} bytes at {at}, {low}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn counts_of_a_group_add_up() {
