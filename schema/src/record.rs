@@ -249,67 +249,56 @@ impl Record {
         if !self.is_run() {
             return self;
         }
-        // Bits 0..distance of the mask; a distance past the mask takes all of it.
-        let reach = if distance > MAX_RUN_BYTES { MAX_RUN_BYTES } else { distance };
-        let mask = self.run_mask();
-        let changes = ones(mask & ((1 << reach) - 1));
-        let base = self.aux() as u32;
-        let event = (self.0 >> 32) as u8;
-        let event_distance = (event & 15) as u32 + 1;
-        let mut frame_pointer = self.frame_pointer() & 1;
-        let mut f = (self.0 >> 48) as u16;
-        let has_event = event & 0x80 != 0 && reach >= event_distance;
-        let extra = (self.0 >> 40) as u8 as u32;
-        let is_behind = changes == ones(mask) && changes != 0;
-        let is_last = self.0 as u8 & 0x40 != 0 && is_behind;
-        let mut cfa_kind = kind::SP;
-        let words;
-        if self.kind() == kind::PUSH_RUN {
-            let mut counted = changes;
-            if is_last {
-                cfa_kind = kind::FP;
-                counted -= 1;
-            }
-            words = base + counted + if is_behind { extra } else { 0 };
-            if has_event {
-                let at_event = base + ones(mask & ((1 << event_distance) - 1));
-                frame_pointer = frame_pointer::AT_CFA;
-                f = 0u16.wrapping_sub((8 * at_event) as u16);
-            }
-        } else {
-            if is_last && extra == 0 {
-                return Self::NO_CFI;
-            }
-            if is_last && self.0 as u8 & 0x80 != 0 {
-                cfa_kind = kind::FP;
-                words = extra;
-                frame_pointer = frame_pointer::AT_CFA;
-                f = 0u16.wrapping_sub(16);
-            } else if is_last {
-                words = base + extra;
-            } else {
-                words = base.wrapping_sub(changes);
-                if has_event {
-                    frame_pointer = frame_pointer::SAME;
-                    f = 0;
-                }
-            }
-        }
-        Self(
-            (cfa_kind | frame_pointer << 4) as u64
-                | (f as u64) << 16
-                | ((8u32.wrapping_mul(words)) as u64) << 32,
-        )
+        let event_distance = (self.0 >> 32 & 15) + 1;
+        let reach = if distance > MAX_RUN_BYTES { MAX_RUN_BYTES } else { distance } as u64;
+        let [changes, changes_at_event, all_changes] = self.count_changes(reach, event_distance);
+        let base = self.0 >> 8 & 0xff;
+        let extra = self.0 >> 40 & 0xff;
+        let has_event = self.0 >> 39 & 1 != 0 && reach >= event_distance;
+        let is_behind = changes == all_changes && changes != 0;
+        let is_last = self.0 & 0x40 != 0 && is_behind;
+        let is_push = self.kind() == kind::PUSH_RUN;
+        // Selected by arithmetic: which of these holds is random to a processor that has to guess, and each guess is a path
+        // more for the BPF verifier.
+        let is_resumed = !is_push & is_last;
+        let is_framed = is_resumed & (self.0 & 0x80 != 0);
+        let pushed = base + changes - is_last as u64 + select(is_behind, extra, 0);
+        let resumed = extra + select(is_framed, 0, base);
+        let words = select(is_push, pushed, select(is_last, resumed, base.wrapping_sub(changes)));
+        // The run's own, unless the event or what follows the last change sets another.
+        let own = self.0 >> 48 << 16 | self.0 & 0x10;
+        let saved_here = saved_at((base + changes_at_event).wrapping_neg());
+        let saved = select(has_event & !is_resumed, select(is_push, saved_here, 0), own);
+        let saved = select(is_framed, saved_at(2u64.wrapping_neg()), saved);
+        let cfa_kind = select(is_push & is_last | is_framed, kind::FP as u64, kind::SP as u64);
+        let state = cfa_kind | saved | words << 35;
+        Self(select(is_resumed & (extra == 0), Self::NO_CFI.0, state))
+    }
+
+    /// Changes of the run at distances up to `reach`, to `event_distance`, and all.
+    #[inline(always)]
+    const fn count_changes(self, reach: u64, event_distance: u64) -> [u64; 3] {
+        let mask = self.0 >> 16 & 0xffff;
+        // BPF has no instruction that counts bits, so it is spelled out; once for all three, 16 bits each.
+        let lanes = mask & ((1 << reach) - 1) | (mask & ((1 << event_distance) - 1)) << 16 | mask << 32;
+        let pairs = lanes - (lanes >> 1 & 0x5555_5555_5555);
+        let nibbles = (pairs & 0x3333_3333_3333) + (pairs >> 2 & 0x3333_3333_3333);
+        let bytes = (nibbles + (nibbles >> 4)) & 0x0f0f_0f0f_0f0f;
+        let sums = bytes + (bytes >> 8);
+        [sums & 0x1f, sums >> 16 & 0x1f, sums >> 32 & 0x1f]
     }
 }
 
-/// Number of set bits in the low 16. BPF has no such instruction, so it is spelled out.
+/// The fields of a plain record whose frame pointer is saved at so many words from the CFA.
 #[inline(always)]
-const fn ones(mask: u32) -> u32 {
-    let pairs = mask - ((mask >> 1) & 0x5555);
-    let nibbles = (pairs & 0x3333) + ((pairs >> 2) & 0x3333);
-    let bytes = (nibbles + (nibbles >> 4)) & 0x0f0f;
-    (bytes + (bytes >> 8)) & 0x1f
+const fn saved_at(words: u64) -> u64 {
+    (frame_pointer::AT_CFA as u64) << 4 | (words << 3 & 0xffff) << 16
+}
+
+/// `yes` if `condition`, else `no`, without a branch.
+#[inline(always)]
+const fn select(condition: bool, yes: u64, no: u64) -> u64 {
+    no ^ ((yes ^ no) & (condition as u64).wrapping_neg())
 }
 
 impl core::fmt::Debug for Record {
@@ -323,9 +312,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ones_counts_bits() {
-        for mask in 0..=0xffffu32 {
-            assert_eq!(ones(mask), mask.count_ones());
+    fn changes_are_counted() {
+        for mask in 0..=0xffffu64 {
+            let run = Record(u64::from(kind::PUSH_RUN) | mask << 16);
+            for reach in [0, 1, 7, 16] {
+                let event = 1 + mask % 16;
+                let ones = |bits: u64| u64::from((mask & ((1 << bits) - 1)).count_ones());
+                assert_eq!(run.count_changes(reach, event), [ones(reach), ones(event), ones(16)]);
+            }
         }
     }
 

@@ -130,16 +130,24 @@ pub struct Table<'a> {
     pages: &'a [u8],
 }
 
+#[inline(always)]
+fn bytes_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    *bytes[at..].first_chunk().expect("offsets are checked before they are read from")
+}
+
+#[inline(always)]
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from(bytes[at]) | u16::from(bytes[at + 1]) << 8
+    u16::from_le_bytes(bytes_at(bytes, at))
 }
 
+#[inline(always)]
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
+    u32::from_le_bytes(bytes_at(bytes, at))
 }
 
+#[inline(always)]
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+    u64::from_le_bytes(bytes_at(bytes, at))
 }
 
 /// The checksum of a table file: over everything behind the checksum field.
