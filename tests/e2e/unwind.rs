@@ -7,7 +7,7 @@ use windlass_tests::program::{fixture, run, text, windlass};
 use windlass_unwind_compiler::{build_id_of, compile};
 
 /// The libc that this test runs on.
-fn libc_path() -> PathBuf {
+pub(crate) fn libc_path() -> PathBuf {
     let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
     let line = maps.lines().find(|line| line.contains("/libc.so") || line.contains("/libc-"));
     Path::new(line.and_then(|line| line.split_whitespace().nth(5)).expect("this test uses a libc")).to_owned()

@@ -170,11 +170,12 @@ def run_states(record: bytes, field: str) -> States:
     require(byte0 & 0x20 == 0, field, "bit 5 of a run's byte 0 is set")
     require(form in forms, field, f"a run with LAST {int(last)}, FRAME {int(frame)}, e {extra}")
     changes = [bit + 1 for bit in range(16) if mask >> bit & 1]
-    require(bool(changes), field, "a run without changes")
+    # Of no distance where the record has none.
     event = (event_byte & 15) + 1 if event_byte & 0x80 else PAST_RUN
-    # A last change that is no push or pop comes behind the event, never with it.
-    latest = changes[-1] - (last or (push and extra > 0))
-    require(event == PAST_RUN or event <= latest, field, "a run's frame-pointer event behind its last push or pop")
+    # From where on the table of special last changes holds: behind the frame-pointer event, if there is one.
+    special = changes[-1] if changes and (last or extra) else PAST_RUN
+    require(special < PAST_RUN or not (last or extra), field, "a run without the last change that it describes")
+    require(event == PAST_RUN or event < special, field, "a run's frame-pointer event not before its last change")
     base_fp = f"cfa{f:+}" if byte0 & 0x10 else "same"
     states: States = []
     for distance in sorted({0, *changes, *([event] if event != PAST_RUN else [])}):
@@ -183,10 +184,9 @@ def run_states(record: bytes, field: str) -> States:
         if distance >= event:
             saved_at = base + sum(change <= event for change in changes)
             fp = f"cfa{-8 * saved_at:+}" if push else "same"
-        if distance >= changes[-1] and (last or extra):
+        if distance >= special:
             if not push and not extra:
-                states.append((distance, "no_cfi"))
-                break
+                return [*states, (distance, "no_cfi")]
             if push:
                 words, register = (words - 1, "rbp") if last else (words + extra, "rsp")
             else:

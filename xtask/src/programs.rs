@@ -29,7 +29,11 @@ pub(crate) const TEST_PROGRAMS: &[Program] = &[
     Program { name: "g++", package: "g++", used_by: "the symbol tests" },
     Program { name: "curl", package: "curl", used_by: "the test of README's commands" },
     Program { name: "go", package: "golang-go", used_by: "the test that `go tool pprof` reads a profile" },
-    Program { name: "python3", package: "python3", used_by: "the tests of walks" },
+    Program {
+        name: "python3",
+        package: "python3",
+        used_by: "the tests of walks and of the second table reader",
+    },
     Program { name: "perl", package: "perl", used_by: "the tests of walks" },
     Program { name: "openssl", package: "openssl", used_by: "the tests of walks" },
 ];
