@@ -2,8 +2,8 @@
 """A second reader of unwind tables (magic `WLUT`, version 2), written from the specification alone.
 
 The specification is the documentation of `schema`'s modules `table`, `page` and `record`; none of their code was
-read. Where the Rust reader and this one agree, the specification says what is meant. What it leaves undefined is
-refused here rather than guessed. All of a file is checked before any of it is used.
+read. Where the Rust reader and this one agree, the specification says what is meant. A combination that it does not
+define is refused here, bits that it gives no meaning are not looked at. All of a file is checked before its use.
 
     unwind_table.py FILE                      START END RULE for each interval, addresses of the image in hexadecimal
     unwind_table.py FILE --lookup ADDRESS...  ADDRESS RULE for each address (hexadecimal), by the search in its page
