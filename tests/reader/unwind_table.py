@@ -29,6 +29,7 @@ from xxh3 import xxh3_64
 
 VERSION = 2
 MAX_PAGES, MAX_RECORDS, NO_PAGE = 1 << 16, 8192, 0xFFFF_FFFF
+"""The text names these without a value, which is from the documented constants of `table`."""
 HEADER_SIZE = 112
 """Bytes before the dictionary."""
 PAGE_SIZE = 1 << 16
