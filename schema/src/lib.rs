@@ -23,6 +23,7 @@ pub mod file_id;
 pub mod http;
 pub mod maps;
 pub mod page;
+mod page_check;
 #[cfg(feature = "std")]
 pub mod page_writer;
 #[cfg(feature = "std")]

@@ -32,6 +32,10 @@
 //!         u8[E / 8]   with NINTH_BITS only, rounded up: bit 8 of the record number of entry `i` in bit
 //!                     `i & 7` of byte `i >> 3`
 //! ```
+//! Record numbers are below C + L, dictionary numbers below the dictionary's R, those of locals that no entry has
+//! included; C alone may be greater. With `WIDE_RECORDS` C has no meaning, and the bits of `NINTH_BITS` behind entry E - 1
+//! have none. Entries ascend strictly.
+//!
 //! An entry holds from its address up to the next entry's. The rows of a page stand on their own: a
 //! state that lasts from the page before is stated again at page offset 0, and only code that no
 //! FDE covers may come before the first entry.
@@ -45,7 +49,7 @@
 //!    of them, or entry `s - 1` if there is none (nothing covers `x` if `s` is 0). They ascend, so of more than
 //!    [`WINDOW`] bytes up to four probes find the window that matters, and its bytes are compared eight at a time.
 //! 4. If the entry lies in this block its distance is `x - entry`; else it is "past its run": a
-//!    run's last change is always in the block of its entry.
+//!    run's last change, its event's included, is always in the block of its entry.
 
 /// Bytes of code that a page covers.
 pub const PAGE_CODE_BYTES: u64 = 1 << PAGE_SHIFT;

@@ -25,7 +25,11 @@
 //! | 12 | `GO_STACK` | *(*(rsp + a) + 8) - *(rsp + b) + 8 * c, c being byte 1 as i8 |
 //! | 13 | `OTHER_STACK` | rbp + offset |
 //!
-//! The CFA lies above the stack pointer, but for the last two kinds, which lead to another stack.
+//! Fields that a kind does not use are 0: f without a frame-pointer rule that has one, byte 1 where the last table below has
+//! nothing, bytes 2 to 7 and both rules of kinds 9 to 11 (byte 1 of 11 is the code of one of `UnsupportedReason`).
+//!
+//! The CFA of a frame lies above its stack pointer (on aarch64 it may be equal, if the return address is in a register), but for
+//! the last two kinds, which lead to another stack. That is for a walk to check: a table may say otherwise.
 //!
 //! The stack pointer is rsp or sp, the frame pointer rbp or x29. Kinds 4, 5, 7, 8, 12
 //! and 13 are for x86-64 alone.
@@ -43,8 +47,8 @@
 //! |---|---|
 //! | 0 `AT_CFA` | *(CFA - 8) |
 //! | 1 `REGISTER` | a register |
-//! | 2 `ABOVE_FP` | *(CFA + f + 8), right above the saved frame pointer; f + 8 is not -8 |
-//! | 3 `AT_CFA_WORDS` | *(CFA + 8 * g), g being byte 1 as i8; neither of the above |
+//! | 2 `ABOVE_FP` | *(CFA + f + 8), right above the saved frame pointer: only with `AT_CFA`, and f + 8 is not -8 |
+//! | 3 `AT_CFA_WORDS` | *(CFA + 8 * g), g being byte 1 as i8; where neither of the above says the same, and byte 1 is free |
 //!
 //! | byte 1 | x86-64 | aarch64 |
 //! |---|---|---|
@@ -66,10 +70,12 @@
 //! byte 5      e, a number of words for the last change
 //! bytes 6-7   i16 f of the base frame-pointer rule
 //! ```
-//! At distance `d`, with `n` = number of set bits among mask bits 0..d: CFA = rsp + 8 * (base + n) in
-//! a push run, rsp + 8 * (base - n) in a pop run. At and after its event's distance, a push run has saved
+//! At distance `d`, with `n` = number of set bits among mask bits 0 to `d - 1`: CFA = rsp + 8 * (base + n) in
+//! a push run, rsp + 8 * (base - n) in a pop run; the return address is at CFA - 8. At and after its event's distance,
+//! which need not be that of a change of the mask nor before the last of them, a push run has saved
 //! rbp at the CFA's own offset (`push rbp` at CFA = rsp + 16 saves it at CFA - 16); a pop run has
-//! restored it (`SAME`). The last change of the mask may be another one; it then is behind the event.
+//! restored it (`SAME`). Where LAST is set or e is not 0, the mask is not 0, and its last change, which then is
+//! behind the event, is another one:
 //!
 //! | kind | LAST | FRAME | e | from the last change on | as in |
 //! |---|---|---|---|---|---|
@@ -217,6 +223,17 @@ impl Record {
     #[inline(always)]
     pub const fn run_mask(self) -> u32 {
         (self.0 >> 16) as u16 as u32
+    }
+
+    /// The greatest distance at which a run's state changes, by the mask or the event; 0 of a plain record.
+    #[inline(always)]
+    pub const fn last_change(self) -> u32 {
+        if !self.is_run() {
+            return 0;
+        }
+        let event = (self.0 >> 39 & 1) << (self.0 >> 32 & 15);
+        let changes = self.run_mask() | event as u32;
+        u32::BITS - changes.leading_zeros()
     }
 
     /// A plain record from its fields.

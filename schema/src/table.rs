@@ -14,21 +14,25 @@
 //! 7       u8       0
 //! 8       u64      XXH3-64 (seed 0) of all bytes from offset 16 to the end
 //! 16      u64      base: image address of page 0, a multiple of 65536
-//! 24      u32      P: number of pages in the directory, at most MAX_PAGES
-//! 28      u32      R: number of records in the dictionary, at most MAX_RECORDS
+//! 24      u32      P: number of pages in the directory, at most 65536 (MAX_PAGES); base + 65536 P is below 2^64
+//! 28      u32      R: number of records in the dictionary, at most 8192 (MAX_RECORDS)
 //! 32      u32      B: size of the page area in bytes, a multiple of 8
 //! 36      u32      rows that the table states, for information
-//! 40      u8       length of the build-ID
+//! 40      u8       length of the build-ID, 1 to 64
 //! 41      [u8; 64] build-ID, zero-padded
 //! 105     [u8; 7]  0
 //! 112     u64[R]   dictionary of records (see the record module)
-//!         u32[P]   directory: offset of each page in the page area / 8, NO_PAGE where none is
+//!         u32[P]   directory: offset of each page in the page area / 8, 0xffffffff (NO_PAGE) where none is
 //!         u32      only if P is odd: 0
 //!         [u8; B]  page area: pages (see the page module), each padded with zeros to 8 bytes
 //! ```
-//! The file ends behind the page area. Sentinel: [`NO_PAGE`]. Pages lie in the page area in the order of
+//! The file ends behind the page area. Pages lie in the page area in the order of
 //! the directory and share no byte: an offset that is not `NO_PAGE` is at or behind the end of the
-//! page before it, padding included. So checking a table takes time in proportion to its file.
+//! page before it, padding included. So checking a table takes time in proportion to its file. What lies
+//! between pages otherwise, or behind the last, has no meaning. A page has at most 61440 bytes (MAX_PAGE_BYTES).
+//!
+//! Whatever a reader finds that is not as these modules say, unused bits that are not 0 included, makes the table
+//! malformed: readers refuse it.
 //!
 //! # Lookup of image address `a`
 //! 1. `p = (a - base) >> 16`; outside 0..P, or a directory entry of `NO_PAGE`: no CFI.
@@ -50,10 +54,8 @@
 
 use crate::architecture::Architecture;
 use crate::build_id::{BuildId, MAX_BUILD_ID_BYTES};
-use crate::page::{
-    BLOCK_SHIFT, GROUP_BLOCKS, MAX_BLOCK_ENTRIES, NINTH_BITS, PAGE_SHIFT, PageLayout, WIDE_COUNTS,
-    WIDE_RECORDS, search,
-};
+use crate::page::{BLOCK_SHIFT, GROUP_BLOCKS, PAGE_SHIFT, PageLayout, search};
+use crate::page_check::check_page;
 use crate::record::{MAX_RUN_BYTES, Record};
 use crate::rule::has_meaning;
 use crate::{ImageAddress, Rule};
@@ -167,15 +169,14 @@ impl<'a> Table<'a> {
             }
         }
         let table = table?;
-        let records = (table.dictionary.len() / 8) as u32;
-        for number in 0..records {
+        for number in 0..(table.dictionary.len() / 8) as u32 {
             if !has_meaning(table.record(number), table.architecture) {
                 return Err(TableError::Record(number));
             }
         }
         let mut free = 0;
         for page in 0..table.page_count() {
-            free = table.check_page(page, records, free).map_err(|why| TableError::Page(page, why))?;
+            free = table.check_page(page, free).map_err(|why| TableError::Page(page, why))?;
         }
         Ok(table)
     }
@@ -202,6 +203,7 @@ impl<'a> Table<'a> {
         }
         for (wrong, field) in [
             (file[7] != 0 || file[105..HEADER_BYTES].iter().any(|byte| *byte != 0), "reserved"),
+            (file[41..105].iter().skip(file[40].into()).any(|byte| *byte != 0), "build-ID padding"),
             (base % (1 << PAGE_SHIFT) != 0, "base"),
             (base.checked_add(u64::from(pages) << PAGE_SHIFT).is_none() || pages > MAX_PAGES, "pages"),
             (records > MAX_RECORDS, "records"),
@@ -216,6 +218,9 @@ impl<'a> Table<'a> {
             .map_err(|_| TableError::Header("build-ID length"))?;
         let (dictionary, rest) = file[HEADER_BYTES..].split_at(records as usize * 8);
         let (directory, page_area) = rest.split_at(directory_bytes as usize);
+        if directory[pages as usize * 4..].iter().any(|byte| *byte != 0) {
+            return Err(TableError::Header("padding of the directory"));
+        }
         Ok(Self {
             architecture,
             build_id,
@@ -227,9 +232,9 @@ impl<'a> Table<'a> {
         })
     }
 
-    /// Checks everything about a page that its lookups rely on. Pages before it take the page area
-    /// up to offset `free`; gives the offset behind this one.
-    fn check_page(&self, number: u32, records: u32, free: usize) -> Result<usize, &'static str> {
+    /// Checks the place of a page and the page. Pages before it take the page area up to offset `free`;
+    /// gives the offset behind this one.
+    fn check_page(&self, number: u32, free: usize) -> Result<usize, &'static str> {
         let at = u32_at(self.directory, number as usize * 4);
         if at == NO_PAGE {
             return Ok(free);
@@ -238,65 +243,15 @@ impl<'a> Table<'a> {
         if start < free {
             return Err("out of order or on another page");
         }
-        if start >= self.pages.len() {
+        let Some(page) = self.pages.get(start..) else {
             return Err("outside the page area");
+        };
+        let end = start + check_page(page, self.dictionary)? as usize;
+        let behind = end.next_multiple_of(8);
+        if self.pages[end..behind].iter().any(|byte| *byte != 0) {
+            return Err("padded with something else than zeros");
         }
-        let page = &self.pages[start..];
-        let layout = PageLayout::read(&page);
-        if layout.end as usize > page.len() {
-            return Err("longer than the page area");
-        }
-        if layout.end > MAX_PAGE_BYTES {
-            return Err("longer than a page may be");
-        }
-        let page = &page[..layout.end as usize];
-        if layout.flags & !(WIDE_COUNTS | WIDE_RECORDS | NINTH_BITS) != 0
-            || layout.flags & (WIDE_RECORDS | NINTH_BITS) == WIDE_RECORDS | NINTH_BITS
-        {
-            return Err("flags that no page has");
-        }
-        if layout.groups == 0
-            || layout.first_group + layout.groups > 256 / GROUP_BLOCKS
-            || layout.entries == 0
-        {
-            return Err("counts out of range");
-        }
-        let mut next = 0;
-        for block in 0..GROUP_BLOCKS * layout.groups {
-            let (start, end) = layout.block(&page, block);
-            if start != next || end < start || (end - start) as usize > MAX_BLOCK_ENTRIES {
-                return Err("index out of order");
-            }
-            next = end;
-            if end > layout.entries {
-                return Err("index beyond the entries");
-            }
-            let low = &page[(layout.low_bytes_at + start) as usize..(layout.low_bytes_at + end) as usize];
-            if low.windows(2).any(|pair| pair[0] >= pair[1]) {
-                return Err("entries out of order");
-            }
-        }
-        if next != layout.entries {
-            return Err("entries behind the index");
-        }
-        if layout.flags & WIDE_RECORDS != 0 {
-            if (0..layout.entries).any(|entry| layout.dictionary_number(&page, entry) >= records) {
-                return Err("record number beyond the dictionary");
-            }
-        } else {
-            // Of each number an entry that has it, so that a number is checked once and not an entry.
-            let mut used = [None; 512];
-            for entry in 0..layout.entries {
-                used[layout.record_number(&page, entry) as usize % used.len()] = Some(entry);
-            }
-            if used.iter().skip((layout.common + layout.locals) as usize).any(Option::is_some) {
-                return Err("record number without a local");
-            }
-            if used.iter().flatten().any(|entry| layout.dictionary_number(&page, *entry) >= records) {
-                return Err("record number beyond the dictionary");
-            }
-        }
-        Ok(start + page.len().next_multiple_of(8))
+        Ok(behind)
     }
 
     /// The record with this dictionary number, which must be one of the table's.
