@@ -6,39 +6,34 @@
 //! `PT_GNU_EH_FRAME` leads to `.eh_frame` where no section has that name; a section that reaches past the
 //! end of the file is read as far as it goes. Only headers decide whether a file is supported at all.
 //!
-//! Section headers may name one range of a file many times, and compression makes much of little. So each
-//! byte is read for one section only, what decompresses has a budget for all sections together, and
-//! sections are held in memory one at a time; what is left out is reported.
+//! Files that are not linked yet have sections without addresses; the `relocation` module says where they are taken
+//! to be. The rest, from [`FrameSection`] on, does not see the difference.
 
-use std::borrow::Cow;
+mod build_id;
+mod relocation;
+mod section;
+#[cfg(test)]
+mod tests;
+
+use std::cell::OnceCell;
 use std::ops::Range;
+use std::rc::Rc;
 
 use gimli::{BaseAddresses, EhFrameHdr, LittleEndian as GimliLittleEndian, Pointer};
 use object::elf::{self, FileHeader64, ProgramHeader64, Rela64, SectionHeader64};
-use object::read::elf::{CompressionHeader, FileHeader, ProgramHeader, SectionHeader, SectionTable};
-use object::read::{CompressedData, CompressedFileRange, CompressionFormat};
+use object::read::SectionIndex;
+use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, SectionTable, SymbolTable};
 use object::{LittleEndian, ReadRef};
+use windlass_schema::Architecture;
 use windlass_schema::page::{BLOCK_SHIFT, PAGE_SHIFT};
 use windlass_schema::table::{MAX_PAGES, TableError};
-use windlass_schema::{Architecture, BuildId, ImageAddress};
 
+pub use self::build_id::build_id_of;
+use self::relocation::{Layout, Relocations};
+pub(crate) use self::section::{FrameSection, SectionKind};
+use self::section::{Intake, MAX_FRAME_BYTES, Naming, Stored, skipped_section};
 use crate::go::{GoCode, GoImage, find_table, text_start};
 use crate::report::{SkipReason, SkippedFde};
-
-/// Most bytes of `.eh_frame`, all sections together. The largest of a Debian developer's machine has 15 MB;
-/// compiling takes memory in proportion.
-const MAX_EH_FRAME_BYTES: u64 = 512 << 20;
-
-/// Most bytes of `.eh_frame` for each byte of the file, all sections together. What is not compressed is
-/// part of the file; compilers' `.eh_frame` deflates to a third, a bomb to a thousandth.
-const EH_FRAME_BYTES_PER_FILE_BYTE: u64 = 8;
-
-/// Bytes of `.eh_frame` that any file may have, however small: repetitive code of few functions deflates
-/// better, and compiling so little takes 40 MiB at worst.
-const MIN_EH_FRAME_BUDGET_BYTES: u64 = 1 << 20;
-
-/// Most sections of call frame information that are read. Linkers write one of a name, or none.
-const MAX_SECTIONS: usize = 16;
 
 /// What a segment's end is rounded up to when it is mapped.
 const MEMORY_PAGE_BYTES: u64 = 4096;
@@ -63,53 +58,14 @@ pub enum CompileError {
     Table(#[source] TableError),
 }
 
-/// What a section is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SectionKind {
-    EhFrame,
-    DebugFrame,
-}
-
-/// One section of call frame information.
-pub(crate) struct FrameSection<'a> {
-    pub(crate) kind: SectionKind,
-    /// Image address of its first byte.
-    pub(crate) address: u64,
-    /// Size that the headers state, if they do.
-    pub(crate) stated_bytes: Option<u64>,
-    stored: Stored<'a>,
-}
-
-/// How a file holds a section.
-enum Stored<'a> {
-    /// As it is, as far as the file goes.
-    Plain(&'a [u8]),
-    Compressed(CompressedData<'a>),
-}
-
-impl<'a> FrameSection<'a> {
-    /// Its bytes, as many as the file has; `None` if they do not decompress to the size that is stated.
-    pub(crate) fn data(&self) -> Option<Cow<'a, [u8]>> {
-        match self.stored {
-            Stored::Plain(data) => Some(data.into()),
-            // Takes the stated size, and a window of zstd of at most 128 MiB.
-            Stored::Compressed(data) => data.decompress().ok(),
-        }
-    }
-
-    /// This section, as one that was skipped.
-    pub(crate) fn skipped(&self, reason: SkipReason) -> SkippedFde {
-        skipped_section(self.address, reason)
-    }
-}
-
-fn skipped_section(address: u64, reason: SkipReason) -> SkippedFde {
-    SkippedFde { offset: 0, address: Some(ImageAddress::new(address)), reason }
-}
-
 /// What unwinding needs of an image.
 pub(crate) struct Image<'a> {
     pub(crate) architecture: Architecture,
+    /// Whether the file is not linked yet: a kernel module or an object file.
+    pub(crate) is_relocatable: bool,
+    /// Where the program begins; 0 if it does not.
+    pub(crate) entry: u64,
+    /// All `.eh_frame` first: what the running program unwinds by.
     pub(crate) frames: Vec<FrameSection<'a>>,
     /// Sections that are there but are not read.
     pub(crate) skipped: Vec<SkippedFde>,
@@ -120,16 +76,23 @@ pub(crate) struct Image<'a> {
     file: &'a [u8],
     segments: &'a [Segment],
     sections: Sections<'a>,
-    /// Addresses that are loaded.
+    /// Where sections are that have no address of their own.
+    layout: Option<Rc<Layout>>,
+    /// Whether a dynamic linker may change words that are writable.
+    is_dynamic: bool,
+    /// Addresses that may be code, sorted: those of segments, or of sections of code in a relocatable file.
     loaded: Vec<Range<u64>>,
     /// First address that is loaded as code.
     first_code: Option<u64>,
+    /// What [`Self::word_at`] looks into, sorted.
+    words: OnceCell<Vec<(u64, &'a [u8])>>,
 }
 
 type Header = FileHeader64<LittleEndian>;
 type Segment = ProgramHeader64<LittleEndian>;
 type SectionRow = SectionHeader64<LittleEndian>;
 type Sections<'a> = SectionTable<'a, Header>;
+type Symbols<'a> = SymbolTable<'a, Header>;
 const LE: LittleEndian = LittleEndian;
 
 /// The header of a supported file, and its instruction set.
@@ -161,6 +124,8 @@ impl<'a> Image<'a> {
     fn new(file: &'a [u8], architecture: Architecture) -> Self {
         Self {
             architecture,
+            is_relocatable: false,
+            entry: 0,
             frames: Vec::new(),
             skipped: Vec::new(),
             text: None,
@@ -168,56 +133,100 @@ impl<'a> Image<'a> {
             file,
             segments: &[],
             sections: SectionTable::default(),
+            layout: None,
+            is_dynamic: false,
             loaded: Vec::new(),
             first_code: None,
+            words: OnceCell::new(),
         }
     }
 
-    /// Finds the call frame information of `file`. An image of another type than `ET_EXEC` and `ET_DYN`
-    /// has none that is of use: its addresses are not final.
+    /// Finds the call frame information of `file`. An image of another type than `ET_EXEC`, `ET_DYN` and `ET_REL`
+    /// has none.
     pub(crate) fn parse(file: &'a [u8]) -> Result<Self, CompileError> {
         let (header, architecture) = header(file)?;
         let mut image = Self::new(file, architecture);
-        if header.e_type(LE) != elf::ET_EXEC && header.e_type(LE) != elf::ET_DYN {
-            return Ok(image);
+        (image.is_relocatable, image.is_dynamic) = match header.e_type(LE) {
+            elf::ET_EXEC => (false, false),
+            elf::ET_DYN => (false, true),
+            elf::ET_REL => (true, false),
+            _ => return Ok(image),
+        };
+        image.entry = header.e_entry(LE);
+        image.sections = header.sections(LE, file).unwrap_or_default();
+        if image.is_relocatable {
+            image.layout = Some(Rc::new(Layout::of(&image.sections)));
+        } else {
+            image.segments = header.program_headers(LE, file).unwrap_or_default();
         }
-        let segments = header.program_headers(LE, file).unwrap_or_default();
-        for segment in segments.iter().filter(|segment| segment.p_type(LE) == elf::PT_LOAD) {
-            let start = segment.p_vaddr(LE);
-            let range = start..start.saturating_add(segment.p_memsz(LE));
-            if segment.p_flags(LE).contains(elf::PF_X) {
-                image.first_code = Some(image.first_code.map_or(start, |first| first.min(start)));
-            }
-            image.loaded.push(range);
-        }
-        let sections = header.sections(LE, file).unwrap_or_default();
-        (image.segments, image.sections) = (segments, sections);
+        image.find_code();
+        image.find_frames();
+        Ok(image)
+    }
+
+    /// Finds what is loaded: by segments, or by the sections of a file that has none yet.
+    fn find_code(&mut self) {
+        let mut loaded: Vec<(Range<u64>, bool)> = if self.is_relocatable {
+            self.code().map(|(range, _)| (range, true)).collect()
+        } else {
+            let loads = self.segments.iter().filter(|segment| segment.p_type(LE) == elf::PT_LOAD);
+            let range = |segment: &Segment| {
+                let start = segment.p_vaddr(LE);
+                start..start.saturating_add(segment.p_memsz(LE))
+            };
+            loads.map(|load| (range(load), load.p_flags(LE).contains(elf::PF_X))).collect()
+        };
+        self.first_code = loaded.iter().filter(|(_, is_code)| *is_code).map(|(range, _)| range.start).min();
+        loaded.retain(|(range, _)| !range.is_empty());
+        loaded.sort_by_key(|(range, _)| range.start);
+        self.loaded = loaded.into_iter().map(|(range, _)| range).collect();
+    }
+
+    fn find_frames(&mut self) {
+        let file = self.file;
         let mut intake = Intake::of(file);
         let mut is_named = false;
-        for section in sections.iter() {
-            let mut add =
-                |kind, is_old| image.add(section.sh_addr(LE), intake.section(section, kind, is_old));
-            match sections.section_name(LE, section).unwrap_or_default() {
-                b".eh_frame" => {
-                    is_named = true;
-                    add(SectionKind::EhFrame, false);
+        let sections = self.sections;
+        for (number, section) in sections.enumerate() {
+            let address = self.address_of(number, section).unwrap_or(0);
+            let (kind, naming) = match sections.section_name(LE, section).unwrap_or_default() {
+                b".eh_frame" => (SectionKind::EhFrame, Naming::Plain),
+                b".debug_frame" => (SectionKind::DebugFrame, Naming::Plain),
+                b".zdebug_frame" => (SectionKind::DebugFrame, Naming::Zdebug),
+                name => {
+                    match name {
+                        b".text" => self.text = Some(address),
+                        b".got" => self.got = Some(address),
+                        _ => {}
+                    }
+                    continue;
                 }
-                b".debug_frame" => add(SectionKind::DebugFrame, false),
-                b".zdebug_frame" => add(SectionKind::DebugFrame, true),
-                b".text" => image.text = Some(section.sh_addr(LE)),
-                b".got" => image.got = Some(section.sh_addr(LE)),
-                _ => {}
+            };
+            is_named |= kind == SectionKind::EhFrame;
+            // `.debug_frame` is not loaded: nothing in it counts from where it is.
+            let address = if kind == SectionKind::EhFrame { address } else { 0 };
+            let mut found = intake.section(section, kind, naming, address);
+            if let (Ok(Some(found)), Some(layout)) = (&mut found, &self.layout) {
+                let (architecture, layout) = (self.architecture, Rc::clone(layout));
+                found.relocations = Some(Relocations::of(architecture, layout, (file, &sections), number));
             }
+            self.add(address, found);
         }
-        let header = segments.iter().find(|segment| segment.p_type(LE) == elf::PT_GNU_EH_FRAME);
+        let header = self.segments.iter().find(|segment| segment.p_type(LE) == elf::PT_GNU_EH_FRAME);
         // Split debug files have the section without its bytes, and program headers that lead nowhere.
         if let Some(header) = header.filter(|header| !is_named && header.p_filesz(LE) > 0) {
-            let section = eh_frame_of_header(file, segments, header).ok_or(SkipReason::Unreadable);
-            image.add(header.p_vaddr(LE), section.map(Some));
+            let section = eh_frame_of_header(file, self.segments, header).ok_or(SkipReason::Unreadable);
+            self.add(header.p_vaddr(LE), section.map(Some));
         }
-        // What the running program unwinds by comes first.
-        image.frames.sort_by_key(|section| section.kind == SectionKind::DebugFrame);
-        Ok(image)
+        self.frames.sort_by_key(|section| section.kind == SectionKind::DebugFrame);
+    }
+
+    /// Where a section is loaded.
+    fn address_of(&self, number: SectionIndex, section: &SectionRow) -> Option<u64> {
+        match &self.layout {
+            Some(layout) => layout.address(number),
+            None => Some(section.sh_addr(LE)),
+        }
     }
 
     fn add(&mut self, address: u64, section: Result<Option<FrameSection<'a>>, SkipReason>) {
@@ -246,23 +255,72 @@ impl<'a> Image<'a> {
         sections.chain(segments)
     }
 
-    /// The 8 bytes of the file that are loaded at `address`.
+    /// Ranges of code, and their bytes where the file has them: sections, or segments where there are none.
+    pub(crate) fn code(&self) -> impl Iterator<Item = (Range<u64>, Option<&'a [u8]>)> + '_ {
+        let range = |start: u64, len: u64| start..start.saturating_add(len);
+        let whole = |range: &Range<u64>, bytes: &'a [u8]| {
+            (bytes.len() as u64 == range.end - range.start).then_some(bytes)
+        };
+        let sections = self.sections.enumerate().filter_map(move |(number, section)| {
+            let flags = section.sh_flags(LE);
+            let is_code = flags.contains(elf::SHF_ALLOC) && flags.contains(elf::SHF_EXECINSTR);
+            let range = range(self.address_of(number, section).filter(|_| is_code)?, section.sh_size(LE));
+            let bytes = section.data(LE, self.file).ok().and_then(|bytes| whole(&range, bytes));
+            Some((range, bytes))
+        });
+        let segments = self.segments.iter().filter(|_| self.sections.is_empty()).filter_map(move |segment| {
+            let is_code = segment.p_type(LE) == elf::PT_LOAD && segment.p_flags(LE).contains(elf::PF_X);
+            let range = range(segment.p_vaddr(LE), segment.p_filesz(LE));
+            let bytes = segment.data(LE, self.file).ok().and_then(|bytes| whole(&range, bytes));
+            is_code.then_some((range, bytes))
+        });
+        sections.chain(segments)
+    }
+
+    /// Address and bytes of the first section of this name, if it is not compressed.
+    pub(crate) fn section_named(&self, name: &[u8]) -> Option<(u64, &'a [u8])> {
+        let is_named =
+            |section: &SectionRow| self.sections.section_name(LE, section).is_ok_and(|it| it == name);
+        let (number, section) = self.sections.enumerate().find(|(_, section)| is_named(section))?;
+        if section.sh_flags(LE).contains(elf::SHF_COMPRESSED) {
+            return None;
+        }
+        Some((self.address_of(number, section).unwrap_or(0), section.data(LE, self.file).ok()?))
+    }
+
+    /// The 8 bytes of the file that are loaded at `address`: none where a linker or a dynamic linker has a say
+    /// in them.
     pub(crate) fn word_at(&self, address: u64) -> Option<u64> {
-        self.loaded_bytes().find_map(|(start, bytes, _)| {
-            let skip = usize::try_from(address.checked_sub(start)?).ok()?;
-            Some(u64::from_le_bytes(*bytes.get(skip..)?.first_chunk()?))
-        })
+        if self.is_relocatable {
+            return None;
+        }
+        let words = self.words.get_or_init(|| {
+            let is_final = |is_writable: bool| !(self.is_dynamic && is_writable);
+            let words = self.loaded_bytes().filter(|(_, bytes, _)| !bytes.is_empty());
+            let words = words.filter(|(_, _, (is_writable, _))| is_final(*is_writable));
+            let mut words: Vec<_> = words.map(|(start, bytes, _)| (start, bytes)).collect();
+            words.sort_by_key(|(start, _)| *start);
+            words
+        });
+        let behind = words.partition_point(|(start, _)| *start <= address);
+        let (start, bytes) = words[..behind].last()?;
+        let skip = usize::try_from(address - start).ok()?;
+        Some(u64::from_le_bytes(*bytes.get(skip..)?.first_chunk()?))
     }
 
     /// What the Go linker wrote of an image's functions.
     pub(crate) fn go_table(&self) -> Option<GoTable<'a>> {
+        if self.is_relocatable {
+            return None;
+        }
         let named = |name: &[u8]| {
             self.sections
                 .iter()
                 .find(|section| self.sections.section_name(LE, section).is_ok_and(|it| it == name))
         };
-        let (address, table) = match named(b".gopclntab").or_else(|| named(b".data.rel.ro.gopclntab")) {
-            Some(section) => (section.sh_addr(LE), section.data(LE, self.file).ok()?),
+        let in_section = [b".gopclntab".as_slice(), b".data.rel.ro.gopclntab"];
+        let (address, table) = match in_section.into_iter().find_map(|name| self.section_named(name)) {
+            Some(table) => table,
             // Where nothing has a name, by its first bytes.
             None if self.sections.is_empty() => self.loaded_bytes().find_map(|(start, bytes, _)| {
                 find_table(bytes).map(|at| (start + at as u64, &bytes[at..]))
@@ -272,9 +330,9 @@ impl<'a> Image<'a> {
         if table.is_empty() {
             return None;
         }
-        let code = (self.loaded_bytes())
-            .filter(|(_, bytes, (_, is_code))| *is_code && !bytes.is_empty())
-            .map(|(address, bytes, _)| GoCode { address, bytes })
+        let code = (self.code())
+            .filter_map(|(range, bytes)| Some(GoCode { address: range.start, bytes: bytes? }))
+            .filter(|code| !code.bytes.is_empty())
             .collect();
         let words =
             self.loaded_bytes().filter(|(_, _, (is_data, _))| *is_data).flat_map(|(start, bytes, _)| {
@@ -302,20 +360,30 @@ impl<'a> Image<'a> {
         self.first_code == Some(0)
     }
 
-    /// Whether one table reaches the code at `range`, and it is loaded as far as program headers say: a
-    /// segment ends with its last page. The row that ends the coverage needs a page of the table as
-    /// well; it is at the end of `range`, or at that of its block if the block is overfull.
+    /// Whether one table reaches the code at `range`, and it is loaded as far as headers say: a segment ends
+    /// with its last page, a section of a relocatable file where it ends. The row that ends the coverage
+    /// needs a page of the table as well; it is at the end of `range`, or at that of its block if the
+    /// block is overfull.
     pub(crate) fn reaches(&self, range: &Range<u64>) -> bool {
         let first = self.first_code.unwrap_or(0) >> PAGE_SHIFT << PAGE_SHIFT;
         // The last page of the address space ends where no address can say.
         let last_page = u64::MAX >> PAGE_SHIFT << PAGE_SHIFT;
         let reach = first.saturating_add(u64::from(MAX_PAGES) << PAGE_SHIFT).min(last_page);
-        let loads = |load: &Range<u64>| {
-            load.contains(&range.start) && range.end <= load.end.saturating_add(MEMORY_PAGE_BYTES - 1)
-        };
-        range.start >= first
-            && range.end < reach - (1 << BLOCK_SHIFT)
-            && (self.loaded.is_empty() || self.loaded.iter().any(loads))
+        let is_in_reach = range.start >= first && range.end < reach - (1 << BLOCK_SHIFT);
+        is_in_reach && self.loads(range)
+    }
+
+    /// Whether headers say that all of `range` is loaded, or say nothing at all.
+    fn loads(&self, range: &Range<u64>) -> bool {
+        if self.loaded.is_empty() {
+            return !self.is_relocatable;
+        }
+        // Loadable segments do not overlap (gABI, chapter 5): only the last that begins before it can hold it.
+        let behind = self.loaded.partition_point(|load| load.start <= range.start);
+        let slack = if self.is_relocatable { 0 } else { MEMORY_PAGE_BYTES - 1 };
+        self.loaded[..behind]
+            .last()
+            .is_some_and(|load| load.contains(&range.start) && range.end <= load.end.saturating_add(slack))
     }
 }
 
@@ -330,80 +398,6 @@ impl GoTable<'_> {
     /// As the decoder takes it.
     pub(crate) fn image(&self) -> GoImage<'_> {
         GoImage { table: self.table, text: self.text, code: &self.code }
-    }
-}
-
-/// Takes sections as long as there is room.
-struct Intake<'a> {
-    file: &'a [u8],
-    budget_bytes: u64,
-    /// Ranges of the file that have been taken.
-    taken: Vec<Range<u64>>,
-}
-
-impl<'a> Intake<'a> {
-    fn of(file: &'a [u8]) -> Self {
-        let by_size = (file.len() as u64).saturating_mul(EH_FRAME_BYTES_PER_FILE_BYTE);
-        let budget_bytes = by_size.clamp(MIN_EH_FRAME_BUDGET_BYTES, MAX_EH_FRAME_BYTES);
-        Self { file, budget_bytes, taken: Vec::new() }
-    }
-
-    /// `None` for a section without bytes, as in split debug files. With `is_old`, one that is compressed as
-    /// `.zdebug_*` sections are: "ZLIB", the size in 8 big-endian bytes, and the stream.
-    fn section(
-        &mut self,
-        section: &SectionRow,
-        kind: SectionKind,
-        is_old: bool,
-    ) -> Result<Option<FrameSection<'a>>, SkipReason> {
-        let Some((file_offset, stored_bytes)) = section.file_range(LE) else { return Ok(None) };
-        let range = file_offset..file_offset.saturating_add(stored_bytes);
-        if self.taken.len() == MAX_SECTIONS {
-            return Err(SkipReason::SectionLimit);
-        }
-        if self.taken.iter().any(|taken| taken.start < range.end && range.start < taken.end) {
-            return Err(SkipReason::SectionOverlap);
-        }
-        let (stored, read_bytes, stated_bytes) = match section.compression(LE, self.file) {
-            Ok(None) if is_old => {
-                let data = self.file.read_bytes_at(file_offset, stored_bytes);
-                let data = data.map_err(|()| SkipReason::Truncated)?;
-                let (Some(b"ZLIB"), Some(size)) =
-                    (data.get(..4), data.get(4..12).and_then(|size| size.first_chunk()))
-                else {
-                    return Err(SkipReason::Unreadable);
-                };
-                let uncompressed_size = u64::from_be_bytes(*size);
-                let format = CompressionFormat::Zlib;
-                let data = CompressedData { format, data: &data[12..], uncompressed_size };
-                (Stored::Compressed(data), uncompressed_size, uncompressed_size)
-            }
-            Ok(None) => {
-                let end = range.end.min(self.file.len() as u64);
-                let read_bytes = end.saturating_sub(range.start).min(self.budget_bytes);
-                // Past the end of the file there is nothing to read, which is reported as truncated.
-                let data = self.file.read_bytes_at(range.start.min(end), read_bytes);
-                (Stored::Plain(data.unwrap_or_default()), read_bytes, stored_bytes)
-            }
-            Ok(Some((header, offset, compressed_size))) => {
-                let uncompressed_size = header.ch_size(LE);
-                let format = match header.ch_type(LE) {
-                    elf::ELFCOMPRESS_ZLIB => CompressionFormat::Zlib,
-                    elf::ELFCOMPRESS_ZSTD => CompressionFormat::Zstandard,
-                    _ => return Err(SkipReason::Unreadable),
-                };
-                let data = CompressedFileRange { format, offset, compressed_size, uncompressed_size }
-                    .data(self.file)
-                    .map_err(|_| SkipReason::Truncated)?;
-                (Stored::Compressed(data), uncompressed_size, uncompressed_size)
-            }
-            Err(_) => return Err(SkipReason::Truncated),
-        };
-        self.budget_bytes = self.budget_bytes.checked_sub(read_bytes).ok_or(SkipReason::SectionLimit)?;
-        self.taken.push(range);
-        // `.debug_frame` is not loaded: nothing in it counts from where it is.
-        let address = if kind == SectionKind::EhFrame { section.sh_addr(LE) } else { 0 };
-        Ok(Some(FrameSection { kind, address, stated_bytes: Some(stated_bytes), stored }))
     }
 }
 
@@ -424,54 +418,12 @@ fn eh_frame_of_header<'a>(
         })?;
     let file_offset = load.p_offset(LE).checked_add(skip)?;
     let end = load.p_offset(LE).saturating_add(load.p_filesz(LE)).min(file.len() as u64);
-    let data = file.read_bytes_at(file_offset, end.checked_sub(file_offset)?.min(MAX_EH_FRAME_BYTES)).ok()?;
+    let data = file.read_bytes_at(file_offset, end.checked_sub(file_offset)?.min(MAX_FRAME_BYTES)).ok()?;
     Some(FrameSection {
         kind: SectionKind::EhFrame,
         address,
         stated_bytes: None,
         stored: Stored::Plain(data),
+        relocations: None,
     })
-}
-
-/// The GNU build-ID of an ELF file of any class, byte order and machine: from the notes that program
-/// headers name, else from those of sections.
-pub fn build_id_of(elf: &[u8]) -> Option<BuildId> {
-    fn of<H: FileHeader<Endian = object::Endianness>>(file: &[u8]) -> Option<BuildId> {
-        let header = H::parse(file).ok()?;
-        let endian = header.endian().ok()?;
-        let segments = header.program_headers(endian, file).unwrap_or_default();
-        let of_segments = segments.iter().filter_map(|segment| segment.notes(endian, file).ok().flatten());
-        let sections = header.sections(endian, file).unwrap_or_default();
-        let of_sections = sections.iter().filter_map(|section| section.notes(endian, file).ok().flatten());
-        of_segments.chain(of_sections).find_map(|mut notes| {
-            while let Ok(Some(note)) = notes.next() {
-                if note.name() == elf::ELF_NOTE_GNU && note.n_type(endian) == elf::NT_GNU_BUILD_ID {
-                    return BuildId::new(note.desc()).ok();
-                }
-            }
-            None
-        })
-    }
-    of::<FileHeader64<object::Endianness>>(elf).or_else(|| of::<elf::FileHeader32<object::Endianness>>(elf))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Where the reach of an image with code at `first` ends, which `end` is just short of or at.
-    #[track_caller]
-    fn check_reach(first: u64, end: u64) {
-        let image = Image { first_code: Some(first), ..Image::new(&[], Architecture::X86_64) };
-        assert!(image.reaches(&(first..end - 1)), "{first:#x}..{end:#x}");
-        assert!(!image.reaches(&(first..end)), "{first:#x}..{end:#x}");
-    }
-
-    #[test]
-    fn the_row_behind_the_last_fde_has_a_page() {
-        check_reach(0, (1 << 32) - 256);
-        check_reach(0x40_0123, 0x40_0000 + (1 << 32) - 256);
-        // The kernel's half: the last page of the address space is out of reach.
-        check_reach(0xffff_ffff_8000_0000, 0xffff_ffff_fffe_ff00);
-    }
 }

@@ -3,17 +3,23 @@
 //! # Why this shape
 //! Compiler and oracle share where sections are and how entries are found (by their lengths alone, so that one
 //! broken entry costs itself); headers, pointers and instructions are read by gimli here, and by
-//! [`entries`](crate::entries) and [`instructions`](crate::instructions) there.
+//! [`entries`](crate::entries) and [`instructions`](crate::instructions) there. What gimli leaves to its callers is
+//! done here: it takes an indirect pointer for the address itself, and the row of an FDE that has not
+//! defined a CFA yet for register 0 with offset 0.
 
-use std::borrow::Cow;
+mod legible;
+
 use std::collections::HashMap;
+use std::ops::Range;
 
 use gimli::{
-    BaseAddresses, CommonInformationEntry, DebugFrame, EhFrame, EndianSlice, FrameDescriptionEntry,
-    LittleEndian, StoreOnHeap, UnwindContext, UnwindOffset, UnwindSection, UnwindTableRow, Vendor,
+    BaseAddresses, CallFrameInstruction, CommonInformationEntry, DebugFrame, EhFrame, EndianSlice,
+    FrameDescriptionEntry, LittleEndian, StoreOnHeap, UnwindContext, UnwindOffset, UnwindSection,
+    UnwindTableRow, Vendor,
 };
 use windlass_schema::{Architecture, ImageAddress};
 
+use self::legible::legible;
 use crate::elf::{Image, SectionKind};
 use crate::entries::MAX_CIE_BYTES;
 use crate::report::{SkipReason, SkippedFde};
@@ -26,6 +32,9 @@ pub(crate) struct Fde<'a, 's, S> {
     pub(crate) section: &'s S,
     bases: &'s BaseAddresses,
     pub(crate) entry: FrameDescriptionEntry<Reader<'a>>,
+    /// From the address that gimli reads to that of the function: where that one is stored if the pointer
+    /// is indirect, 0 if not.
+    shift: u64,
 }
 
 /// What is done with each FDE.
@@ -36,8 +45,9 @@ pub(crate) trait Visitor {
 
 impl<'a, S: UnwindSection<Reader<'a>>> Fde<'a, '_, S> {
     /// The addresses that the FDE covers: at least one.
-    pub(crate) fn range(&self) -> std::ops::Range<u64> {
-        self.entry.initial_address()..self.entry.end_address()
+    pub(crate) fn range(&self) -> Range<u64> {
+        let start = self.entry.initial_address().wrapping_add(self.shift);
+        start..start + self.entry.len()
     }
 
     /// Calls `visit` with each row that covers an address of the FDE, in order, and the addresses.
@@ -45,7 +55,7 @@ impl<'a, S: UnwindSection<Reader<'a>>> Fde<'a, '_, S> {
     pub(crate) fn rows(
         &self,
         context: &mut UnwindContext<usize>,
-        mut visit: impl FnMut(std::ops::Range<u64>, &CfiRow),
+        mut visit: impl FnMut(Range<u64>, &CfiRow),
     ) -> Result<(), u64> {
         let range = self.range();
         let Ok(mut table) = self.entry.rows(self.section, self.bases, context) else {
@@ -59,11 +69,62 @@ impl<'a, S: UnwindSection<Reader<'a>>> Fde<'a, '_, S> {
                 Err(_) if next < range.end => return Err(next),
                 Err(_) => return Ok(()),
             };
-            let rows_range = next..row.end_address().min(range.end);
+            // The last row ends with the FDE, which may be where addresses end.
+            let offset = row.end_address().wrapping_sub(self.entry.initial_address());
+            let rows_range = next..range.start.saturating_add(offset).min(range.end);
             if !rows_range.is_empty() {
                 next = rows_range.end;
                 visit(rows_range, row);
             }
+        }
+    }
+
+    /// Whether instructions have defined a CFA for the row of `address`.
+    pub(crate) fn has_cfa(&self, address: u64) -> bool {
+        let mut definition = Definition::default();
+        let mut initial = self.entry.cie().instructions(self.section, self.bases);
+        while let Ok(Some(instruction)) = initial.next() {
+            definition.run(&instruction);
+        }
+        let code_alignment = self.entry.cie().code_alignment_factor();
+        let mut instructions = self.entry.instructions(self.section, self.bases);
+        let mut offset = 0u64;
+        while let Ok(Some(instruction)) = instructions.next() {
+            match instruction {
+                CallFrameInstruction::AdvanceLoc { delta } => {
+                    offset = offset.saturating_add(code_alignment.saturating_mul(delta.into()));
+                }
+                CallFrameInstruction::SetLoc { address } => {
+                    offset = address.wrapping_sub(self.entry.initial_address());
+                }
+                instruction => definition.run(&instruction),
+            }
+            if offset > address - self.range().start {
+                break;
+            }
+        }
+        definition.is_there
+    }
+}
+
+/// Whether a CFA is defined, on the way through instructions.
+#[derive(Default)]
+struct Definition {
+    is_there: bool,
+    remembered: Vec<bool>,
+}
+
+impl Definition {
+    fn run(&mut self, instruction: &CallFrameInstruction<usize>) {
+        match instruction {
+            CallFrameInstruction::DefCfa { .. }
+            | CallFrameInstruction::DefCfaSf { .. }
+            | CallFrameInstruction::DefCfaExpression { .. } => self.is_there = true,
+            CallFrameInstruction::RememberState => self.remembered.push(self.is_there),
+            CallFrameInstruction::RestoreState => {
+                self.is_there = self.remembered.pop().unwrap_or(self.is_there);
+            }
+            _ => {}
         }
     }
 }
@@ -72,7 +133,7 @@ impl<'a, S: UnwindSection<Reader<'a>>> Fde<'a, '_, S> {
 pub(crate) fn for_each_fde(image: &Image<'_>, visitor: &mut impl Visitor) {
     for section in &image.frames {
         let Some(data) = section.data() else { continue };
-        let data = without_letters(image.architecture, section.kind, data);
+        let data = legible(image.architecture, section.kind, section.address, data);
         let mut bases = BaseAddresses::default().set_eh_frame(section.address);
         if let Some(text) = image.text {
             bases = bases.set_text(text);
@@ -101,30 +162,6 @@ pub(crate) fn for_each_fde(image: &Image<'_>, visitor: &mut impl Visitor) {
     }
 }
 
-/// The section without the letters `B` and `G` in the augmentations of its CIEs. They are without data and of
-/// no matter to where anything is saved, but gimli does not know them. What follows one moves up; a nop
-/// takes the place at the end.
-fn without_letters(architecture: Architecture, kind: SectionKind, data: Cow<'_, [u8]>) -> Cow<'_, [u8]> {
-    if architecture != Architecture::Aarch64 {
-        return data;
-    }
-    let mut cies = Vec::new();
-    for_each_cie(kind, &data, |string, end| cies.push((string, end)));
-    let mut data = data.into_owned();
-    for (string, end) in cies {
-        let mut at = string;
-        while data.get(at).is_some_and(|letter| *letter != 0) && at < end {
-            if matches!(data[at], b'B' | b'G') {
-                data.copy_within(at + 1..end, at);
-                data[end - 1] = 0;
-            } else {
-                at += 1;
-            }
-        }
-    }
-    data.into()
-}
-
 fn for_each_of<'a, S: UnwindSection<Reader<'a>>>(
     image: &Image<'_>,
     kind: SectionKind,
@@ -142,15 +179,6 @@ fn for_each_of<'a, S: UnwindSection<Reader<'a>>>(
     });
 }
 
-/// Calls `visit` with the offsets of the augmentation string and of the end of each CIE.
-fn for_each_cie(kind: SectionKind, data: &[u8], mut visit: impl FnMut(usize, usize)) {
-    walk_entries(kind, data, None, |entry| {
-        if let Ok(Found::Cie { string, end }) = entry {
-            visit(string, end);
-        }
-    });
-}
-
 /// Calls `visit` with the offset of each entry of a section that is not a CIE.
 fn for_each_entry(
     kind: SectionKind,
@@ -160,15 +188,25 @@ fn for_each_entry(
 ) {
     walk_entries(kind, data, stated_bytes, |entry| match entry {
         Ok(Found::Cie { .. }) => {}
-        Ok(Found::Fde(offset)) => visit(Ok(offset)),
+        Ok(Found::Fde { offset, .. }) => visit(Ok(offset)),
         Err(skipped) => visit(Err(skipped)),
     });
 }
 
-/// An entry of a section.
+/// An entry of a section. `body` is what follows the length field.
 enum Found {
-    Cie { string: usize, end: usize },
-    Fde(usize),
+    /// `string` is where its augmentation is.
+    Cie {
+        offset: usize,
+        string: usize,
+        end: usize,
+    },
+    Fde {
+        offset: usize,
+        body: usize,
+        end: usize,
+        is_64_bit: bool,
+    },
 }
 
 /// The CIEs met so far, by offset; `None` for those of no use.
@@ -214,10 +252,11 @@ fn walk_entries(
             _ if end - body < 4 => visit(skip(at, SkipReason::Header)),
             // Behind the id and the version.
             true => visit(Ok(Found::Cie {
+                offset: at,
                 string: body + if header == 12 && kind == SectionKind::DebugFrame { 9 } else { 5 },
                 end,
             })),
-            false => visit(Ok(Found::Fde(at))),
+            false => visit(Ok(Found::Fde { offset: at, body, end, is_64_bit: header == 12 })),
         }
         at = end;
     }
@@ -247,13 +286,16 @@ fn parse<'a, 's, S: UnwindSection<Reader<'a>>>(
         .as_ref()
         .ok_or(skipped(None, SkipReason::Cie))?;
     let entry = partial.parse(|_, _, _| Ok(cie.clone())).map_err(|_| skipped(None, SkipReason::Header))?;
-    let start = entry.initial_address();
+    let stored = entry.initial_address();
+    let is_indirect = entry.cie().fde_address_encoding().is_some_and(|encoding| encoding.is_indirect());
+    let start = if is_indirect { image.word_at(stored) } else { Some(stored) };
+    let start = start.ok_or(skipped(None, SkipReason::Header))?;
     let reason = match start.checked_add(entry.len()) {
         Some(end) if end == start => SkipReason::Empty,
         None => SkipReason::AddressOverflow,
         Some(_) if start == 0 && !image.has_code_at_zero() => SkipReason::Tombstone,
         Some(end) if !image.reaches(&(start..end)) => SkipReason::OutsideImage,
-        Some(_) => return Ok(Fde { section, bases, entry }),
+        Some(_) => return Ok(Fde { section, bases, entry, shift: start.wrapping_sub(stored) }),
     };
     Err(skipped(Some(ImageAddress::new(start)), reason))
 }

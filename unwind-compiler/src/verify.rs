@@ -5,7 +5,8 @@
 //! table, at its first, middle and last address, against what the table answers there. Nothing
 //! is shared with the compiler but the list of FDEs; where CFI has an expression, gimli evaluates
 //! it over made-up machine states and the rule has to give the same values, however either is written.
-//! Between FDEs the table has to say that nothing covers the address.
+//! Between FDEs the table has to say that nothing covers the address. What `.eh_frame` covers is for that alone to
+//! say: `.debug_frame` is looked at elsewhere.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -82,7 +83,7 @@ struct Check<'t> {
     verification: Verification,
     context: UnwindContext<usize>,
     covered: Vec<Range<u64>>,
-    /// What `.eh_frame` covers, sorted, once `.debug_frame` has begun: that has a say only elsewhere.
+    /// What `.eh_frame` covers, sorted and disjoint, once `.debug_frame` has begun: that has a say only elsewhere.
     covered_by_eh_frame: Option<Vec<Range<u64>>>,
     /// What Go's function table covers. `.debug_frame` is made from the same depths by another path, and says
     /// nothing of rbp: what it can confirm there is the CFA.
@@ -92,17 +93,14 @@ struct Check<'t> {
 impl Visitor for Check<'_> {
     fn fde<'a, S: UnwindSection<Reader<'a>>>(&mut self, kind: SectionKind, fde: &Fde<'a, '_, S>) {
         if kind == SectionKind::DebugFrame && self.covered_by_eh_frame.is_none() {
-            let mut covered = self.covered.clone();
-            covered.sort_by_key(|range| range.start);
-            self.covered_by_eh_frame = Some(covered);
+            self.covered_by_eh_frame = Some(union(self.covered.clone()));
         }
         self.verification.fdes += 1;
         self.covered.push(fde.range());
         let covered = self.covered_by_eh_frame.as_deref().unwrap_or_default();
-        // Ranges may overlap; those that start before the address and reach it are few steps back.
         let is_others = |address: u64| {
             let behind = covered.partition_point(|range| range.start <= address);
-            covered[..behind].iter().rev().take(MAX_OVERLAPS).any(|range| range.contains(&address))
+            covered[..behind].last().is_some_and(|range| range.contains(&address))
         };
         let of_go = |address: u64| {
             let behind = self.go.partition_point(|range| range.start <= address);
@@ -127,8 +125,18 @@ impl Visitor for Check<'_> {
     }
 }
 
-/// FDEs that may cover one address, for an address to be found covered.
-const MAX_OVERLAPS: usize = 64;
+/// The addresses of all `ranges`: sorted, disjoint and apart.
+fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let touches = next.start <= last.end;
+        if touches {
+            last.end = last.end.max(next.end);
+        }
+        touches
+    });
+    ranges
+}
 
 impl Verification {
     fn check_row(
@@ -161,15 +169,14 @@ impl Verification {
     }
 
     /// Checks the bytes at both ends of each range that no FDE covers.
-    fn check_gaps(&mut self, table: &Table<'_>, mut covered: Vec<Range<u64>>) {
-        covered.sort_by_key(|range| range.start);
+    fn check_gaps(&mut self, table: &Table<'_>, covered: Vec<Range<u64>>) {
         let mut gaps = Vec::new();
         let mut end = 0;
-        for range in covered {
+        for range in union(covered) {
             if range.start > end {
                 gaps.extend([end, range.start - 1]);
             }
-            end = end.max(range.end);
+            end = range.end;
         }
         gaps.extend([end, u64::MAX]);
         gaps.dedup();
@@ -268,7 +275,7 @@ fn states_cfa<'a, S: UnwindSection<Reader<'a>>>(
 ) -> bool {
     match (cfa, row.cfa()) {
         (CfaRule::Offset(r, k), CfiCfa::RegisterAndOffset { register, offset }) => {
-            u16::from(r.number()) == register.0 && i64::from(k) == *offset
+            u16::from(r.number()) == register.0 && i64::from(k) == *offset && fde.has_cfa(address)
         }
         (_, CfiCfa::RegisterAndOffset { .. }) => false,
         (cfa, CfiCfa::Expression(expression)) => Machine::states(architecture, address).all(|machine| {
