@@ -8,6 +8,7 @@
 //! `windlass quickstart` needs nothing but this binary.
 
 mod address_input;
+mod compressed_file;
 mod mapped_elf;
 mod privilege;
 mod profile;

@@ -20,6 +20,7 @@ use windlass_schema::{BuildId, ImageAddress, Rule, Table};
 use windlass_unwind_compiler::{Compiled, build_id_of, compile};
 
 use crate::address_input;
+use crate::compressed_file;
 use crate::mapped_elf::map;
 
 const EXAMPLES: &str = "\
@@ -46,7 +47,7 @@ pub(crate) struct UnwindArgs {
 enum Command {
     /// Compile the unwind table of an ELF file
     Compile {
-        /// The ELF file: executable, shared library or skeleton
+        /// The ELF file: executable, shared library, kernel module, split debug file or skeleton
         elf: PathBuf,
         /// Where to write the table
         #[arg(short, long, value_name = "FILE")]
@@ -105,6 +106,7 @@ pub(crate) fn run(args: UnwindArgs) -> anyhow::Result<ExitCode> {
 
 fn compile_file(path: &Path, elf: &[u8]) -> anyhow::Result<Compiled> {
     let failed = || format!("failed to compile the unwind table of {}", path.display());
+    compressed_file::refuse(elf).with_context(failed)?;
     let id = identity(elf).with_context(failed)?;
     compile(elf, id).with_context(failed)
 }
@@ -119,6 +121,7 @@ fn identity(elf: &[u8]) -> anyhow::Result<BuildId> {
 
 /// Compiles a table that is looked at and dropped: an image so damaged that it has no identity still has rows.
 fn compile_unnamed(elf: &[u8]) -> anyhow::Result<Compiled> {
+    compressed_file::refuse(elf)?;
     let id = identity(elf).or_else(|_| BuildId::new(&[0; 16]))?;
     Ok(compile(elf, id)?)
 }

@@ -43,6 +43,22 @@ fn every_target_has_its_fuzzing_binary() {
     }
 }
 
+/// Seeds of the compiler alone: not linked, in `.debug_frame`, compressed, apart, of aarch64.
+const COMPILE_ONLY: [&str; 12] = [
+    "object.o",
+    "object",
+    "module.o",
+    "debug-frame",
+    "debug-frame.debug",
+    "debug-frame.zlib",
+    "debug-frame.zstd",
+    "debug-frame.zdebug",
+    "aarch64-pac.o",
+    "aarch64-pac",
+    "aarch64-b-key.o",
+    "aarch64-b-key",
+];
+
 /// The seeds that come from fixtures are there. `WINDLASS_BLESS=1 cargo test -p windlass-tests seeds` writes them.
 #[test]
 fn seeds_of_fixtures() {
@@ -50,6 +66,7 @@ fn seeds_of_fixtures() {
     let small = std::fs::read(fixture("small")).expect("fixture");
     let plain = std::fs::read(fixture("small-plain")).expect("fixture");
     let broken = std::fs::read(fixture("broken-fde")).expect("fixture");
+    let intake = COMPILE_ONLY.map(|name| (name, std::fs::read(fixture(name)).expect("fixture")));
     let build_id = BuildId::new(&[0xab; 20]).expect("20 bytes are a build-ID");
     let table =
         |elf: &[u8]| windlass_unwind_compiler::compile(elf, build_id).expect("fixtures compile").table;
@@ -77,7 +94,10 @@ fn seeds_of_fixtures() {
         ("index_parse", "small", &index(&small)),
         ("index_parse", "small-plain", &index(&plain)),
         ("proc_maps", "five-kinds", maps),
-    ] {
+    ]
+    .into_iter()
+    .chain(intake.iter().map(|(name, elf)| ("compile", *name, &elf[..])))
+    {
         let path = folder(target).join(name);
         if bless {
             std::fs::create_dir_all(folder(target)).expect("folder of a corpus");

@@ -22,10 +22,10 @@ fn json(text: &[u8]) -> Value {
 fn every_row_of_fixtures_and_libc_is_what_the_cfi_says() {
     let mut verify = windlass("windlass");
     verify.args(["unwind", "verify", "--json"]).arg(libc_path());
-    verify.args(["inlined", "frames", "no-build-id", "small"].map(fixture));
+    verify.args(["inlined", "frames", "no-build-id", "small", "object.o"].map(fixture));
     let report = json(&run(&mut verify, &[0]).stdout);
     assert_eq!(report["wrong"], 0, "{report}");
-    assert_eq!(report["files"], 5, "{report}");
+    assert_eq!(report["files"], 6, "{report}");
     // A libc has tens of thousands of rows; each is checked at two addresses or more.
     assert!(report["rows_checked"].as_u64() > Some(10_000), "{report}");
     assert!(report["addresses_checked"].as_u64() >= report["rows_checked"].as_u64(), "{report}");
@@ -101,4 +101,21 @@ fn a_skeleton_compiles_to_the_table_of_the_whole() {
         let table = |elf: &[u8]| compile(elf, build_id).expect("these compile").table;
         assert!(table(&skeleton) == table(&whole), "{}: tables differ", path.display());
     }
+}
+
+#[test]
+fn a_compressed_module_is_called_one() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let module = folder.path().join("nfs.ko.xz");
+    std::fs::write(&module, b"\xfd7zXZ\0\0\x04 and more").expect("write a file");
+    let error = |command: &str, path: &Path| {
+        let run = run(windlass("windlass").args(["unwind", command]).arg(path), &[2]);
+        String::from_utf8(run.stderr).expect("messages are text")
+    };
+    for command in ["dump", "stats", "verify"] {
+        let message = error(command, &module);
+        assert!(message.contains("compressed by xz") && message.contains("`xz -dk FILE`"), "{message}");
+    }
+    // In a tree too, where text files and the like are passed over.
+    assert!(error("verify", folder.path()).contains("nfs.ko.xz: a file compressed by xz"));
 }

@@ -8,35 +8,32 @@
 //!
 //! Files that are not linked yet have sections without addresses; the `relocation` module says where they are taken
 //! to be. The rest, from [`FrameSection`] on, does not see the difference.
+//!
+//! Each step a module: `section`, which sections are read and how far; `relocation`; `address_space`, what lies at
+//! which address; `go_table`; `build_id`.
 
+mod address_space;
 mod build_id;
+mod go_table;
 mod relocation;
 mod section;
-#[cfg(test)]
-mod tests;
 
 use std::cell::OnceCell;
 use std::ops::Range;
 use std::rc::Rc;
 
 use gimli::{BaseAddresses, EhFrameHdr, LittleEndian as GimliLittleEndian, Pointer};
-use object::elf::{self, FileHeader64, ProgramHeader64, Rela64, SectionHeader64};
-use object::read::SectionIndex;
-use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, SectionTable, SymbolTable};
+use object::elf::{self, FileHeader64, ProgramHeader64, SectionHeader64};
+use object::read::elf::{FileHeader, ProgramHeader, SectionTable, SymbolTable};
 use object::{LittleEndian, ReadRef};
 use windlass_schema::Architecture;
-use windlass_schema::page::{BLOCK_SHIFT, PAGE_SHIFT};
-use windlass_schema::table::{MAX_PAGES, TableError};
+use windlass_schema::table::TableError;
 
 pub use self::build_id::build_id_of;
 use self::relocation::{Layout, Relocations};
 pub(crate) use self::section::{FrameSection, SectionKind};
 use self::section::{Intake, MAX_FRAME_BYTES, Naming, Stored, skipped_section};
-use crate::go::{GoCode, GoImage, find_table, text_start};
 use crate::report::{SkipReason, SkippedFde};
-
-/// What a segment's end is rounded up to when it is mapped.
-const MEMORY_PAGE_BYTES: u64 = 4096;
 
 /// Why a file has no unwind table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -61,10 +58,6 @@ pub enum CompileError {
 /// What unwinding needs of an image.
 pub(crate) struct Image<'a> {
     pub(crate) architecture: Architecture,
-    /// Whether the file is not linked yet: a kernel module or an object file.
-    pub(crate) is_relocatable: bool,
-    /// Where the program begins; 0 if it does not.
-    pub(crate) entry: u64,
     /// All `.eh_frame` first: what the running program unwinds by.
     pub(crate) frames: Vec<FrameSection<'a>>,
     /// Sections that are there but are not read.
@@ -124,8 +117,6 @@ impl<'a> Image<'a> {
     fn new(file: &'a [u8], architecture: Architecture) -> Self {
         Self {
             architecture,
-            is_relocatable: false,
-            entry: 0,
             frames: Vec::new(),
             skipped: Vec::new(),
             text: None,
@@ -146,15 +137,14 @@ impl<'a> Image<'a> {
     pub(crate) fn parse(file: &'a [u8]) -> Result<Self, CompileError> {
         let (header, architecture) = header(file)?;
         let mut image = Self::new(file, architecture);
-        (image.is_relocatable, image.is_dynamic) = match header.e_type(LE) {
-            elf::ET_EXEC => (false, false),
-            elf::ET_DYN => (false, true),
-            elf::ET_REL => (true, false),
+        let is_relocatable = match header.e_type(LE) {
+            elf::ET_EXEC | elf::ET_DYN => false,
+            elf::ET_REL => true,
             _ => return Ok(image),
         };
-        image.entry = header.e_entry(LE);
+        image.is_dynamic = header.e_type(LE) == elf::ET_DYN;
         image.sections = header.sections(LE, file).unwrap_or_default();
-        if image.is_relocatable {
+        if is_relocatable {
             image.layout = Some(Rc::new(Layout::of(&image.sections)));
         } else {
             image.segments = header.program_headers(LE, file).unwrap_or_default();
@@ -164,24 +154,12 @@ impl<'a> Image<'a> {
         Ok(image)
     }
 
-    /// Finds what is loaded: by segments, or by the sections of a file that has none yet.
-    fn find_code(&mut self) {
-        let mut loaded: Vec<(Range<u64>, bool)> = if self.is_relocatable {
-            self.code().map(|(range, _)| (range, true)).collect()
-        } else {
-            let loads = self.segments.iter().filter(|segment| segment.p_type(LE) == elf::PT_LOAD);
-            let range = |segment: &Segment| {
-                let start = segment.p_vaddr(LE);
-                start..start.saturating_add(segment.p_memsz(LE))
-            };
-            loads.map(|load| (range(load), load.p_flags(LE).contains(elf::PF_X))).collect()
-        };
-        self.first_code = loaded.iter().filter(|(_, is_code)| *is_code).map(|(range, _)| range.start).min();
-        loaded.retain(|(range, _)| !range.is_empty());
-        loaded.sort_by_key(|(range, _)| range.start);
-        self.loaded = loaded.into_iter().map(|(range, _)| range).collect();
+    /// Whether the file is not linked yet: a kernel module or an object file.
+    pub(crate) fn is_relocatable(&self) -> bool {
+        self.layout.is_some()
     }
 
+    /// Finds the sections of call frame information.
     fn find_frames(&mut self) {
         let file = self.file;
         let mut intake = Intake::of(file);
@@ -221,183 +199,11 @@ impl<'a> Image<'a> {
         self.frames.sort_by_key(|section| section.kind == SectionKind::DebugFrame);
     }
 
-    /// Where a section is loaded.
-    fn address_of(&self, number: SectionIndex, section: &SectionRow) -> Option<u64> {
-        match &self.layout {
-            Some(layout) => layout.address(number),
-            None => Some(section.sh_addr(LE)),
-        }
-    }
-
     fn add(&mut self, address: u64, section: Result<Option<FrameSection<'a>>, SkipReason>) {
         match section {
             Ok(section) => self.frames.extend(section),
             Err(reason) => self.skipped.push(skipped_section(address, reason)),
         }
-    }
-
-    /// Addresses with the bytes that are loaded there and whether they are (writable, executable): sections, or
-    /// segments where there are none. Skeletons and split debug files have program headers that
-    /// lead to other bytes, and sections that say so.
-    fn loaded_bytes(&self) -> impl Iterator<Item = (u64, &'a [u8], (bool, bool))> + Clone + '_ {
-        let sections = self.sections.iter().filter_map(|section| {
-            let flags = section.sh_flags(LE);
-            let bytes: &'a [u8] = section.data(LE, self.file).ok()?;
-            let kind = (flags.contains(elf::SHF_WRITE), flags.contains(elf::SHF_EXECINSTR));
-            flags.contains(elf::SHF_ALLOC).then_some((section.sh_addr(LE), bytes, kind))
-        });
-        let segments = self.segments.iter().filter(|_| self.sections.is_empty()).filter_map(|segment| {
-            let flags = segment.p_flags(LE);
-            let bytes: &'a [u8] = segment.data(LE, self.file).ok()?;
-            let kind = (flags.contains(elf::PF_W), flags.contains(elf::PF_X));
-            (segment.p_type(LE) == elf::PT_LOAD).then_some((segment.p_vaddr(LE), bytes, kind))
-        });
-        sections.chain(segments)
-    }
-
-    /// Ranges of code, and their bytes where the file has them: sections, or segments where there are none.
-    pub(crate) fn code(&self) -> impl Iterator<Item = (Range<u64>, Option<&'a [u8]>)> + '_ {
-        let range = |start: u64, len: u64| start..start.saturating_add(len);
-        let whole = |range: &Range<u64>, bytes: &'a [u8]| {
-            (bytes.len() as u64 == range.end - range.start).then_some(bytes)
-        };
-        let sections = self.sections.enumerate().filter_map(move |(number, section)| {
-            let flags = section.sh_flags(LE);
-            let is_code = flags.contains(elf::SHF_ALLOC) && flags.contains(elf::SHF_EXECINSTR);
-            let range = range(self.address_of(number, section).filter(|_| is_code)?, section.sh_size(LE));
-            let bytes = section.data(LE, self.file).ok().and_then(|bytes| whole(&range, bytes));
-            Some((range, bytes))
-        });
-        let segments = self.segments.iter().filter(|_| self.sections.is_empty()).filter_map(move |segment| {
-            let is_code = segment.p_type(LE) == elf::PT_LOAD && segment.p_flags(LE).contains(elf::PF_X);
-            let range = range(segment.p_vaddr(LE), segment.p_filesz(LE));
-            let bytes = segment.data(LE, self.file).ok().and_then(|bytes| whole(&range, bytes));
-            is_code.then_some((range, bytes))
-        });
-        sections.chain(segments)
-    }
-
-    /// Address and bytes of the first section of this name, if it is not compressed.
-    pub(crate) fn section_named(&self, name: &[u8]) -> Option<(u64, &'a [u8])> {
-        let is_named =
-            |section: &SectionRow| self.sections.section_name(LE, section).is_ok_and(|it| it == name);
-        let (number, section) = self.sections.enumerate().find(|(_, section)| is_named(section))?;
-        if section.sh_flags(LE).contains(elf::SHF_COMPRESSED) {
-            return None;
-        }
-        Some((self.address_of(number, section).unwrap_or(0), section.data(LE, self.file).ok()?))
-    }
-
-    /// The 8 bytes of the file that are loaded at `address`: none where a linker or a dynamic linker has a say
-    /// in them.
-    pub(crate) fn word_at(&self, address: u64) -> Option<u64> {
-        if self.is_relocatable {
-            return None;
-        }
-        let words = self.words.get_or_init(|| {
-            let is_final = |is_writable: bool| !(self.is_dynamic && is_writable);
-            let words = self.loaded_bytes().filter(|(_, bytes, _)| !bytes.is_empty());
-            let words = words.filter(|(_, _, (is_writable, _))| is_final(*is_writable));
-            let mut words: Vec<_> = words.map(|(start, bytes, _)| (start, bytes)).collect();
-            words.sort_by_key(|(start, _)| *start);
-            words
-        });
-        let behind = words.partition_point(|(start, _)| *start <= address);
-        let (start, bytes) = words[..behind].last()?;
-        let skip = usize::try_from(address - start).ok()?;
-        Some(u64::from_le_bytes(*bytes.get(skip..)?.first_chunk()?))
-    }
-
-    /// What the Go linker wrote of an image's functions.
-    pub(crate) fn go_table(&self) -> Option<GoTable<'a>> {
-        if self.is_relocatable {
-            return None;
-        }
-        let named = |name: &[u8]| {
-            self.sections
-                .iter()
-                .find(|section| self.sections.section_name(LE, section).is_ok_and(|it| it == name))
-        };
-        let in_section = [b".gopclntab".as_slice(), b".data.rel.ro.gopclntab"];
-        let (address, table) = match in_section.into_iter().find_map(|name| self.section_named(name)) {
-            Some(table) => table,
-            // Where nothing has a name, by its first bytes.
-            None if self.sections.is_empty() => self.loaded_bytes().find_map(|(start, bytes, _)| {
-                find_table(bytes).map(|at| (start + at as u64, &bytes[at..]))
-            })?,
-            None => return None,
-        };
-        if table.is_empty() {
-            return None;
-        }
-        let code = (self.code())
-            .filter_map(|(range, bytes)| Some(GoCode { address: range.start, bytes: bytes? }))
-            .filter(|code| !code.bytes.is_empty())
-            .collect();
-        let words =
-            self.loaded_bytes().filter(|(_, _, (is_data, _))| *is_data).flat_map(|(start, bytes, _)| {
-                // Aligned words, as the start of a section need not be.
-                let skip = start.wrapping_neg() as usize % 8;
-                let (words, _) = bytes.get(skip..).unwrap_or_default().as_chunks();
-                (start + skip as u64..).step_by(8).zip(words.iter().map(|word| u64::from_le_bytes(*word)))
-            });
-        // By name: the linker's own is not listed as dynamic by every version.
-        let relocations = [named(b".rela"), named(b".rela.dyn")].into_iter().flatten().flat_map(|section| {
-            let entries = section.data_as_array::<Rela64<LittleEndian>, _>(LE, self.file).unwrap_or_default();
-            let relative =
-                |entry: &&Rela64<LittleEndian>| entry.r_info.get(LE) == u64::from(elf::R_X86_64_RELATIVE.0);
-            entries
-                .iter()
-                .filter(relative)
-                .map(|entry| (entry.r_offset.get(LE), entry.r_addend.get(LE) as u64))
-        });
-        let text = text_start(table, address, words.chain(relocations));
-        Some(GoTable { table, text, code })
-    }
-
-    /// Whether address 0 is loaded as code.
-    pub(crate) fn has_code_at_zero(&self) -> bool {
-        self.first_code == Some(0)
-    }
-
-    /// Whether one table reaches the code at `range`, and it is loaded as far as headers say: a segment ends
-    /// with its last page, a section of a relocatable file where it ends. The row that ends the coverage
-    /// needs a page of the table as well; it is at the end of `range`, or at that of its block if the
-    /// block is overfull.
-    pub(crate) fn reaches(&self, range: &Range<u64>) -> bool {
-        let first = self.first_code.unwrap_or(0) >> PAGE_SHIFT << PAGE_SHIFT;
-        // The last page of the address space ends where no address can say.
-        let last_page = u64::MAX >> PAGE_SHIFT << PAGE_SHIFT;
-        let reach = first.saturating_add(u64::from(MAX_PAGES) << PAGE_SHIFT).min(last_page);
-        let is_in_reach = range.start >= first && range.end < reach - (1 << BLOCK_SHIFT);
-        is_in_reach && self.loads(range)
-    }
-
-    /// Whether headers say that all of `range` is loaded, or say nothing at all.
-    fn loads(&self, range: &Range<u64>) -> bool {
-        if self.loaded.is_empty() {
-            return !self.is_relocatable;
-        }
-        // Loadable segments do not overlap (gABI, chapter 5): only the last that begins before it can hold it.
-        let behind = self.loaded.partition_point(|load| load.start <= range.start);
-        let slack = if self.is_relocatable { 0 } else { MEMORY_PAGE_BYTES - 1 };
-        self.loaded[..behind]
-            .last()
-            .is_some_and(|load| load.contains(&range.start) && range.end <= load.end.saturating_add(slack))
-    }
-}
-
-/// A Go function table and what it is read with.
-pub(crate) struct GoTable<'a> {
-    table: &'a [u8],
-    text: Option<u64>,
-    code: Vec<GoCode<'a>>,
-}
-
-impl GoTable<'_> {
-    /// As the decoder takes it.
-    pub(crate) fn image(&self) -> GoImage<'_> {
-        GoImage { table: self.table, text: self.text, code: &self.code }
     }
 }
 

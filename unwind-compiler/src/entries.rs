@@ -167,7 +167,12 @@ impl<'a, 'c> Entries<'a, 'c> {
 
     fn fde(&mut self, image: &Image<'_>, entry: &Entry, cie: Option<usize>) -> Result<Fde, SkippedFde> {
         let skipped = |address, reason| SkippedFde { offset: entry.offset as u64, address, reason };
-        let number = cie.and_then(|offset| self.cie_number(offset)).ok_or(skipped(None, SkipReason::Cie))?;
+        let Some(number) = cie.and_then(|offset| self.cie_number(offset)) else {
+            // Nor is a CIE there in entries whose relocations failed; no assembler writes such ones.
+            let is_nowhere = cie.is_none_or(|offset| offset >= self.data.len());
+            let is_spoiled = is_nowhere && image.is_relocatable();
+            return Err(skipped(None, if is_spoiled { SkipReason::Relocation } else { SkipReason::Cie }));
+        };
         let cie = &self.cies[number as usize];
         let wide = self.kind == SectionKind::DebugFrame && entry.is_64_bit;
         let mut cursor = Cursor::new(&self.data[..entry.end], entry.body + if wide { 8 } else { 4 });

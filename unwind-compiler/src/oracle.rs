@@ -27,6 +27,14 @@ use crate::report::{SkipReason, SkippedFde};
 pub(crate) type Reader<'a> = EndianSlice<'a, LittleEndian>;
 pub(crate) type CfiRow = UnwindTableRow<usize, StoreOnHeap>;
 
+/// A row of an FDE.
+#[derive(Clone, Copy)]
+pub(crate) struct Row<'r> {
+    pub(crate) cfi: &'r CfiRow,
+    /// Whether instructions have defined a CFA.
+    pub(crate) has_cfa: bool,
+}
+
 /// One FDE of an image and what is needed to interpret it.
 pub(crate) struct Fde<'a, 's, S> {
     pub(crate) section: &'s S,
@@ -55,12 +63,13 @@ impl<'a, S: UnwindSection<Reader<'a>>> Fde<'a, '_, S> {
     pub(crate) fn rows(
         &self,
         context: &mut UnwindContext<usize>,
-        mut visit: impl FnMut(Range<u64>, &CfiRow),
+        mut visit: impl FnMut(Range<u64>, Row<'_>),
     ) -> Result<(), u64> {
         let range = self.range();
         let Ok(mut table) = self.entry.rows(self.section, self.bases, context) else {
             return Err(range.start);
         };
+        let definitions = self.definitions();
         let mut next = range.start;
         loop {
             let row = match table.next_row() {
@@ -74,21 +83,26 @@ impl<'a, S: UnwindSection<Reader<'a>>> Fde<'a, '_, S> {
             let rows_range = next..range.start.saturating_add(offset).min(range.end);
             if !rows_range.is_empty() {
                 next = rows_range.end;
-                visit(rows_range, row);
+                let behind = definitions.partition_point(|(from, _)| *from <= rows_range.start);
+                let has_cfa = definitions[..behind].last().is_some_and(|(_, is_there)| *is_there);
+                visit(rows_range, Row { cfi: row, has_cfa });
             }
         }
     }
 
-    /// Whether instructions have defined a CFA for the row of `address`.
-    pub(crate) fn has_cfa(&self, address: u64) -> bool {
+    /// The addresses from which on instructions have defined a CFA, or have not: in order, up to the first
+    /// instruction that is malformed.
+    fn definitions(&self) -> Vec<(u64, bool)> {
         let mut definition = Definition::default();
         let mut initial = self.entry.cie().instructions(self.section, self.bases);
         while let Ok(Some(instruction)) = initial.next() {
             definition.run(&instruction);
         }
+        let Range { start, end } = self.range();
         let code_alignment = self.entry.cie().code_alignment_factor();
         let mut instructions = self.entry.instructions(self.section, self.bases);
         let mut offset = 0u64;
+        let mut found = vec![(start, definition.is_there)];
         while let Ok(Some(instruction)) = instructions.next() {
             match instruction {
                 CallFrameInstruction::AdvanceLoc { delta } => {
@@ -99,11 +113,15 @@ impl<'a, S: UnwindSection<Reader<'a>>> Fde<'a, '_, S> {
                 }
                 instruction => definition.run(&instruction),
             }
-            if offset > address - self.range().start {
+            let address = start.saturating_add(offset);
+            if address >= end {
                 break;
             }
+            if found.last().is_some_and(|(_, is_there)| *is_there != definition.is_there) {
+                found.push((address, definition.is_there));
+            }
         }
-        definition.is_there
+        found
     }
 }
 

@@ -21,6 +21,9 @@ pub enum SkipReason {
     Truncated,
     /// Its CIE is missing, malformed, or of unreasonable size.
     Cie,
+    /// A relocation of it cannot be applied, or the one that gives its address is missing: in a file that is not
+    /// linked.
+    Relocation,
     /// Its own header is malformed.
     Header,
     /// Its instructions are malformed: rows before the fault stand, addresses behind it are unsupported.
@@ -47,6 +50,7 @@ impl SkipReason {
         match self {
             Self::Truncated => "truncated",
             Self::Cie => "cie",
+            Self::Relocation => "relocation",
             Self::Header => "header",
             Self::Instructions => "instructions",
             Self::Empty => "empty",

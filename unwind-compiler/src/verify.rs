@@ -24,7 +24,7 @@ use windlass_schema::{
 use crate::elf::{CompileError, Image, SectionKind};
 use crate::expression::ENCODING;
 use crate::go_functions::functions;
-use crate::oracle::{CfiRow, Fde, Reader, Visitor, for_each_fde};
+use crate::oracle::{CfiRow, Fde, Reader, Row, Visitor, for_each_fde};
 
 /// Most disagreements that a verification describes; all are counted.
 pub const MAX_DISAGREEMENTS_LISTED: usize = 20;
@@ -110,9 +110,10 @@ impl Visitor for Check<'_> {
         let end = fde.rows(&mut self.context, |range, row| {
             verification.check_row(table, range, is_others, |rule, address| {
                 let is_stated = if of_go(address) {
-                    confirms_cfa(rule, row)
+                    confirms_cfa(rule, row.cfi)
                 } else {
-                    states(rule, architecture, fde, row, address)
+                    // Where a walk ends, a CFA has no use.
+                    (row.has_cfa || rule == Rule::End) && states(rule, architecture, fde, row.cfi, address)
                 };
                 if is_stated { Ok(()) } else { Err(describe(architecture, fde, row)) }
             });
@@ -202,12 +203,13 @@ impl Verification {
 fn describe<'a, S: UnwindSection<Reader<'a>>>(
     architecture: Architecture,
     fde: &Fde<'a, '_, S>,
-    row: &CfiRow,
+    row: Row<'_>,
 ) -> String {
+    let Row { cfi: row, has_cfa } = row;
+    let cfa = if has_cfa { format!("{:?}", row.cfa()) } else { "undefined".to_owned() };
     let rule = |register: Register| row.register(CfiRegister(register.number().into()));
     format!(
-        "cfa={:?} ra={:?} sp={:?} fp={:?} signal={}",
-        row.cfa(),
+        "cfa={cfa} ra={:?} sp={:?} fp={:?} signal={}",
         row.register(fde.entry.cie().return_address_register()),
         rule(architecture.stack_pointer()),
         rule(architecture.frame_pointer()),
@@ -275,7 +277,7 @@ fn states_cfa<'a, S: UnwindSection<Reader<'a>>>(
 ) -> bool {
     match (cfa, row.cfa()) {
         (CfaRule::Offset(r, k), CfiCfa::RegisterAndOffset { register, offset }) => {
-            u16::from(r.number()) == register.0 && i64::from(k) == *offset && fde.has_cfa(address)
+            u16::from(r.number()) == register.0 && i64::from(k) == *offset
         }
         (_, CfiCfa::RegisterAndOffset { .. }) => false,
         (cfa, CfiCfa::Expression(expression)) => Machine::states(architecture, address).all(|machine| {

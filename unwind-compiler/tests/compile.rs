@@ -138,7 +138,7 @@ fn what_is_not_supported_is_an_error_that_says_what() {
 #[test]
 fn an_image_without_cfi_is_an_empty_table() {
     let mut elf = rules_elf();
-    // An object file: its addresses are not final.
+    // An object file without relocations: its addresses are not final.
     elf[16] = 1;
     let object = compiled(&elf);
     let mut elf = rules_elf();

@@ -18,6 +18,9 @@ const MAX_FILE_BYTES: usize = 64 * 1024;
 /// What precedes the compiler's name in the manifest.
 const BUILT_BY: &str = "Built by: ";
 
+/// Those whose versions the manifest names.
+const TOOLS: [&str; 3] = ["gcc", "ld", "aarch64-linux-gnu-gcc"];
+
 fn folder() -> PathBuf {
     root().join("fixtures")
 }
@@ -85,9 +88,8 @@ pub(crate) fn rebuild() -> Result<()> {
             run(command("sh").current_dir(folder()).args(["-c", row.command]))?;
             writeln!(text, "| {} | `{}` | {} |", row.file, row.command, hash(row.file)?)?;
         } else if line.starts_with(BUILT_BY) {
-            let first = |version: String| version.lines().next().unwrap_or_default().to_owned();
-            let gcc = first(line_of("gcc", &["--version"]));
-            writeln!(text, "{BUILT_BY}{gcc}; {}", first(line_of("ld", &["--version"])))?;
+            let version = |tool| line_of(tool, &["--version"]).lines().next().unwrap_or_default().to_owned();
+            writeln!(text, "{BUILT_BY}{}", TOOLS.map(version).join("; "))?;
         } else {
             writeln!(text, "{line}")?;
         }

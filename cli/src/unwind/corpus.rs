@@ -1,6 +1,6 @@
 //! Files and trees of files, worked through on all cores.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -91,7 +91,12 @@ pub(super) fn for_each_elf<T: Send>(
     outcome
 }
 
-/// `None` for what is no ELF file, unless it was named.
+/// Whether a file has the name of a kernel module that may be compressed: of a tree of those nothing would be left.
+fn is_module(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().contains(".ko."))
+}
+
+/// `None` for what is no ELF file, unless it was named or is a compressed kernel module.
 fn work_on<T>(file: &Candidate, work: impl Fn(&[u8]) -> anyhow::Result<T>) -> Option<anyhow::Result<T>> {
     if let Some(error) = &file.error {
         return Some(Err(anyhow::anyhow!("{error}")));
@@ -102,7 +107,9 @@ fn work_on<T>(file: &Candidate, work: impl Fn(&[u8]) -> anyhow::Result<T>) -> Op
         return file.named.then(|| Err(anyhow::anyhow!("not an ELF file")));
     }
     match mapped_elf::map(&file.path) {
-        Ok(bytes) if !file.named && !bytes.starts_with(&object::elf::ELFMAG) => None,
+        Ok(bytes) if !file.named && !bytes.starts_with(&object::elf::ELFMAG) && !is_module(&file.path) => {
+            None
+        }
         Ok(bytes) => Some(work(&bytes)),
         Err(error) => Some(Err(error)),
     }

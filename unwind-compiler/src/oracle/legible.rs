@@ -283,3 +283,65 @@ fn skip_value(encoding: u8, cursor: &mut Cursor<'_>) -> Option<()> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use gimli::{BaseAddresses, CfaRule, EhFrame, LittleEndian, UnwindContext, UnwindSection, Vendor};
+
+    use super::*;
+
+    /// An entry of `.eh_frame` behind `before` bytes of it: a length, the distance back to the CIE, the rest. `A` in
+    /// `parts` is padding to the next word of the section.
+    fn entry(section: &mut Vec<u8>, distance: u32, parts: &[&[u8]]) {
+        let start = section.len();
+        section.extend([0; 4]);
+        section.extend(distance.to_le_bytes());
+        for part in parts {
+            match part {
+                [b'A'] => section.resize(section.len().next_multiple_of(8), 0),
+                part => section.extend(*part),
+            }
+        }
+        section.resize(section.len().next_multiple_of(4), 0);
+        let length = (section.len() - start - 4) as u32;
+        section[start..start + 4].copy_from_slice(&length.to_le_bytes());
+    }
+
+    #[test]
+    fn what_gimli_refuses_is_read_as_it_was_meant() {
+        let mut section = Vec::new();
+        // 14 bytes of data: an aligned personality routine, which is at 24, and how addresses are written.
+        let header = b"\x01zPBRG\0\x04\x78\x1e";
+        let def_cfa = [0x0c, 31, 0];
+        entry(&mut section, 0, &[header, &[14, ALIGNED], b"A", &[0xff; 8], &[ALIGNED], &def_cfa]);
+        let fde = section.len();
+        let (start, length) = (0x40_0000u64.to_le_bytes(), 16u64.to_le_bytes());
+        // negate_ra_state, advance_loc 1, def_cfa_offset 32
+        let instructions = [0, 0x2d, 0x41, 0x0e, 32];
+        entry(&mut section, fde as u32 + 4, &[b"A", &start, &length, &instructions]);
+        let read = |section: &[u8]| {
+            let mut eh_frame = EhFrame::new(section, LittleEndian);
+            eh_frame.set_address_size(8);
+            eh_frame.set_vendor(Vendor::AArch64);
+            let bases = BaseAddresses::default().set_eh_frame(0x1000);
+            let fde = eh_frame.fde_from_offset(&bases, fde.into(), EhFrame::cie_from_offset)?;
+            let mut context = UnwindContext::new();
+            let mut table = fde.rows(&eh_frame, &bases, &mut context)?;
+            let mut rows = Vec::new();
+            while let Some(row) = table.next_row()? {
+                let CfaRule::RegisterAndOffset { offset, .. } = *row.cfa() else {
+                    unreachable!("no expression")
+                };
+                rows.push((row.start_address(), row.end_address(), offset));
+            }
+            Ok::<_, gimli::Error>(rows)
+        };
+        assert!(read(&section).is_err(), "nothing to help with");
+        let found = legible(Architecture::Aarch64, SectionKind::EhFrame, 0x1000, section.as_slice().into());
+        assert_eq!(found.len(), section.len());
+        assert_eq!(read(&found), Ok(vec![(0x40_0000, 0x40_0004, 0), (0x40_0004, 0x40_0010, 32)]));
+        // Letters of aarch64 mean nothing elsewhere.
+        let other = legible(Architecture::X86_64, SectionKind::EhFrame, 0x1000, section.as_slice().into());
+        assert!(read(&other).is_err());
+    }
+}
