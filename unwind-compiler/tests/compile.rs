@@ -117,6 +117,21 @@ fn a_wrong_table_is_found() {
 }
 
 #[test]
+fn a_cfa_that_nothing_defines_is_not_rax() {
+    let mut elf = rules_elf();
+    let (_, at, len) = eh_frame(&elf);
+    // DW_CFA_def_cfa rsp, 8 of the CIE: then rax, 0, which is what gimli starts with.
+    let cie = at + elf[at..at + len].windows(3).position(|bytes| bytes == [0x0c, 7, 8]).unwrap();
+    elf[cie..cie + 3].copy_from_slice(&[0x0c, 0, 0]);
+    verified(&elf);
+    let defined = compiled(&elf).table;
+    elf[cie..cie + 3].fill(0);
+    verified(&elf);
+    let found = verify(&elf, &Table::parse(&defined).unwrap()).unwrap();
+    assert!(found.disagreements.iter().any(|wrong| wrong.image.starts_with("cfa=undefined")), "{found:#?}");
+}
+
+#[test]
 fn what_is_not_supported_is_an_error_that_says_what() {
     let id = BuildId::new(b"WINDLASS").unwrap();
     let with = |at: usize, value: u8| {
