@@ -8,6 +8,7 @@ mod debuginfod;
 mod live;
 mod quickstart;
 mod readme;
+mod rule_walks;
 mod second_reader;
 mod unwind;
 mod user_mode;

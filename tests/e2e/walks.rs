@@ -7,12 +7,12 @@
 //! can follow (see [`cfi::Cfi::framehop_follows`] for where it cannot). A stack may end early with its reason,
 //! never elsewhere.
 
-mod call_stack;
+pub(crate) mod call_stack;
 mod cfi;
-mod comparison;
-mod debugger;
+pub(crate) mod comparison;
+pub(crate) mod debugger;
 mod images;
-mod tracee;
+pub(crate) mod tracee;
 
 use std::path::Path;
 use std::process::Command;

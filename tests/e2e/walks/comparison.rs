@@ -52,7 +52,7 @@ pub(crate) struct Tally {
 }
 
 /// The address to look up for a frame.
-fn lookup_address(frame: &Registers) -> ProcessAddress {
+pub(crate) fn lookup_address(frame: &Registers) -> ProcessAddress {
     match frame.exact {
         0 => ReturnAddress::new(frame.rip).lookup_address(),
         _ => ProcessAddress::new(frame.rip),
@@ -151,6 +151,7 @@ impl Comparison {
                 StopReason::NoCfi => in_image && next == Err(End::NotCovered),
                 StopReason::NoMapping | StopReason::Jit => !in_image,
                 StopReason::StackRead | StopReason::RegisterUnknown => stuck(),
+                StopReason::NoAdvance => next.is_ok_and(|next| next.general[RSP] <= Some(ours.general[RSP])),
                 StopReason::ZeroReturnAddress => next.is_ok_and(|next| next.rip == 0),
                 StopReason::FrameLimit => walked.frames.len() == MAX_USER_FRAMES,
                 StopReason::UnsupportedRule => true,

@@ -21,7 +21,7 @@ pub(crate) fn stacks_in_gdb(gdb: &Path, pid: i32) -> HashMap<i32, Vec<GdbFrame>>
     command.args(["-ex", "set backtrace past-main on", "-ex", "set backtrace limit 0", "-p"]);
     command.arg(pid.to_string());
     // `info frame` says of each frame whether it has a place on the stack; a backtrace does not.
-    command.args(["-ex", "thread apply all frame apply all -q info frame"]);
+    command.args(["-ex", "thread apply all -c frame apply all -q -c info frame"]);
     parse(&text(&mut command))
 }
 

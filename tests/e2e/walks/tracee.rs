@@ -217,10 +217,16 @@ impl Tracee {
         code.write_all_at(&[BREAKPOINT], address).expect("write a breakpoint");
         self.go(pid, libc::PTRACE_CONT).expect("comes to the breakpoint");
         self.memory.0.write_all_at(&original, address).expect("take the breakpoint back");
-        let mut registers = registers_of(pid).expect("registers");
+        let registers = registers_of(pid).expect("registers");
         assert_eq!(registers.rip, address + 1, "stopped elsewhere");
+        self.jump(pid, address)
+    }
+
+    /// Has a stopped thread go on from `address`.
+    pub(crate) fn jump(&mut self, tid: i32, address: u64) -> Registers {
+        let mut registers = registers_of(tid).expect("the registers of a stopped thread");
         registers.rip = address;
-        ptrace(libc::PTRACE_SETREGS, pid, (&raw mut registers).addr()).expect("set registers");
+        ptrace(libc::PTRACE_SETREGS, tid, (&raw mut registers).addr()).expect("set registers");
         innermost(&registers)
     }
 
