@@ -8,12 +8,15 @@
 //!
 //! - [`memory`]: what a walk reads from: a stack, and the tables' chunks
 //! - [`search`]: address -> mapping -> page -> record
-//! - [`step`]: record and registers -> the caller's registers
+//! - [`machine`]: what a walk needs of an instruction set
+//! - [`x86_64`], [`aarch64`]: the registers of each; record and registers -> the caller's registers
 //! - [`walk`]: one frame after the other, until there is a reason to stop
 
 #![cfg_attr(not(test), no_std)]
 
+pub mod aarch64;
+pub mod machine;
 pub mod memory;
 pub mod search;
-pub mod step;
 pub mod walk;
+pub mod x86_64;

@@ -5,17 +5,17 @@ use windlass_schema::maps::{
 };
 use windlass_schema::{ImageAddress, LoadBias, ProcessAddress, ReturnAddress, StopReason};
 
+use crate::machine::Machine;
 use crate::memory::{StackMemory, Tables};
 use crate::search::{image_header, record_at, segment_of, slot_of};
-use crate::step::{Registers, step};
 
 /// A walk under way. Consecutive frames are often in one image, so the mapping and the image
 /// header of the last frame are kept.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-pub struct Walk {
+pub struct Walk<R> {
     /// Registers of the frame that is next to be recorded.
-    pub registers: Registers,
+    pub registers: R,
     /// The process's mappings.
     pub process: ProcessEntry,
     /// The process.
@@ -28,9 +28,9 @@ pub struct Walk {
     image: ImageHeader,
 }
 
-impl Walk {
+impl<R: Machine> Walk<R> {
     /// A walk from these registers.
-    pub const fn new(tgid: u32, process: ProcessEntry, registers: Registers) -> Self {
+    pub const fn new(tgid: u32, process: ProcessEntry, registers: R) -> Self {
         Self {
             registers,
             process,
@@ -61,24 +61,25 @@ impl Walk {
     #[inline(always)]
     pub fn address(&self) -> u64 {
         // User addresses are below 2^63: the top bit is free to say how the address is meant.
-        let exact = if self.registers.exact != 0 { EXACT_ADDRESS } else { 0 };
-        self.registers.rip & !EXACT_ADDRESS | exact
+        let exact = if self.registers.is_exact() { EXACT_ADDRESS } else { 0 };
+        self.registers.program_counter() & !EXACT_ADDRESS | exact
     }
 
     /// Steps from the frame just recorded to its caller.
     #[inline(always)]
     pub fn advance<T: Tables, M: StackMemory>(&mut self, tables: &T, memory: &M) -> Result<(), StopReason> {
-        let address = if self.registers.exact != 0 {
-            ProcessAddress::new(self.registers.rip)
+        let counter = self.registers.program_counter();
+        let address = if self.registers.is_exact() {
+            ProcessAddress::new(counter)
         } else {
-            ReturnAddress::new(self.registers.rip).lookup_address()
+            ReturnAddress::new(counter).lookup_address()
         };
         if !(self.start <= address.get() && address.get() < self.end) {
             self.enter_mapping(tables, address)?;
         }
         let image_address: ImageAddress = address.to_image(LoadBias::new(self.bias));
         let record = record_at(tables, &self.image, image_address)?;
-        step(&mut self.registers, record, memory)
+        self.registers.step(record, memory)
     }
 
     /// Finds the mapping that holds `address`, and its image.

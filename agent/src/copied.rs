@@ -13,9 +13,9 @@ use std::collections::HashMap;
 use std::io;
 use std::time::Duration;
 
-use windlass_agent_ebpf::memory::{SIGNAL_CONTEXT_WORDS, StackMemory, Tables};
-use windlass_agent_ebpf::step::Registers;
+use windlass_agent_ebpf::memory::{StackMemory, Tables};
 use windlass_agent_ebpf::walk::Walk;
+use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::maps::{
     CHUNK_BYTES, Chunk, Location, MAX_CHUNKS, MappingSegment, ProcessEntry, SegmentKey,
 };
@@ -97,7 +97,7 @@ struct CopiedStack<'a> {
     bytes: &'a [u8],
 }
 
-impl CopiedStack<'_> {
+impl StackMemory for CopiedStack<'_> {
     fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
         let at = usize::try_from(address.checked_sub(self.start)?).ok()?;
         let bytes = self.bytes.get(at..at.checked_add(8 * N)?)?;
@@ -106,20 +106,6 @@ impl CopiedStack<'_> {
             *word = u64::from_ne_bytes(bytes.try_into().expect("8 bytes"));
         }
         Some(words)
-    }
-}
-
-impl StackMemory for CopiedStack<'_> {
-    fn word(&self, address: u64) -> Option<u64> {
-        self.words::<1>(address).map(|[word]| word)
-    }
-
-    fn pair(&self, address: u64) -> Option<[u64; 2]> {
-        self.words(address)
-    }
-
-    fn signal_context(&self, address: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
-        self.words(address)
     }
 
     fn unreadable(&self, address: u64) -> StopReason {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use object::{Object as _, ObjectSymbol as _};
 use windlass_agent_ebpf::memory::StackMemory as _;
-use windlass_agent_ebpf::step::Registers;
+use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::record::{DWARF_RBP, DWARF_RSP};
 use windlass_schema::{ImageAddress, LoadBias, StopReason};
 use windlass_tests::program::{checkout, program, run};
@@ -204,7 +204,7 @@ impl Program {
     /// The note of the `index`th case's thread.
     fn entry(&self, tracee: &Tracee, index: usize) -> Entry {
         let at = ImageAddress::new(self.entries + 16 * index as u64).to_process(self.bias).get();
-        let [tid, rsp] = tracee.memory().pair(at).expect("an array of the program");
+        let [tid, rsp] = tracee.memory().words(at).expect("an array of the program");
         Entry { tid: tid as i32, rsp }
     }
 }

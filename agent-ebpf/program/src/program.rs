@@ -12,9 +12,9 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::macros::{btf_map, perf_event};
 use aya_ebpf::programs::PerfEventContext;
-use windlass_agent_ebpf::memory::{SIGNAL_CONTEXT_WORDS, StackMemory, Tables};
-use windlass_agent_ebpf::step::Registers;
+use windlass_agent_ebpf::memory::{StackMemory, Tables};
 use windlass_agent_ebpf::walk::Walk;
+use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::StopReason;
 use windlass_schema::maps::{
     Chunk, Counter, MAX_CHUNKS, MAX_KERNEL_FRAMES, MAX_MAPPING_SEGMENTS, MAX_PROCESSES, MAX_USER_FRAMES,
@@ -48,7 +48,7 @@ static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::ne
 /// What one sample needs while it is made.
 #[repr(C)]
 struct Scratch {
-    walk: Walk,
+    walk: Walk<Registers>,
     sample: SampleBuffer,
 }
 
@@ -81,18 +81,8 @@ fn read_user<T: Copy>(address: u64, zero: T) -> Option<T> {
 
 impl StackMemory for Kernel {
     #[inline(always)]
-    fn word(&self, address: u64) -> Option<u64> {
-        read_user(address, 0)
-    }
-
-    #[inline(always)]
-    fn pair(&self, address: u64) -> Option<[u64; 2]> {
-        read_user(address, [0; 2])
-    }
-
-    #[inline(always)]
-    fn signal_context(&self, address: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
-        read_user(address, [0; SIGNAL_CONTEXT_WORDS])
+    fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
+        read_user(address, [0; N])
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@
 //! taken back is there.
 
 use windlass_agent_ebpf::memory::StackMemory as _;
-use windlass_agent_ebpf::step::Registers;
+use windlass_agent_ebpf::x86_64::Registers;
 
 use super::tracee::ProcessMemory;
 

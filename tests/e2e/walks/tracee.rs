@@ -8,8 +8,8 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use windlass_agent_ebpf::memory::{SIGNAL_CONTEXT_WORDS, StackMemory};
-use windlass_agent_ebpf::step::Registers;
+use windlass_agent_ebpf::memory::StackMemory;
+use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::StopReason;
 
 /// Longest wait for a program to get going. It takes milliseconds; machines under load take more.
@@ -33,25 +33,11 @@ pub(crate) struct Tracee {
 /// The memory of a process.
 pub(crate) struct ProcessMemory(File);
 
-impl ProcessMemory {
+impl StackMemory for ProcessMemory {
     fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
         let mut bytes = [[0; 8]; N];
         self.0.read_exact_at(bytes.as_flattened_mut(), address).ok()?;
         Some(bytes.map(u64::from_le_bytes))
-    }
-}
-
-impl StackMemory for ProcessMemory {
-    fn word(&self, address: u64) -> Option<u64> {
-        self.words::<1>(address).map(|[word]| word)
-    }
-
-    fn pair(&self, address: u64) -> Option<[u64; 2]> {
-        self.words(address)
-    }
-
-    fn signal_context(&self, address: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
-        self.words(address)
     }
 
     fn unreadable(&self, _address: u64) -> StopReason {

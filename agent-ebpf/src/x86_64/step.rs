@@ -3,9 +3,10 @@
 //! A step is exact or it fails with a reason. It never tries a second way: a guess that happens to
 //! look like a frame is worse than a stack that says where it ends.
 
-use windlass_schema::record::{DWARF_RBP, DWARF_RSP, REGISTERS, frame_pointer, kind, return_address};
+use windlass_schema::record::{DWARF_RBP, DWARF_RSP, frame_pointer, kind, return_address};
 use windlass_schema::{Record, StopReason};
 
+use super::registers::Registers;
 use crate::memory::StackMemory;
 
 /// Bit of each register that every frame restores: rsp and rbp.
@@ -14,38 +15,12 @@ const FRAME_REGISTERS: u32 = 1 << DWARF_RSP | 1 << DWARF_RBP;
 const DWARF_R9: usize = 9;
 /// Offset of `stack.hi` in Go's `runtime.g`: its first field is the `stack`, two words.
 const GO_STACK_END: i64 = 8;
-/// DWARF number of each word of a `sigcontext`, but for the last, which is rip.
-const SIGNAL_CONTEXT_ORDER: [u8; 16] = [8, 9, 10, 11, 12, 13, 14, 15, 5, 4, 6, 3, 1, 0, 2, 7];
-
-/// The registers of one frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct Registers {
-    /// General-purpose registers by DWARF number.
-    pub general: [u64; REGISTERS],
-    /// The instruction pointer: an instruction's address if `exact`, else a return address.
-    pub rip: u64,
-    /// Bit for each general-purpose register that is known.
-    pub known: u32,
-    /// 1 in the innermost frame and in one that a signal interrupted, else 0.
-    pub exact: u32,
-}
-
-impl Registers {
-    /// Registers as the kernel saved them: all known, rip exact.
-    pub const fn innermost(general: [u64; REGISTERS], rip: u64) -> Self {
-        Self { general, rip, known: (1 << REGISTERS) - 1, exact: 1 }
-    }
-
-    #[inline(always)]
-    fn get(&self, register: u8) -> Result<u64, StopReason> {
-        let register = register & 15;
-        if self.known >> register & 1 == 0 {
-            return Err(StopReason::RegisterUnknown);
-        }
-        Ok(self.general[register as usize])
-    }
-}
+/// Registers in the kernel's `sigcontext`, in words: r8 to r15, rdi, rsi, rbp, rbx, rdx, rax, rcx, rsp, rip
+/// (arch/x86/include/uapi/asm/sigcontext.h).
+const SIGNAL_CONTEXT_WORDS: usize = 17;
+/// DWARF number of each of them, but for the last, which is rip.
+const SIGNAL_CONTEXT_ORDER: [u8; SIGNAL_CONTEXT_WORDS - 1] =
+    [8, 9, 10, 11, 12, 13, 14, 15, 5, 4, 6, 3, 1, 0, 2, 7];
 
 #[inline(always)]
 fn word<M: StackMemory>(memory: &M, address: u64) -> Result<u64, StopReason> {
@@ -117,7 +92,7 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
         && f == -16
         && record.return_address() == return_address::AT_CFA
     {
-        let Some([saved, address]) = memory.pair(cfa.wrapping_sub(16)) else {
+        let Some([saved, address]) = memory.words(cfa.wrapping_sub(16)) else {
             return Err(memory.unreadable(cfa.wrapping_sub(16)));
         };
         known |= 1 << DWARF_RBP;
@@ -168,24 +143,24 @@ fn leave_signal_frame<M: StackMemory>(
     memory: &M,
 ) -> Result<(), StopReason> {
     let at = offset(registers.general[DWARF_RSP as usize], i64::from(record.a()));
-    let Some(context) = memory.signal_context(at) else {
+    let Some(context) = memory.words::<SIGNAL_CONTEXT_WORDS>(at) else {
         return Err(memory.unreadable(at));
     };
     for (word, number) in context.iter().zip(SIGNAL_CONTEXT_ORDER) {
         registers.general[number as usize & 15] = *word;
     }
-    registers.rip = context[16];
-    registers.known = (1 << REGISTERS) - 1;
+    registers.rip = context[SIGNAL_CONTEXT_WORDS - 1];
+    registers.known = Registers::ALL;
     registers.exact = 1;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use windlass_schema::record::REGISTERS;
     use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule};
 
     use super::*;
-    use crate::memory::SIGNAL_CONTEXT_WORDS;
 
     /// A stack whose word at `BASE + 8 * n` is `100 + n`.
     struct Stack;
@@ -194,21 +169,10 @@ mod tests {
     const WORDS: u64 = 64;
 
     impl StackMemory for Stack {
-        fn word(&self, address: u64) -> Option<u64> {
-            let offset = address.checked_sub(BASE)?;
-            if offset < 8 * WORDS { Some(100 + offset / 8) } else { None }
-        }
-
-        fn pair(&self, address: u64) -> Option<[u64; 2]> {
-            Some([self.word(address)?, self.word(address + 8)?])
-        }
-
-        fn signal_context(&self, address: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
-            let mut words = [0; SIGNAL_CONTEXT_WORDS];
-            for (index, word) in words.iter_mut().enumerate() {
-                *word = self.word(address + 8 * index as u64)?;
-            }
-            Some(words)
+        fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
+            let first = address.checked_sub(BASE)? / 8;
+            let fits = first + N as u64 <= WORDS;
+            fits.then(|| std::array::from_fn(|index| 100 + first + index as u64))
         }
 
         fn unreadable(&self, _address: u64) -> StopReason {
@@ -303,8 +267,8 @@ mod tests {
     fn a_go_stack_may_lie_anywhere() {
         struct Stacks;
         impl StackMemory for Stacks {
-            fn word(&self, address: u64) -> Option<u64> {
-                Some(match address {
+            fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
+                let word = match address {
                     // Saved on the system stack: the depth, and the goroutine.
                     0x7010 => 0x100,
                     0x7018 => 0xc000,
@@ -312,13 +276,8 @@ mod tests {
                     0xc008 => 0x3000,
                     0x2f00 => 0x4242,
                     _ => return None,
-                })
-            }
-            fn pair(&self, _: u64) -> Option<[u64; 2]> {
-                None
-            }
-            fn signal_context(&self, _: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
-                None
+                };
+                (N == 1).then_some([word; N])
             }
             fn unreadable(&self, _: u64) -> StopReason {
                 StopReason::StackRead
@@ -391,14 +350,8 @@ mod tests {
     fn a_zero_return_address_is_no_caller_but_no_promise_either() {
         struct Zero;
         impl StackMemory for Zero {
-            fn word(&self, _: u64) -> Option<u64> {
-                Some(0)
-            }
-            fn pair(&self, _: u64) -> Option<[u64; 2]> {
-                Some([0; 2])
-            }
-            fn signal_context(&self, _: u64) -> Option<[u64; SIGNAL_CONTEXT_WORDS]> {
-                None
+            fn words<const N: usize>(&self, _: u64) -> Option<[u64; N]> {
+                Some([0; N])
             }
             fn unreadable(&self, _: u64) -> StopReason {
                 StopReason::StackRead

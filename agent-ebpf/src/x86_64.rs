@@ -1,0 +1,7 @@
+//! The walk on x86-64.
+
+mod registers;
+mod step;
+
+pub use registers::Registers;
+pub use step::step;
