@@ -1,5 +1,6 @@
 //! From a build's ELF files to named stacks, end to end; and the rules that no single crate can check.
 
+mod aarch64;
 mod architecture;
 mod bpf;
 mod chunks;

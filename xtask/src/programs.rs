@@ -13,7 +13,7 @@ use crate::checkout::{command, run};
 pub(crate) struct Program {
     /// Name in `PATH`.
     pub(crate) name: &'static str,
-    /// Debian package.
+    /// Debian package, or several separated by spaces.
     pub(crate) package: &'static str,
     /// Who calls it.
     pub(crate) used_by: &'static str,
@@ -36,6 +36,14 @@ pub(crate) const TEST_PROGRAMS: &[Program] = &[
     },
     Program { name: "perl", package: "perl", used_by: "the tests of walks" },
     Program { name: "openssl", package: "openssl", used_by: "the tests of walks" },
+    Program {
+        name: "aarch64-linux-gnu-gcc",
+        // The compiler's package only recommends the C library.
+        package: "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+        used_by: "the tests of walks of aarch64",
+    },
+    Program { name: "qemu-aarch64", package: "qemu-user", used_by: "the tests of walks of aarch64" },
+    Program { name: "gdb-multiarch", package: "gdb-multiarch", used_by: "the tests of walks of aarch64" },
 ];
 
 /// Where a program is, if it is: `PATH`, then cargo's folder of installed programs.
@@ -80,7 +88,7 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
 /// Makes sure of every program of the tests, or says what will be skipped; fails where `required`.
 pub(crate) fn ensure(required: bool) -> Result<()> {
     let lacking = || TEST_PROGRAMS.iter().filter(|program| find(program.name).is_none());
-    let mut packages: Vec<_> = lacking().map(|program| program.package).collect();
+    let mut packages: Vec<_> = lacking().flat_map(|program| program.package.split(' ')).collect();
     packages.dedup();
     if !packages.is_empty() && can_install() {
         install(&packages)?;
