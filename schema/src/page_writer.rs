@@ -4,7 +4,6 @@ use crate::page::{
     BLOCK_SHIFT, GROUP_BLOCKS, GROUP_SHIFT, MAX_NARROW_COUNT, NINTH_BITS, PageLayout, WIDE_COUNTS,
     WIDE_RECORDS,
 };
-use crate::table::MAX_RECORDS;
 
 /// Record numbers that a byte tells apart, and nine bits.
 const NARROW_RECORDS: usize = 256;
@@ -32,14 +31,12 @@ pub struct PageWriter {
     used: Vec<u16>,
 }
 
-impl Default for PageWriter {
-    fn default() -> Self {
-        let records = MAX_RECORDS as usize;
+impl PageWriter {
+    /// Pages with a dictionary of so many records.
+    pub fn new(records: usize) -> Self {
         Self { used_in: vec![0; records], numbers: vec![0; records], page: 0, used: Vec::new() }
     }
-}
 
-impl PageWriter {
     /// Appends the page with these entries: at least one, at most as many as `density` lets through, in the
     /// order of their offsets.
     pub fn write(&mut self, entries: &[PageEntry], page: &mut Vec<u8>) {

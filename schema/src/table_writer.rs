@@ -3,8 +3,11 @@
 //! The same rows give the same bytes: records are numbered by how many pages use them, those of most pages first, of which
 //! those that most entries have, of which the least; each page is written as [`crate::page_writer`] says.
 
+use std::ops::RangeInclusive;
+
 use crate::page::{PAGE_CODE_BYTES, PAGE_SHIFT};
-use crate::page_writer::{PageEntry, PageWriter};
+pub use crate::page_writer::PageEntry;
+use crate::page_writer::PageWriter;
 use crate::record::Record;
 use crate::table::{HEADER_BYTES, MAGIC, NO_PAGE, VERSION, checksum};
 use crate::{Architecture, BuildId, ImageAddress};
@@ -59,48 +62,83 @@ pub fn number_records(records: &mut Vec<Record>, entries: &mut [TableEntry]) {
 /// The file with these records and entries, which are in the order of their offsets. Pages of the directory
 /// begin at that of the first entry. What the format has no room for (see [`crate::page`]) must not be in it.
 pub fn write_table(header: &TableHeader, records: &[Record], entries: &[TableEntry]) -> Vec<u8> {
-    let page = |offset: u32| offset >> PAGE_SHIFT;
-    let first = entries.first().map_or(0, |first| page(first.offset));
-    let pages = entries.last().map_or(0, |last| page(last.offset) - first + 1) as usize;
-    let base = header.base.get().wrapping_add(u64::from(first) << PAGE_SHIFT);
-    let directory_at = HEADER_BYTES + 8 * records.len();
-    let pages_at = directory_at + 4 * pages.next_multiple_of(2);
-
-    let mut file = Vec::with_capacity(pages_at + entries.len() * 5 / 2);
-    file.extend(MAGIC);
-    file.extend(VERSION.to_le_bytes());
-    file.extend([header.architecture as u8, 0]);
-    file.extend([0; 8]);
-    file.extend(base.to_le_bytes());
-    file.resize(40, 0);
-    file.push(header.build_id.as_bytes().len() as u8);
-    file.extend(header.build_id.as_bytes());
-    file.resize(HEADER_BYTES, 0);
-    file.extend(records.iter().flat_map(|record| record.0.to_le_bytes()));
-    file.resize(pages_at, 0);
-
-    let mut directory = vec![NO_PAGE; pages];
-    let mut writer = PageWriter::default();
+    let page = |entry: &TableEntry| entry.offset >> PAGE_SHIFT;
+    let pages = entries.first().zip(entries.last()).map(|(first, last)| page(first)..=page(last));
+    let mut writer = TableWriter::new(header, records, pages, entries.len());
     let mut of_page = Vec::new();
-    for entries in entries.chunk_by(|a, b| page(a.offset) == page(b.offset)) {
+    for entries in entries.chunk_by(|a, b| page(a) == page(b)) {
         of_page.clear();
         of_page.extend(entries.iter().map(|entry| PageEntry {
             offset: (entry.offset % PAGE_CODE_BYTES as u32) as u16,
             record: entry.record,
         }));
-        directory[(page(entries[0].offset) - first) as usize] = ((file.len() - pages_at) / 8) as u32;
-        writer.write(&of_page, &mut file);
-        file.resize(file.len().next_multiple_of(8), 0);
+        writer.page(page(&entries[0]), &of_page);
     }
-    for (at, offset) in directory.iter().enumerate() {
-        file[directory_at + 4 * at..][..4].copy_from_slice(&offset.to_le_bytes());
-    }
-    let page_bytes = file.len() - pages_at;
-    let fields = [pages as u32, records.len() as u32, page_bytes as u32, header.rows];
-    for (at, field) in fields.iter().enumerate() {
-        file[24 + 4 * at..][..4].copy_from_slice(&field.to_le_bytes());
-    }
-    let sum = checksum(&file);
-    file[8..16].copy_from_slice(&sum.to_le_bytes());
-    file
+    writer.finish()
 }
+
+/// A table file in the making: one page after the other.
+pub struct TableWriter {
+    file: Vec<u8>,
+    first_page: u32,
+    directory_at: usize,
+    pages_at: usize,
+    writer: PageWriter,
+}
+
+impl TableWriter {
+    /// The file with these records and pages, numbered from the base of `header`, of about so many entries.
+    pub fn new(
+        header: &TableHeader,
+        records: &[Record],
+        pages: Option<RangeInclusive<u32>>,
+        expected_entries: usize,
+    ) -> Self {
+        let first_page = pages.as_ref().map_or(0, |pages| *pages.start());
+        let page_count = pages.map_or(0, |pages| pages.end() - pages.start() + 1);
+        let base = header.base.get().wrapping_add(u64::from(first_page) << PAGE_SHIFT);
+        let directory_at = HEADER_BYTES + 8 * records.len();
+        let pages_at = directory_at + 4 * page_count.next_multiple_of(2) as usize;
+
+        let mut file = Vec::with_capacity(pages_at + expected_entries * 5 / 2);
+        file.extend(MAGIC);
+        file.extend(VERSION.to_le_bytes());
+        file.extend([header.architecture as u8, 0]);
+        file.extend([0; 8]);
+        file.extend(base.to_le_bytes());
+        file.extend([page_count, records.len() as u32, 0, header.rows].map(u32::to_le_bytes).as_flattened());
+        file.push(header.build_id.as_bytes().len() as u8);
+        file.extend(header.build_id.as_bytes());
+        file.resize(HEADER_BYTES, 0);
+        file.extend(records.iter().flat_map(|record| record.0.to_le_bytes()));
+        file.resize(directory_at + 4 * page_count as usize, NO_PAGE as u8);
+        file.resize(pages_at, 0);
+        Self { file, first_page, directory_at, pages_at, writer: PageWriter::new(records.len()) }
+    }
+
+    /// Writes the page of this number: at least one entry, in the order of their offsets. Pages come in the order of
+    /// their numbers.
+    pub fn page(&mut self, number: u32, entries: &[PageEntry]) {
+        let offset = ((self.file.len() - self.pages_at) / 8) as u32;
+        let at = self.directory_at + 4 * (number - self.first_page) as usize;
+        self.file[at..at + 4].copy_from_slice(&offset.to_le_bytes());
+        self.writer.write(entries, &mut self.file);
+        self.file.resize(self.file.len().next_multiple_of(8), 0);
+    }
+
+    /// The whole file.
+    pub fn finish(mut self) -> Vec<u8> {
+        let page_bytes = (self.file.len() - self.pages_at) as u32;
+        self.file[PAGE_BYTES_AT..PAGE_BYTES_AT + 4].copy_from_slice(&page_bytes.to_le_bytes());
+        let sum = checksum(&self.file);
+        self.file[CHECKSUM_AT..CHECKSUM_AT + 8].copy_from_slice(&sum.to_le_bytes());
+        self.file
+    }
+}
+
+/// Where a header has its checksum and the size of all pages.
+const CHECKSUM_AT: usize = 8;
+const PAGE_BYTES_AT: usize = 32;
+
+/// Each byte of [`NO_PAGE`] is the same.
+const _: () = assert!(NO_PAGE == u32::from_le_bytes([NO_PAGE as u8; 4]));

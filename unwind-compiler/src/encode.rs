@@ -1,11 +1,12 @@
 //! Writes a table; the format is that of [`windlass_schema::table`].
 
-use windlass_schema::table_writer::{TableEntry, TableHeader, write_table};
+use windlass_schema::page::PAGE_SHIFT;
+use windlass_schema::table_writer::{PageEntry, TableHeader, TableWriter};
 use windlass_schema::{Architecture, BuildId, ImageAddress};
 
 use crate::dictionary::Dictionary;
 use crate::fold::{Folded, fold};
-use crate::placement::Placement;
+use crate::placement::{Placed, Placement};
 
 /// The table of the image `build_id` with these rows, which `density` has let through.
 pub(crate) fn encode(build_id: BuildId, architecture: Architecture, placement: &Placement) -> Vec<u8> {
@@ -31,25 +32,34 @@ fn write(
     folded: &Folded,
     dictionary: &Dictionary,
 ) -> Vec<u8> {
-    let mut entries = Vec::with_capacity(placement.placed.len() * 5 / 4);
-    for placed in &placement.placed {
-        entries.extend(folded.entries(placed.chain).iter().map(|entry| TableEntry {
-            offset: placed.offset + entry.at,
-            record: dictionary.number(entry.record),
-        }));
-    }
+    let placed = &placement.placed[..];
+    let page = |placed: &Placed| placed.offset >> PAGE_SHIFT;
+    let pages = placed.first().zip(placed.last()).map(|(first, last)| page(first)..=page(last));
     let base = ImageAddress::new(placement.base);
     let header = TableHeader { architecture, build_id, base, rows: placement.rows as u32 };
-    write_table(&header, &dictionary.records, &entries)
+    let mut writer = TableWriter::new(&header, &dictionary.records, pages, placed.len());
+    let mut entries = Vec::new();
+    for placed in placed.chunk_by(|a, b| page(a) == page(b)) {
+        entries.clear();
+        for placed in placed {
+            entries.extend(folded.entries(placed.chain).iter().map(|entry| PageEntry {
+                offset: (placed.offset + entry.at) as u16,
+                record: dictionary.number(entry.record),
+            }));
+        }
+        writer.page(page(&placed[0]), &entries);
+    }
+    writer.finish()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chains::Chains;
     use crate::density::bound;
     use crate::rows::{Row, push};
     use proptest::prelude::*;
-    use windlass_schema::page::{MAX_BLOCK_ENTRIES, PAGE_SHIFT};
+    use windlass_schema::page::MAX_BLOCK_ENTRIES;
     use windlass_schema::table::{MAX_PAGES, MAX_RECORDS};
     use windlass_schema::{
         CfaRule, FramePointerRule, Record, Register, ReturnAddressRule, Rule, Table, UnsupportedReason,
@@ -57,7 +67,7 @@ mod tests {
 
     fn encoded(rows: &[Row]) -> Vec<u8> {
         let base = rows.first().map_or(0, |row| row.address >> PAGE_SHIFT << PAGE_SHIFT);
-        let mut placement = Placement::new(base, 0);
+        let mut placement = Placement::new(Chains::default(), base, 0);
         placement.rows(rows);
         assert!(!placement.is_too_dense);
         assert_eq!(placement.rows, rows.len() as u64);
@@ -172,7 +182,7 @@ mod tests {
             .map(|(address, words)| Row { address, record: sp(words) })
             .chain([Row { address: 0x3000, record: Record::NO_CFI }])
             .collect();
-        let mut placement = Placement::new(0, 0);
+        let mut placement = Placement::new(Chains::default(), 0, 0);
         placement.rows(&rows);
         let file = encode(BuildId::new(&[7; 20]).unwrap(), Architecture::Aarch64, &placement);
         let table = Table::parse(&file).unwrap();

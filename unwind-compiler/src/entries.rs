@@ -10,13 +10,14 @@
 //! Sources: DWARF 5, 6.4.1 and 7.4; Linux Standard Base Core 5.0, 10.6 and 10.5 (pointer encodings).
 
 use std::collections::HashMap;
-use std::ops::Range;
 
-use windlass_schema::{Architecture, ImageAddress};
+use windlass_schema::{Architecture, ImageAddress, Record};
 
 use crate::cursor::Cursor;
 use crate::elf::{FrameSection, Image, SectionKind};
 use crate::instructions::{Frame, run_initial};
+use crate::plain;
+use crate::projection::record;
 use crate::report::{SkipReason, SkippedFde};
 
 /// Largest CIE in bytes; those of compilers take under 100.
@@ -35,8 +36,10 @@ pub(crate) struct Cie<'a> {
     pub(crate) pointers: Pointers,
     /// The row that every FDE starts with; `None` if the instructions that make it are malformed.
     pub(crate) initial: Option<Frame<'a>>,
-    pointer_encoding: u8,
-    has_augmentation_data: bool,
+    /// The record of that row, if it is of the plain kind.
+    pub(crate) plain: Option<Record>,
+    pub(crate) pointer_encoding: u8,
+    pub(crate) has_augmentation_data: bool,
 }
 
 /// One FDE: which addresses, and by which instructions.
@@ -53,10 +56,6 @@ pub(crate) struct Fde {
 }
 
 impl Fde {
-    pub(crate) fn range(&self) -> Range<u64> {
-        self.start..self.start + u64::from(self.length)
-    }
-
     /// This FDE, as one that was skipped.
     pub(crate) fn skipped(&self, reason: SkipReason) -> SkippedFde {
         SkippedFde { offset: self.offset.into(), address: Some(ImageAddress::new(self.start)), reason }
@@ -98,13 +97,13 @@ impl<'a, 'c> Entries<'a, 'c> {
         }
     }
 
-    /// Calls `visit` with each FDE that is of use, and with what was skipped. `stated_bytes` is the
+    /// Calls `visit` with the CIEs so far and each FDE that is of use, or with what was skipped. `stated_bytes` is the
     /// section's size as its header has it.
     pub(crate) fn for_each(
         &mut self,
         image: &Image<'_>,
         stated_bytes: Option<u64>,
-        mut visit: impl FnMut(Result<Fde, SkippedFde>),
+        mut visit: impl FnMut(&[Cie<'a>], Result<Fde, SkippedFde>),
     ) {
         let data = self.data;
         let mut at = 0;
@@ -119,25 +118,28 @@ impl<'a, 'c> Entries<'a, 'c> {
                 0 => return,
                 0xffff_ffff => match Cursor::new(data, at + 4).u64() {
                     Some(length) => (12, length),
-                    None => return visit(skip(at, SkipReason::Truncated)),
+                    None => return visit(self.cies, skip(at, SkipReason::Truncated)),
                 },
                 length => (4, u64::from(length)),
             };
             let body = at + header;
             let end = usize::try_from(length).ok().and_then(|length| body.checked_add(length));
             let Some(end) = end.filter(|end| *end <= data.len()) else {
-                return visit(skip(at, SkipReason::Truncated));
+                return visit(self.cies, skip(at, SkipReason::Truncated));
             };
             let entry = Entry { offset: at, body, end, is_64_bit: header == 12 };
             match self.cie_of(&entry) {
-                None => visit(skip(at, SkipReason::Header)),
+                None => visit(self.cies, skip(at, SkipReason::Header)),
                 Some(CieOf::Itself) => {}
-                Some(CieOf::At(cie)) => visit(self.fde(image, &entry, cie)),
+                Some(CieOf::At(cie)) => {
+                    let fde = self.fde(image, &entry, cie);
+                    visit(self.cies, fde);
+                }
             }
             at = end;
         }
         if stated_bytes.is_some_and(|stated| stated > data.len() as u64) {
-            visit(skip(at, SkipReason::Truncated));
+            visit(self.cies, skip(at, SkipReason::Truncated));
         }
     }
 
@@ -262,6 +264,7 @@ impl<'a, 'c> Entries<'a, 'c> {
             is_signal_frame: false,
             pointers: self.pointers,
             initial: None,
+            plain: None,
             pointer_encoding: 0,
             has_augmentation_data: false,
         };
@@ -278,6 +281,7 @@ impl<'a, 'c> Entries<'a, 'c> {
             cie.augment(letters, &mut data)?;
         }
         cie.initial = run_initial(&cie, cursor.rest());
+        cie.plain = cie.initial.and_then(|row| plain::initial(&cie, record(&cie, &row)));
         Some(cie)
     }
 }

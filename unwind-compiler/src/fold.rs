@@ -6,17 +6,15 @@
 //! run is a run, so taking the longest at each step gives the fewest entries. But a run that occurs
 //! once costs a dictionary record, more than the rows it replaces. So entries are chosen by cost: a first
 //! pass takes the longest runs everywhere and counts them, further ones weigh each use of a record with
-//! its share of the record's own bytes. Passes go over the distinct chains, not over the image.
+//! its share of the record's own bytes. Passes go over the [`rests`](crate::rests) of distinct chains, not over the image.
 
-use hashbrown::HashMap;
 use windlass_schema::Record;
 use windlass_schema::page::PAGE_SHIFT;
-use windlass_schema::record::kind;
 use windlass_schema::table::MAX_RECORDS;
 
-use crate::chains::{ChainNumber, Chains, Step};
+use crate::chains::{ChainNumber, Chains};
 use crate::placement::Placed;
-use crate::run::Run;
+use crate::rests::{Choice, NOTHING, Rests};
 
 /// An entry of a chain: from `at` bytes behind the chain's first row on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,14 +48,14 @@ const PASSES: usize = 2;
 /// Chooses the entries of all chains, which lie at `placed`. Without `has_runs`, each row is an entry.
 pub(crate) fn fold(chains: &Chains, placed: &[Placed], has_runs: bool) -> Folded {
     let uses = Uses::of(chains.len(), placed);
-    let options = Options::of(chains, &uses, has_runs);
-    let possible = options.possible_counts(&uses);
+    let rests = Rests::of(chains, |chain| uses.chains[chain].places > 0, has_runs);
+    let possible = possible_counts(&rests, &uses);
     let mut counts = possible.clone();
     let mut best = None;
     for _ in 0..if has_runs { PASSES } else { 1 } {
         let costs: Vec<u32> = counts.iter().map(|count| count.cost(&uses)).collect();
-        let chosen = options.choose(|record| costs[record as usize]);
-        counts = options.counts(&chosen, &uses);
+        let chosen = choose(&rests, |record| costs[record as usize]);
+        counts = chosen_counts(&rests, &chosen, &uses);
         let bytes: u64 = counts.iter().map(|count| count.bytes(&uses)).sum();
         if best.as_ref().is_none_or(|(least, _)| bytes < *least) {
             best = Some((bytes, chosen));
@@ -69,50 +67,39 @@ pub(crate) fn fold(chains: &Chains, placed: &[Placed], has_runs: bool) -> Folded
             }
         }
     }
-    let mut chosen = best.expect("there is a pass").1;
-    chosen.records = options.records;
-    chosen
+    entries(rests, &best.expect("there is a pass").1)
 }
 
 /// How often chains are placed, and on how many pages.
 struct Uses {
-    places: Vec<u32>,
-    pages: Vec<u32>,
+    chains: Vec<Count>,
     all_pages: u32,
 }
 
 impl Uses {
     fn of(chains: usize, placed: &[Placed]) -> Self {
-        let mut uses = Self { places: vec![0; chains], pages: vec![0; chains], all_pages: 0 };
+        let mut uses = Self { chains: vec![Count::default(); chains], all_pages: 0 };
         let mut last_page = vec![u32::MAX; chains];
         let mut page_before = u32::MAX;
         for placed in placed {
             let (chain, page) = (placed.chain as usize, placed.offset >> PAGE_SHIFT);
-            uses.places[chain] += 1;
-            uses.pages[chain] += u32::from(last_page[chain] != page);
+            let count = &mut uses.chains[chain];
+            count.places += 1;
+            count.pages += u32::from(last_page[chain] != page);
             uses.all_pages += u32::from(page_before != page);
             (last_page[chain], page_before) = (page, page);
         }
         uses
     }
-}
 
-/// A way to begin the rest of a chain: `len` rows by one record.
-#[derive(Clone, Copy)]
-struct Choice {
-    len: u16,
-    record: u32,
-}
-
-/// The ways there are.
-struct Options {
-    records: Vec<Record>,
-    /// Ways for each step of each chain in use, chains and steps in order.
-    choices: Vec<Choice>,
-    /// For each step: where its choices end, and how many bytes it is behind the chain's first.
-    steps: Vec<(u32, u32)>,
-    /// For each chain: where its steps end.
-    chains: Vec<u32>,
+    /// How often each rest is all of a chain.
+    fn of_wholes(&self, rests: &Rests) -> Vec<Count> {
+        let mut counts = vec![Count::default(); rests.len()];
+        for (whole, uses) in rests.wholes().iter().zip(&self.chains) {
+            counts[*whole as usize].add(*uses);
+        }
+        counts
+    }
 }
 
 /// Bytes of an entry, of a record in the dictionary, and of a page's reference to a record.
@@ -123,114 +110,86 @@ const LOCAL_BYTES: u32 = 2;
 /// 0.3 and 0.7 the tables of a distribution differ by 0.5%.
 const COMMON_PAGES: f64 = 0.5;
 
-impl Options {
-    fn of(chains: &Chains, uses: &Uses, has_runs: bool) -> Self {
-        let mut options =
-            Self { records: Vec::new(), choices: Vec::new(), steps: Vec::new(), chains: Vec::new() };
-        let mut numbers: HashMap<Record, u32> = HashMap::new();
-        for chain in 0..chains.len() {
-            // One that is placed nowhere was divided, or has become longer.
-            let steps = if uses.places[chain] == 0 { &[][..] } else { chains.steps(chain as u32) };
-            for (index, step) in steps.iter().enumerate() {
-                let mut add = |len: usize, record: Record| {
-                    let records = &mut options.records;
-                    let number = *numbers.entry(record).or_insert_with(|| {
-                        records.push(record);
-                        records.len() as u32 - 1
-                    });
-                    options.choices.push(Choice { len: len as u16, record: number });
-                };
-                add(1, step.record);
-                if has_runs {
-                    runs_at(&steps[index..], add);
-                }
-                options.steps.push((options.choices.len() as u32, step.at));
-            }
-            options.chains.push(options.steps.len() as u32);
-        }
-        options
-    }
-
-    /// Chooses the cheapest entries, given what a use of a record costs; of equal ones, the longest first.
-    fn choose(&self, cost: impl Fn(u32) -> u32) -> Folded {
-        let mut folded = Folded { records: Vec::new(), entries: Vec::new(), ends: Vec::new() };
-        // Cheapest way to state the rows from each step on.
-        let mut best: Vec<(u64, Choice)> = Vec::new();
-        let mut first = 0;
-        for end in &self.chains {
-            let steps = first..*end as usize;
-            best.clear();
-            best.resize(steps.len() + 1, (0, Choice { len: 0, record: 0 }));
-            for index in (0..steps.len()).rev() {
-                let step = steps.start + index;
-                let choices = self.choices_from(step)..self.steps[step].0 as usize;
-                let total = |choice: &Choice| {
-                    u64::from(cost(choice.record)) + best[index + usize::from(choice.len)].0
-                };
-                let cheapest = self.choices[choices].iter().rev().map(|choice| (total(choice), *choice));
-                best[index] = cheapest.min_by_key(|(total, _)| *total).expect("a row can stand alone");
-            }
-            let mut index = 0;
-            while index < steps.len() {
-                let choice = best[index].1;
-                folded.entries.push(Entry { at: self.steps[steps.start + index].1, record: choice.record });
-                index += usize::from(choice.len);
-            }
-            folded.ends.push(folded.entries.len() as u32);
-            first = *end as usize;
-        }
-        folded
-    }
-
-    fn choices_from(&self, step: usize) -> usize {
-        if step == 0 { 0 } else { self.steps[step - 1].0 as usize }
-    }
-
-    /// How often each record would be used, were it used wherever it can be.
-    fn possible_counts(&self, uses: &Uses) -> Vec<Count> {
-        let mut counts = vec![Count::default(); self.records.len()];
-        let mut first = 0;
-        for (chain, end) in self.chains.iter().enumerate() {
-            let choices = if *end == 0 { 0 } else { self.steps[*end as usize - 1].0 as usize };
-            for choice in &self.choices[first..choices.max(first)] {
-                counts[choice.record as usize].add(chain, uses);
-            }
-            first = choices.max(first);
-        }
-        counts
-    }
-
-    /// How often each record is used.
-    fn counts(&self, chosen: &Folded, uses: &Uses) -> Vec<Count> {
-        let mut counts = vec![Count::default(); self.records.len()];
-        for chain in 0..self.chains.len() {
-            for entry in chosen.entries(chain as u32) {
-                counts[entry.record as usize].add(chain, uses);
+/// For each rest the cheapest way to begin it, given what a use of a record costs; of equal ones, the longest.
+fn choose(rests: &Rests, cost: impl Fn(u32) -> u32) -> Vec<Choice> {
+    // By rest: cost of the cheapest way to state all of it, and how that begins.
+    let mut totals = vec![0u64; rests.len()];
+    let mut chosen = vec![Choice { record: 0, rest: NOTHING }; rests.len()];
+    for number in rests.numbers() {
+        let mut best = (u64::MAX, chosen[0]);
+        for choice in rests.choices(number) {
+            let total = u64::from(cost(choice.record)) + totals[choice.rest as usize];
+            if total <= best.0 {
+                best = (total, *choice);
             }
         }
-        counts
+        (totals[number as usize], chosen[number as usize]) = best;
     }
+    chosen
 }
 
-/// How often a record is used.
+/// How often each record would be used, were it used wherever it can be.
+fn possible_counts(rests: &Rests, uses: &Uses) -> Vec<Count> {
+    let mut counts = vec![Count::default(); rests.records.len()];
+    let mut of_rests = uses.of_wholes(rests);
+    for number in rests.numbers().rev() {
+        let uses = of_rests[number as usize];
+        of_rests[rests.next(number) as usize].add(uses);
+        for choice in rests.choices(number) {
+            counts[choice.record as usize].add(uses);
+        }
+    }
+    counts
+}
+
+/// How often each record is used.
+fn chosen_counts(rests: &Rests, chosen: &[Choice], uses: &Uses) -> Vec<Count> {
+    let mut counts = vec![Count::default(); rests.records.len()];
+    let mut of_rests = uses.of_wholes(rests);
+    for number in rests.numbers().rev() {
+        let (uses, Choice { record, rest }) = (of_rests[number as usize], chosen[number as usize]);
+        of_rests[rest as usize].add(uses);
+        counts[record as usize].add(uses);
+    }
+    counts
+}
+
+/// The entries of all chains, as they are chosen.
+fn entries(rests: Rests, chosen: &[Choice]) -> Folded {
+    let mut folded = Folded { records: Vec::new(), entries: Vec::new(), ends: Vec::new() };
+    for whole in rests.wholes() {
+        let mut number = *whole;
+        while number != NOTHING {
+            let Choice { record, rest } = chosen[number as usize];
+            folded.entries.push(Entry { at: rests.span(*whole) - rests.span(number), record });
+            number = rest;
+        }
+        folded.ends.push(folded.entries.len() as u32);
+    }
+    folded.records = rests.records;
+    folded
+}
+
+/// How often something is used.
 #[derive(Clone, Copy, Default)]
 struct Count {
-    places: u64,
+    places: u32,
     /// At most: chains may share pages.
-    pages: u64,
+    pages: u32,
 }
 
 impl Count {
-    fn add(&mut self, chain: usize, uses: &Uses) {
-        self.places += u64::from(uses.places[chain]);
-        self.pages += u64::from(uses.pages[chain]);
+    fn add(&mut self, more: Self) {
+        // Neither is more than the rows of a table.
+        self.places = self.places.wrapping_add(more.places);
+        self.pages = self.pages.wrapping_add(more.pages);
     }
 
     /// Bytes of a record beside its entries.
     fn record_bytes(&self, uses: &Uses) -> u64 {
         let all = f64::from(uses.all_pages.max(1));
         // Of pages, as many as random places meet, and no more than there can be.
-        let pages = (all * (1.0 - (-(self.places as f64) / all).exp())).min(self.pages as f64);
+        let pages = (all * (1.0 - (-f64::from(self.places) / all).exp())).min(self.pages.into());
         // The dictionary's first numbers, which most pages use, are every page's.
         let local = if pages > COMMON_PAGES * all { 0.0 } else { pages.max(1.0) };
         u64::from(RECORD_BYTES) + (f64::from(LOCAL_BYTES) * local) as u64
@@ -238,24 +197,15 @@ impl Count {
 
     /// What a use costs, in 1/256 byte.
     fn cost(&self, uses: &Uses) -> u32 {
-        256 * ENTRY_BYTES + (256 * self.record_bytes(uses) / self.places.max(1)) as u32
+        256 * ENTRY_BYTES + (256 * self.record_bytes(uses) / u64::from(self.places.max(1))) as u32
     }
 
     /// What all uses cost.
     fn bytes(&self, uses: &Uses) -> u64 {
-        if self.places == 0 { 0 } else { u64::from(ENTRY_BYTES) * self.places + self.record_bytes(uses) }
-    }
-}
-
-/// Calls `found` with the length and the record of each run of at least two rows that begins `rows`.
-fn runs_at(rows: &[Step], mut found: impl FnMut(usize, Record)) {
-    for kind in [kind::PUSH_RUN, kind::POP_RUN] {
-        let Some(mut run) = Run::begin(rows[0].record, kind) else { return };
-        for (index, row) in rows.iter().enumerate().skip(1) {
-            if !run.extend(u64::from(row.at - rows[0].at), row.record) {
-                break;
-            }
-            found(index + 1, run.to_record());
+        if self.places == 0 {
+            0
+        } else {
+            u64::from(ENTRY_BYTES) * u64::from(self.places) + self.record_bytes(uses)
         }
     }
 }
@@ -272,7 +222,7 @@ pub(crate) fn fits_dictionary(chains: &Chains) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use windlass_schema::record::frame_pointer;
+    use windlass_schema::record::{frame_pointer, kind};
 
     use crate::placement::Placement;
     use crate::rows::Row;
@@ -291,13 +241,13 @@ mod tests {
     fn check(rows: &[(u64, Record)], expect: &[u64]) {
         let rows: Vec<Row> =
             rows.iter().map(|(address, record)| Row { address: *address, record: *record }).collect();
-        let mut placement = Placement::new(0, 0);
+        let mut placement = Placement::new(Chains::default(), 0, 0);
         placement.rows(&rows);
         // The first pass: fewest entries.
         let uses = Uses::of(placement.chains.len(), &placement.placed);
-        let options = Options::of(&placement.chains, &uses, true);
-        let mut folded = options.choose(|_| 1);
-        folded.records = options.records;
+        let rests = Rests::of(&placement.chains, |chain| uses.chains[chain].places > 0, true);
+        let chosen = choose(&rests, |_| 1);
+        let folded = entries(rests, &chosen);
         let entries: Vec<Row> = (placement.placed.iter())
             .flat_map(|placed| {
                 folded.entries(placed.chain).iter().map(|entry| Row {

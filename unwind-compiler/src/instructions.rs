@@ -106,8 +106,8 @@ pub(crate) struct Ran {
 
 /// The row that a CIE's instructions leave, with which each of its FDEs starts.
 pub(crate) fn run_initial<'a>(cie: &Cie<'a>, instructions: &'a [u8]) -> Option<Frame<'a>> {
-    let mut machine =
-        Machine { cie, frame: Frame::new(cie.architecture), remembered: Vec::new(), is_initial: true };
+    let (frame, remembered) = (Frame::new(cie.architecture), &mut Vec::new());
+    let mut machine = Machine { cie, frame, remembered, is_initial: true };
     let mut cursor = Cursor::new(instructions, 0);
     while !cursor.is_at_end() {
         // Instructions of a CIE have no place, so one that moves does nothing.
@@ -118,10 +118,12 @@ pub(crate) fn run_initial<'a>(cie: &Cie<'a>, instructions: &'a [u8]) -> Option<F
 
 /// Runs the instructions of an FDE that starts at address `start`; calls `visit` with the offset of each row's
 /// first byte from there and the row. A row ends where the next begins; rows without a byte are left out.
+/// `remembered` is memory to use.
 pub(crate) fn run<'a>(
     cie: &Cie<'a>,
     (at, len): (u32, u32),
     start: u64,
+    remembered: &mut Vec<Frame<'a>>,
     mut visit: impl FnMut(u64, &Frame<'a>),
 ) -> Ran {
     let instructions = cie.data.get(..at as usize + len as usize).unwrap_or_default();
@@ -129,7 +131,8 @@ pub(crate) fn run<'a>(
     let Some(initial) = cie.initial else {
         return Ran { malformed_from: Some(0), is_placed: false };
     };
-    let mut machine = Machine { cie, frame: initial, remembered: Vec::new(), is_initial: false };
+    remembered.clear();
+    let mut machine = Machine { cie, frame: initial, remembered, is_initial: false };
     let mut offset = 0u64;
     let mut is_placed = false;
     while !cursor.is_at_end() {
@@ -157,12 +160,13 @@ pub(crate) fn run<'a>(
 struct Machine<'c, 'a> {
     cie: &'c Cie<'a>,
     frame: Frame<'a>,
-    remembered: Vec<Frame<'a>>,
+    remembered: &'c mut Vec<Frame<'a>>,
     is_initial: bool,
 }
 
 impl<'a> Machine<'_, 'a> {
     /// Runs one instruction; `None` if it is malformed.
+    #[inline(always)]
     fn run(&mut self, cursor: &mut Cursor<'a>) -> Option<Effect> {
         let instruction = cursor.u8()?;
         let low = u64::from(instruction & 0x3f);
@@ -219,6 +223,7 @@ impl<'a> Machine<'_, 'a> {
         offset.wrapping_mul(self.cie.data_alignment)
     }
 
+    #[inline(always)]
     fn define_cfa(&mut self, instruction: u8, cursor: &mut Cursor<'a>) -> Option<()> {
         let register = |number: u64| u16::try_from(number).ok();
         // What keeps a part of the rule needs one of that kind.

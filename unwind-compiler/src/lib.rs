@@ -10,13 +10,13 @@
 //! In reading order, each step a module:
 //!
 //! - `elf`: where the image keeps its call frame information
-//! - `entries`: its CIEs and FDEs; `instructions`: the rows of each
+//! - `entries`: its CIEs and FDEs; `instructions`: the rows of each; `plain`: those of nearly all, sooner
 //! - `go`, `go_functions`: the rows of Go code, which has other tables
 //! - `projection`, `expression`: a row of CFI as a [`Rule`](windlass_schema::Rule)
 //! - `shapes`, `chains`: what functions have in common, once
 //! - `rows`: what several FDEs say of one address
 //! - `placement`: all rows at their addresses; `density`: what the format cannot hold, marked as such
-//! - `run`, `fold`: runs of rows as one record
+//! - `run`, `rests`, `fold`: runs of rows as one record
 //! - `dictionary`, `encode`: the bytes
 //! - `report`: what became of everything
 //! - `oracle`, `verify`: the proof, by another interpreter
@@ -48,8 +48,10 @@ mod go_functions;
 mod instructions;
 mod oracle;
 mod placement;
+mod plain;
 mod projection;
 mod report;
+mod rests;
 mod rows;
 mod run;
 mod shapes;

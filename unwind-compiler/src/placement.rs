@@ -43,10 +43,10 @@ pub(crate) struct Placement {
 }
 
 impl Placement {
-    /// With offsets from `base` on, for about so many chains.
-    pub(crate) fn new(base: u64, expected: usize) -> Self {
+    /// Of these chains and more, with offsets from `base` on, for about so many places.
+    pub(crate) fn new(chains: Chains, base: u64, expected: usize) -> Self {
         Self {
-            chains: Chains::default(),
+            chains,
             placed: Vec::with_capacity(expected),
             base,
             is_too_dense: false,
@@ -198,7 +198,7 @@ mod tests {
             Row { address: 0x2_0001, record: Record::NO_CFI },
             Row { address: 0x5_0001, record: rsp(1) },
         ];
-        let mut placement = Placement::new(0, 0);
+        let mut placement = Placement::new(Chains::default(), 0, 0);
         placement.rows(&rows);
         let offsets: Vec<_> = placement.placed.iter().map(|placed| placed.offset).collect();
         // The end of coverage is in the chain of 0x20000: the run `pop; ret` can hold both.
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn a_function_that_goes_on_as_the_last_ended_has_no_row_of_its_own() {
-        let mut placement = Placement::new(0, 0);
+        let mut placement = Placement::new(Chains::default(), 0, 0);
         placement.steps(0x100, &[Step { at: 0, record: rsp(1) }]);
         placement.steps(0x140, &[Step { at: 0, record: rsp(1) }]);
         placement.steps(0x180, &[Step { at: 0, record: rsp(1) }, Step { at: 1, record: rsp(2) }]);

@@ -11,6 +11,11 @@ pub(crate) fn links(state: Record, distance: u64, next: Record) -> bool {
     if distance > u64::from(MAX_RUN_BYTES) || state.kind() != kind::SP {
         return false;
     }
+    // Nearly all that are: one push or pop of something else than rbp. Only the offset differs, by a word.
+    let is_word = matches!(next.offset().wrapping_sub(state.offset()), 8 | -8);
+    if is_word && next.0 as u32 == state.0 as u32 && distance > 0 {
+        return base_words(state).is_some() && words_of(next).is_some();
+    }
     let is_run = |kind| Run::begin(state, kind).is_some_and(|mut run| run.extend(distance, next));
     is_run(kind::PUSH_RUN) || is_run(kind::POP_RUN)
 }
@@ -38,13 +43,8 @@ const FRAME: u8 = 0x80;
 
 impl Run {
     pub(crate) fn begin(base: Record, run_kind: u8) -> Option<Self> {
-        let base_words = u32::from(u8::try_from(base.offset() / 8).ok()?);
-        let foldable = base.kind() == kind::SP
-            && base.return_address() == return_address::AT_CFA
-            && base.frame_pointer() <= frame_pointer::AT_CFA
-            && base.offset() % 8 == 0
-            && base.offset() >= 0;
-        foldable.then_some(Self {
+        let base_words = base_words(base)?;
+        Some(Self {
             kind: run_kind,
             base,
             base_words,
@@ -140,6 +140,17 @@ impl Run {
                 | u64::from(self.base.frame_pointer_offset() as u16) << 48,
         )
     }
+}
+
+/// The CFA's offset in words, of a state that a run can begin with.
+fn base_words(base: Record) -> Option<u32> {
+    let words = u32::from(u8::try_from(base.offset() / 8).ok()?);
+    let is_base = base.kind() == kind::SP
+        && base.return_address() == return_address::AT_CFA
+        && base.frame_pointer() <= frame_pointer::AT_CFA
+        && base.offset() % 8 == 0
+        && base.offset() >= 0;
+    is_base.then_some(words)
 }
 
 /// The CFA's offset in words.
