@@ -93,6 +93,20 @@ pub trait PageBytes {
     fn half(&self, offset: u32) -> u16;
     /// The little-endian 64-bit value at `offset` of the page, a multiple of 8.
     fn double(&self, offset: u32) -> u64;
+    /// The byte at `offset + index`, of which `offset` is known sooner.
+    #[inline(always)]
+    fn byte_behind(&self, offset: u32, index: u32) -> u8 {
+        self.byte(offset.wrapping_add(index))
+    }
+    /// How many of the first `count` bytes at `offset`, which ascend, or of the first [`WINDOW`] if these are
+    /// fewer, are at most `low`.
+    #[inline(always)]
+    fn count_at_most(&self, offset: u32, count: u32, low: u32) -> u32
+    where
+        Self: Sized,
+    {
+        count_at_most(self, offset, count, low)
+    }
 }
 
 impl PageBytes for &[u8] {
@@ -115,6 +129,31 @@ impl PageBytes for &[u8] {
             // The last word of a page may be cut off: what is missing is zero.
             None => rest.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
         }
+    }
+
+    /// Loads eight bytes while `index` is still being found: it is below 8 as a rule.
+    #[inline(always)]
+    fn byte_behind(&self, offset: u32, index: u32) -> u8 {
+        match self.get(offset as usize..).and_then(|rest| rest.first_chunk()) {
+            Some(bytes) if index < 8 => (u64::from_le_bytes(*bytes) >> (8 * index)) as u8,
+            _ => self.byte(offset.wrapping_add(index)),
+        }
+    }
+
+    /// The same by words that need no joining, and by the first byte that is greater.
+    #[inline(always)]
+    fn count_at_most(&self, offset: u32, count: u32, low: u32) -> u32 {
+        let Some(window) =
+            self.get(offset as usize..).and_then(|rest| rest.first_chunk::<{ WINDOW as usize }>())
+        else {
+            return count_at_most(self, offset, count, low);
+        };
+        let window = u128::from_le_bytes(*window);
+        let words = [window as u64, (window >> 64) as u64].map(|word| !is_at_most(word, low) & TOP_BITS);
+        let first = words[0].trailing_zeros() / 8;
+        let second = words[1].trailing_zeros() / 8;
+        let all = if words[0] == 0 { 8 + second } else { first };
+        if all < count { all } else { count }
     }
 }
 
@@ -214,10 +253,13 @@ impl PageLayout {
         (start, start + count as u32)
     }
 
-    /// The page's number for the record of entry `entry`, without `WIDE_RECORDS`.
+    /// The page's number for the record of entry `entry`, without `WIDE_RECORDS`. `near` is an entry, known sooner, that
+    /// `entry` is not more than one before.
     #[inline(always)]
-    pub fn record_number<P: PageBytes>(&self, page: &P, entry: u32) -> u32 {
-        let number = u32::from(page.byte(self.records_at + entry));
+    pub fn record_number<P: PageBytes>(&self, page: &P, near: u32, entry: u32) -> u32 {
+        let from = near.wrapping_sub(1);
+        let number =
+            u32::from(page.byte_behind(self.records_at.wrapping_add(from), entry.wrapping_sub(from)));
         if self.flags & NINTH_BITS == 0 {
             return number;
         }
@@ -225,18 +267,17 @@ impl PageLayout {
         number | (bits >> (entry & 7) & 1) << 8
     }
 
-    /// The dictionary number of entry `entry`.
+    /// The dictionary number of entry `entry`; `near` as for [`Self::record_number`].
     #[inline(always)]
-    pub fn dictionary_number<P: PageBytes>(&self, page: &P, entry: u32) -> u32 {
+    pub fn dictionary_number<P: PageBytes>(&self, page: &P, near: u32, entry: u32) -> u32 {
         if self.flags & WIDE_RECORDS != 0 {
             return u32::from(page.half(self.wide_records_at + 2 * entry));
         }
-        let number = self.record_number(page, entry);
-        if number < self.common {
-            number
-        } else {
-            u32::from(page.half(self.locals_at + 2 * (number - self.common)))
-        }
+        let number = self.record_number(page, near, entry);
+        // Arithmetic instead of a branch, which would go either way: all ones for a local number.
+        let is_local = (number.wrapping_sub(self.common) >> 31).wrapping_sub(1);
+        let local = u32::from(page.half(self.locals_at + 2 * (number.wrapping_sub(self.common) & is_local)));
+        number & !is_local | local & is_local
     }
 }
 
@@ -269,17 +310,24 @@ fn count_at_most<P: PageBytes>(page: &P, at: u32, count: u32, low: u32) -> u32 {
     at_most(joined(words[0], words[1]), first, low) + at_most(joined(words[1], words[2]), count - first, low)
 }
 
-/// How many of the lowest `count` bytes of a word, 0 to 8, are at most `low`.
+/// The top bit of each byte of a word.
+const TOP_BITS: u64 = 0x8080_8080_8080_8080;
+
+/// The top bit of each byte of a word that is at most `low`.
 #[inline(always)]
-const fn at_most(word: u64, count: u32, low: u32) -> u32 {
-    const TOP_BITS: u64 = 0x8080_8080_8080_8080;
+const fn is_at_most(word: u64, low: u32) -> u64 {
     let low = low as u64 * 0x0101_0101_0101_0101;
     // By the low seven bits of each byte, without a borrow from the next; then by the top bits, where these differ.
     let by_low_bits = (low | TOP_BITS).wrapping_sub(word & !TOP_BITS);
-    let is_at_most = (low & !word | !(low ^ word) & by_low_bits) & TOP_BITS;
+    (low & !word | !(low ^ word) & by_low_bits) & TOP_BITS
+}
+
+/// How many of the lowest `count` bytes of a word, 0 to 8, are at most `low`.
+#[inline(always)]
+const fn at_most(word: u64, count: u32, low: u32) -> u32 {
     // Twice, as a shift by 64 is none.
     let counted = !(u64::MAX << (4 * count) << (4 * count));
-    ((is_at_most & counted) >> 7).wrapping_mul(0x0101_0101_0101_0101).wrapping_shr(56) as u32
+    ((is_at_most(word, low) & counted) >> 7).wrapping_mul(0x0101_0101_0101_0101).wrapping_shr(56) as u32
 }
 
 /// What a search found.
@@ -319,17 +367,15 @@ pub fn search<P: PageBytes>(page: &P, offset: u32) -> Option<Hit> {
             step >>= 1;
         }
     }
-    after += count_at_most(page, layout.low_bytes_at.wrapping_add(after), end.wrapping_sub(after), low);
+    after += page.count_at_most(layout.low_bytes_at.wrapping_add(after), end.wrapping_sub(after), low);
     if after == 0 {
         return None;
     }
     let entry = after - 1;
-    let distance = if after > start {
-        low.wrapping_sub(u32::from(page.byte(layout.low_bytes_at + entry)))
-    } else {
-        PAST_RUN
-    };
-    Some(Hit { record: layout.dictionary_number(page, entry), distance })
+    let from_entry = low.wrapping_sub(u32::from(page.byte(layout.low_bytes_at + entry)));
+    // All ones, which is past every run, where the entry is in a block before: the sign bit of a difference.
+    let distance = from_entry | (start.wrapping_sub(after) >> 31).wrapping_sub(1);
+    Some(Hit { record: layout.dictionary_number(page, start, entry), distance })
 }
 
 #[cfg(test)]

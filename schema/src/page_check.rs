@@ -75,7 +75,7 @@ fn check_index(page: &[u8], layout: &PageLayout) -> Result<(), &'static str> {
 /// Checks entries with dictionary numbers.
 fn check_wide_records(page: &[u8], layout: &PageLayout, dictionary: &[u8]) -> Result<(), &'static str> {
     for (entry, low) in (0..).zip(low_bytes(page, layout)) {
-        check_record(layout.dictionary_number(&page, entry), *low, dictionary)?;
+        check_record(layout.dictionary_number(&page, entry, entry), *low, dictionary)?;
     }
     Ok(())
 }
@@ -85,7 +85,7 @@ fn check_records(page: &[u8], layout: &PageLayout, dictionary: &[u8]) -> Result<
     // Of each number, the highest low byte of an entry that has it, plus one.
     let mut highest = [0u16; NUMBERS];
     for (entry, low) in (0..).zip(low_bytes(page, layout)) {
-        let number = layout.record_number(&page, entry) as usize % NUMBERS;
+        let number = layout.record_number(&page, entry, entry) as usize % NUMBERS;
         highest[number] = highest[number].max(u16::from(*low) + 1);
     }
     let known = (layout.common + layout.locals) as usize;

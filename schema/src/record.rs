@@ -268,11 +268,11 @@ impl Record {
         }
         let event_distance = (self.0 >> 32 & 15) + 1;
         let reach = if distance > MAX_RUN_BYTES { MAX_RUN_BYTES } else { distance } as u64;
-        let [changes, changes_at_event, all_changes] = self.count_changes(reach, event_distance);
+        let [changes, changes_at_event] = self.count_changes(reach, event_distance);
         let base = self.0 >> 8 & 0xff;
         let extra = self.0 >> 40 & 0xff;
         let has_event = self.0 >> 39 & 1 != 0 && reach >= event_distance;
-        let is_behind = changes == all_changes && changes != 0;
+        let is_behind = (self.0 >> 16 & 0xffff) >> reach == 0 && changes != 0;
         let is_last = self.0 & 0x40 != 0 && is_behind;
         let is_push = self.kind() == kind::PUSH_RUN;
         // Selected by arithmetic: which of these holds is random to a processor that has to guess, and each guess is a path
@@ -292,17 +292,17 @@ impl Record {
         Self(select(is_resumed & (extra == 0), Self::NO_CFI.0, state))
     }
 
-    /// Changes of the run at distances up to `reach`, to `event_distance`, and all.
+    /// Changes of the run at distances up to `reach` and to `event_distance`.
     #[inline(always)]
-    const fn count_changes(self, reach: u64, event_distance: u64) -> [u64; 3] {
+    const fn count_changes(self, reach: u64, event_distance: u64) -> [u64; 2] {
         let mask = self.0 >> 16 & 0xffff;
-        // BPF has no instruction that counts bits, so it is spelled out; once for all three, 16 bits each.
-        let lanes = mask & ((1 << reach) - 1) | (mask & ((1 << event_distance) - 1)) << 16 | mask << 32;
-        let pairs = lanes - (lanes >> 1 & 0x5555_5555_5555);
-        let nibbles = (pairs & 0x3333_3333_3333) + (pairs >> 2 & 0x3333_3333_3333);
-        let bytes = (nibbles + (nibbles >> 4)) & 0x0f0f_0f0f_0f0f;
+        // BPF has no instruction that counts bits, so it is spelled out; once for both, 16 bits each.
+        let lanes = mask & ((1 << reach) - 1) | (mask & ((1 << event_distance) - 1)) << 16;
+        let pairs = lanes - (lanes >> 1 & 0x5555_5555);
+        let nibbles = (pairs & 0x3333_3333) + (pairs >> 2 & 0x3333_3333);
+        let bytes = (nibbles + (nibbles >> 4)) & 0x0f0f_0f0f;
         let sums = bytes + (bytes >> 8);
-        [sums & 0x1f, sums >> 16 & 0x1f, sums >> 32 & 0x1f]
+        [sums & 0x1f, sums >> 16 & 0x1f]
     }
 }
 
@@ -335,7 +335,7 @@ mod tests {
             for reach in [0, 1, 7, 16] {
                 let event = 1 + mask % 16;
                 let ones = |bits: u64| u64::from((mask & ((1 << bits) - 1)).count_ones());
-                assert_eq!(run.count_changes(reach, event), [ones(reach), ones(event), ones(16)]);
+                assert_eq!(run.count_changes(reach, event), [ones(reach), ones(event)]);
             }
         }
     }

@@ -263,7 +263,7 @@ impl<'a> Table<'a> {
     pub fn lookup(&self, address: ImageAddress) -> Record {
         let offset = address.get().wrapping_sub(self.base);
         let number = offset >> PAGE_SHIFT;
-        let Some(page) = u32::try_from(number).ok().and_then(|number| self.page(number)) else {
+        let Some(page) = u32::try_from(number).ok().and_then(|number| self.pages_from(number)) else {
             return Record::NO_CFI;
         };
         match search(&page, offset as u32 & 0xffff) {
@@ -280,13 +280,19 @@ impl<'a> Table<'a> {
 
     /// The bytes of page `number`, without padding; `None` if the directory has none.
     pub fn page(&self, number: u32) -> Option<&'a [u8]> {
+        let page = self.pages_from(number)?;
+        Some(&page[..PageLayout::read(&page).end as usize])
+    }
+
+    /// The bytes of page `number` and of those behind it.
+    #[inline]
+    fn pages_from(&self, number: u32) -> Option<&'a [u8]> {
         let at = (number as usize).checked_mul(4)?;
         let at = u32_at(self.directory.get(at..at + 4)?, 0);
         if at == NO_PAGE {
             return None;
         }
-        let page = &self.pages[at as usize * 8..];
-        Some(&page[..PageLayout::read(&page).end as usize])
+        Some(&self.pages[at as usize * 8..])
     }
 
     /// Number of pages in the directory.
@@ -323,7 +329,7 @@ impl<'a> Table<'a> {
                     let (first, end) = layout.block(&page, block);
                     (first..end).map(move |entry| crate::table_writer::TableEntry {
                         offset: start + u32::from(page[(layout.low_bytes_at + entry) as usize]),
-                        record: layout.dictionary_number(&page, entry) as u16,
+                        record: layout.dictionary_number(&page, entry, entry) as u16,
                     })
                 })
             },
@@ -369,7 +375,7 @@ impl<'a> Table<'a> {
                     start + (u64::from(GROUP_BLOCKS * layout.first_group + block) << BLOCK_SHIFT);
                 (first..end).flat_map(move |entry| {
                     let at = block_start + u64::from(page[(layout.low_bytes_at + entry) as usize]);
-                    let record = self.record(layout.dictionary_number(&page, entry));
+                    let record = self.record(layout.dictionary_number(&page, entry, entry));
                     let states = if record.is_run() { MAX_RUN_BYTES + 1 } else { 1 };
                     let next = if entry + 1 < end {
                         block_start + u64::from(page[(layout.low_bytes_at + entry + 1) as usize])
