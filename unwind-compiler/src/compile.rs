@@ -9,11 +9,13 @@ use crate::elf::{CompileError, Image};
 use crate::encode::encode;
 use crate::entries::Entries;
 use crate::fold::fits_dictionary;
-use crate::go_functions::{GoFunction, functions};
+use crate::go_functions::functions;
 use crate::placement::Placement;
+use crate::recognised::Uncovered;
 use crate::report::{Report, SkipReason};
 use crate::rows::{Interval, merge};
 use crate::shapes::{Links, ShapeNumber, Shapes};
+use crate::stretch::Stretch;
 
 /// Bytes of a section to an FDE, as compilers write them: 50 over a whole distribution.
 const FDE_BYTES: usize = 48;
@@ -30,7 +32,8 @@ pub struct Compiled {
 }
 
 /// Compiles the call frame information of a 64-bit little-endian ELF image of x86-64 or aarch64: `.eh_frame`,
-/// where that has nothing to say Go's function table, and where that has nothing to say `.debug_frame`. `build_id` is written into the table, not checked.
+/// where that has nothing to say Go's function table, and where that has nothing to say `.debug_frame`; and code that
+/// none of them covers, as far as its instructions leave no doubt. `build_id` is written into the table, not checked.
 ///
 /// An image without call frame information gives an empty table, and whatever is malformed in it
 /// is skipped and reported; only a file of another kind is an error. The table has passed [`Table::parse`]. Takes
@@ -38,9 +41,9 @@ pub struct Compiled {
 pub fn compile(elf: &[u8], build_id: BuildId) -> Result<Compiled, CompileError> {
     let image = Image::parse(elf)?;
     let mut report = Report::default();
-    let (functions, shapes) = collect(&image, &mut report);
+    let Collected { functions, links, chains, uncovered } = collect(&image, &mut report);
+    report.count_uncovered(&uncovered);
     let base = functions.first().map_or(0, |first| first.start >> PAGE_SHIFT << PAGE_SHIFT);
-    let (links, chains) = shapes;
     let mut placement = Placement::new(chains, base, PLACES_PER_FDE * functions.len());
     place(&functions, &links, &mut placement, &mut report);
     if placement.is_too_dense || !fits_dictionary(&placement.chains) {
@@ -55,7 +58,12 @@ pub fn compile(elf: &[u8], build_id: BuildId) -> Result<Compiled, CompileError> 
     Ok(Compiled { table, report })
 }
 
-/// Code with rows from one source: an FDE, or a stretch of Go functions.
+/// What is known of code that nothing covers, as [`compile`] has it.
+pub(crate) fn uncovered(image: &Image<'_>) -> Uncovered {
+    collect(image, &mut Report::default()).uncovered
+}
+
+/// Code with rows from one source: an FDE, a stretch of Go functions, or one that is recognised.
 #[derive(Clone, Copy, Debug)]
 struct Function {
     start: u64,
@@ -64,6 +72,12 @@ struct Function {
 }
 
 impl Function {
+    /// Of a stretch of this rank.
+    fn of_stretch(stretch: &Stretch, rank: u8, shapes: &mut Shapes<'_>) -> Self {
+        let shape = shapes.of_steps(&stretch.steps, rank);
+        Self { start: stretch.start, length: (stretch.end - stretch.start) as u32, shape }
+    }
+
     fn end(&self) -> u64 {
         self.start + u64::from(self.length)
     }
@@ -72,9 +86,22 @@ impl Function {
 /// Rank of what Go's function table says, between that of `.eh_frame` and that of `.debug_frame`: the latter, of Go, does
 /// not say where rbp is.
 const GO_RANK: u8 = 1;
+/// Rank of what is recognised, where there is nothing else.
+const RECOGNISED_RANK: u8 = 3;
 
-/// All functions, in the order of their addresses, and the chains of their shapes.
-fn collect(image: &Image<'_>, report: &mut Report) -> (Vec<Function>, (Links, Chains)) {
+/// Code with rows.
+struct Collected {
+    /// In the order of their addresses.
+    functions: Vec<Function>,
+    /// Of their shapes.
+    links: Links,
+    chains: Chains,
+    /// Part of `functions`.
+    uncovered: Uncovered,
+}
+
+/// All functions, and the chains of their shapes.
+fn collect(image: &Image<'_>, report: &mut Report) -> Collected {
     let data: Vec<_> = image.frames.iter().map(|section| section.data()).collect();
     let bytes: usize = data.iter().flatten().map(|data| data.len()).sum();
     let mut cies = Vec::new();
@@ -104,13 +131,23 @@ fn collect(image: &Image<'_>, report: &mut Report) -> (Vec<Function>, (Links, Ch
     report.fdes = all.len() as u64;
     let stretches = functions(image);
     report.go_functions = stretches.len() as u64;
-    all.extend(stretches.into_iter().map(|GoFunction { start, end, steps }| {
-        let shape = shapes.of_steps(&steps, GO_RANK);
-        Function { start, length: (end - start) as u32, shape }
-    }));
+    all.extend(stretches.iter().map(|stretch| Function::of_stretch(stretch, GO_RANK, &mut shapes)));
     // Stable: of FDEs at one address, the first of the first section comes first. Linkers leave long sorted runs.
     all.sort_by_key(|function| function.start);
-    (all, shapes.finish())
+    // What is skipped may cover the rest.
+    let uncovered = if report.is_whole() {
+        Uncovered::of(image, all.iter().map(|function| function.start..function.end()))
+    } else {
+        Uncovered::default()
+    };
+    let recognised = uncovered.stretches();
+    if !recognised.is_empty() {
+        let stretches = recognised.iter();
+        all.extend(stretches.map(|stretch| Function::of_stretch(stretch, RECOGNISED_RANK, &mut shapes)));
+        all.sort_by_key(|function| function.start);
+    }
+    let (links, chains) = shapes.finish();
+    Collected { functions: all, links, chains, uncovered }
 }
 
 /// Lays the rows of all functions out.
@@ -135,7 +172,10 @@ fn place(functions: &[Function], links: &Links, placement: &mut Placement, repor
             }
             several => place_overlapping(several, links, placement),
         }
-        report.code_bytes += end - first.start;
+        // In a gap, and so alone.
+        if links.of(first.shape).1 != RECOGNISED_RANK {
+            report.code_bytes += end - first.start;
+        }
         covered_to = end;
         rest = behind;
     }

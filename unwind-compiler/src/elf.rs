@@ -10,10 +10,11 @@
 //! to be. The rest, from [`FrameSection`] on, does not see the difference.
 //!
 //! Each step a module: `section`, which sections are read and how far; `relocation`; `address_space`, what lies at
-//! which address; `go_table`; `build_id`.
+//! which address; `functions`, where functions start; `go_table`; `build_id`.
 
 mod address_space;
 mod build_id;
+mod functions;
 mod go_table;
 mod relocation;
 mod section;
@@ -66,6 +67,8 @@ pub(crate) struct Image<'a> {
     pub(crate) text: Option<u64>,
     /// Address of `.got`, which data-relative pointers count from.
     pub(crate) got: Option<u64>,
+    /// Address at which the process starts.
+    entry: u64,
     file: &'a [u8],
     segments: &'a [Segment],
     sections: Sections<'a>,
@@ -121,6 +124,7 @@ impl<'a> Image<'a> {
             skipped: Vec::new(),
             text: None,
             got: None,
+            entry: 0,
             file,
             segments: &[],
             sections: SectionTable::default(),
@@ -142,6 +146,7 @@ impl<'a> Image<'a> {
             elf::ET_REL => true,
             _ => return Ok(image),
         };
+        image.entry = header.e_entry(LE);
         image.is_dynamic = header.e_type(LE) == elf::ET_DYN;
         image.sections = header.sections(LE, file).unwrap_or_default();
         if is_relocatable {

@@ -12,6 +12,8 @@
 //! - `elf`: where the image keeps its call frame information
 //! - `entries`: its CIEs and FDEs; `instructions`: the rows of each; `plain`: those of nearly all, sooner
 //! - `go`, `go_functions`: the rows of Go code, which has other tables
+//! - `code_bytes`, `uncovered`, `function_set`, `function_walk`: the rows of code that none of these covers, from its instructions;
+//!   `x86_64`, `aarch64`: what instructions mean; `frame_pointers`, `recognised`
 //! - `projection`, `expression`: a row of CFI as a [`Rule`](windlass_schema::Rule)
 //! - `shapes`, `chains`: what functions have in common, once
 //! - `rows`: what several FDEs say of one address
@@ -33,7 +35,9 @@
 //! # }
 //! ```
 
+mod aarch64;
 mod chains;
+mod code_bytes;
 mod compile;
 mod cursor;
 mod density;
@@ -43,6 +47,9 @@ mod encode;
 mod entries;
 mod expression;
 mod fold;
+mod frame_pointers;
+mod function_set;
+mod function_walk;
 mod go;
 mod go_functions;
 mod instructions;
@@ -50,14 +57,18 @@ mod oracle;
 mod placement;
 mod plain;
 mod projection;
+mod recognised;
 mod report;
 mod rests;
 mod rows;
 mod run;
 mod shapes;
+mod stretch;
+mod uncovered;
 mod verify;
+mod x86_64;
 
 pub use compile::{Compiled, compile};
 pub use elf::{CompileError, build_id_of};
-pub use report::{MAX_SKIPPED_LISTED, Report, SkipReason, SkippedFde};
+pub use report::{MAX_SKIPPED_LISTED, RecognisedKind, Report, SkipReason, SkippedFde};
 pub use verify::{Disagreement, MAX_DISAGREEMENTS_LISTED, Verification, verify};

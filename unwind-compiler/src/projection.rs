@@ -16,7 +16,7 @@ use crate::instructions::{Cfa, Frame, RegisterRule};
 
 /// Where the kernel's `sigcontext` lies from the stack pointer of a signal trampoline: behind `uc_flags`,
 /// `uc_link` and `uc_stack` of `struct ucontext` (arch/x86/include/uapi/asm/ucontext.h).
-const SIGCONTEXT_OFFSET: i16 = 40;
+pub(crate) const SIGCONTEXT_OFFSET: i16 = 40;
 
 /// DWARF number of the return address column of x86-64.
 const RETURN_ADDRESS_X86_64: u16 = 16;

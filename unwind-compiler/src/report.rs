@@ -10,6 +10,7 @@ use windlass_schema::record::kind;
 use windlass_schema::{ImageAddress, Record, UnsupportedReason};
 
 use crate::placement::Placement;
+use crate::recognised::Uncovered;
 
 /// Most skipped FDEs that a report names; all are counted.
 pub const MAX_SKIPPED_LISTED: usize = 100;
@@ -75,6 +76,31 @@ pub struct SkippedFde {
     pub reason: SkipReason,
 }
 
+/// What code is that has rows without CFI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RecognisedKind {
+    /// Where the process starts, up to its call.
+    ProcessEntry,
+    /// A procedure linkage table.
+    LinkageTable,
+    /// What a signal handler returns to.
+    SignalTrampoline,
+    /// A function all of whose instructions were followed.
+    Function,
+}
+
+impl RecognisedKind {
+    /// The name used in JSON.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ProcessEntry => "process_entry",
+            Self::LinkageTable => "linkage_table",
+            Self::SignalTrampoline => "signal_trampoline",
+            Self::Function => "function",
+        }
+    }
+}
+
 /// What became of an image's call frame information.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -90,9 +116,15 @@ pub struct Report {
     pub eh_frame_bytes: u64,
     /// Bytes of code that FDEs cover.
     pub code_bytes: u64,
+    /// Bytes of code that nothing covers, but for stretches of nothing but padding.
+    pub uncovered_code_bytes: u64,
+    /// How many of them have exact rows by what the code does.
+    pub recognised_bytes: BTreeMap<RecognisedKind, u64>,
+    /// How many of them can be walked by frame pointers only.
+    pub frame_pointer_code_bytes: u64,
     /// Rows that are exact, ends of coverage included: all but the unsupported ones.
     pub exact_rows: u64,
-    /// Bytes of code under exact rows.
+    /// Bytes of code that FDEs cover under exact rows.
     pub exact_code_bytes: u64,
     /// Rows without an exact rule, by reason.
     pub unsupported: BTreeMap<UnsupportedReason, u64>,
@@ -108,6 +140,33 @@ impl Report {
         *self.skipped_fdes.entry(skipped.reason).or_default() += 1;
         if self.skipped.len() < MAX_SKIPPED_LISTED {
             self.skipped.push(skipped);
+        }
+    }
+
+    /// Whether all call frame information there is was read: what is skipped otherwise has nothing to say of code.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.skipped_fdes.keys().all(|reason| match reason {
+            SkipReason::Instructions
+            | SkipReason::Empty
+            | SkipReason::AddressOverflow
+            | SkipReason::Tombstone
+            | SkipReason::OutsideImage => true,
+            SkipReason::Truncated
+            | SkipReason::Cie
+            | SkipReason::Relocation
+            | SkipReason::Header
+            | SkipReason::Unreadable
+            | SkipReason::SectionOverlap
+            | SkipReason::SectionLimit => false,
+        })
+    }
+
+    /// Counts what is known of code without CFI.
+    pub(crate) fn count_uncovered(&mut self, uncovered: &Uncovered) {
+        self.uncovered_code_bytes = uncovered.bytes;
+        self.frame_pointer_code_bytes = uncovered.frame_pointer_bytes();
+        for (kind, bytes) in uncovered.recognised_bytes() {
+            *self.recognised_bytes.entry(kind).or_default() += bytes;
         }
     }
 
@@ -128,7 +187,10 @@ impl Report {
                 let ends = steps.iter().skip(1).map(|step| placed.offset + step.at).chain([next]);
                 for (step, end) in steps.iter().zip(ends) {
                     if let Some(reason) = reason(step.record) {
-                        unsupported_bytes += u64::from(end - (placed.offset + step.at));
+                        // Those are in code that no FDE covers.
+                        if reason != UnsupportedReason::FramePointersOnly {
+                            unsupported_bytes += u64::from(end - (placed.offset + step.at));
+                        }
                         *self.unsupported.entry(reason).or_default() += u64::from(step.record != state);
                     }
                     state = step.record;

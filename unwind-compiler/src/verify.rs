@@ -21,10 +21,13 @@ use windlass_schema::{
     UnsupportedReason,
 };
 
+use crate::compile::uncovered;
 use crate::elf::{CompileError, Image, SectionKind};
 use crate::expression::ENCODING;
 use crate::go_functions::functions;
 use crate::oracle::{CfiRow, Fde, Reader, Row, Visitor, for_each_fde};
+use crate::recognised::Uncovered;
+use crate::report::RecognisedKind;
 
 /// Most disagreements that a verification describes; all are counted.
 pub const MAX_DISAGREEMENTS_LISTED: usize = 20;
@@ -55,6 +58,9 @@ pub struct Verification {
     pub disagreements: Vec<Disagreement>,
     /// Rows that the table does not claim to know, by reason.
     pub unsupported: BTreeMap<UnsupportedReason, u64>,
+    /// Rows of code without CFI, which are none of those checked by the interpreter: only that no FDE covers them,
+    /// and that they are in the table as they were recognised.
+    pub recognised: BTreeMap<RecognisedKind, u64>,
 }
 
 /// Compares `table` with the call frame information of `elf`.
@@ -72,6 +78,10 @@ pub fn verify(elf: &[u8], table: &Table<'_>) -> Result<Verification, CompileErro
     for_each_fde(&image, &mut check);
     let Check { mut verification, mut covered, go, .. } = check;
     covered.extend(go);
+    let mut covered = union(covered);
+    let uncovered = uncovered(&image);
+    verification.check_recognised(table, &uncovered, &covered);
+    covered.extend(uncovered.stretches().into_iter().map(|stretch| stretch.start..stretch.end));
     verification.check_gaps(table, covered);
     Ok(verification)
 }
@@ -169,7 +179,43 @@ impl Verification {
         }
     }
 
-    /// Checks the bytes at both ends of each range that no FDE covers.
+    /// Checks the rows of code without CFI, which no interpreter confirms: that they are as they were recognised, and
+    /// outside of what is `covered`, which is sorted and disjoint.
+    fn check_recognised(&mut self, table: &Table<'_>, uncovered: &Uncovered, covered: &[Range<u64>]) {
+        let by_frame_pointers = Rule::Unsupported(UnsupportedReason::FramePointersOnly);
+        let rest = uncovered.frame_pointers_only.iter().map(|range| (range, by_frame_pointers));
+        let recognised = uncovered.recognised.iter().map(|one| (&one.range, one.rule));
+        for (range, rule) in recognised.chain(rest) {
+            let behind = covered.partition_point(|other| other.end <= range.start);
+            if covered.get(behind).is_some_and(|other| other.start < range.end) {
+                self.disagree(range.start, rule, "an FDE".to_owned());
+            }
+            self.check_stated(table, range, rule);
+        }
+        for one in &uncovered.recognised {
+            *self.recognised.entry(one.kind).or_default() += 1;
+        }
+        if !uncovered.frame_pointers_only.is_empty() {
+            let rows = uncovered.frame_pointers_only.len() as u64;
+            self.unsupported.insert(UnsupportedReason::FramePointersOnly, rows);
+        }
+    }
+
+    fn check_stated(&mut self, table: &Table<'_>, range: &Range<u64>, expect: Rule) {
+        for address in [range.start, range.end - 1] {
+            self.addresses_checked += 1;
+            let rule = table.rule(ImageAddress::new(address));
+            let has_no_room = matches!(
+                rule,
+                Rule::Unsupported(UnsupportedReason::DenseBlock | UnsupportedReason::DictionaryFull)
+            );
+            if rule != expect && !has_no_room {
+                self.disagree(address, rule, format!("no FDE, recognised as {expect}"));
+            }
+        }
+    }
+
+    /// Checks the bytes at both ends of each range that nothing covers.
     fn check_gaps(&mut self, table: &Table<'_>, covered: Vec<Range<u64>>) {
         let mut gaps = Vec::new();
         let mut end = 0;

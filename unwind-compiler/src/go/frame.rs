@@ -9,9 +9,9 @@
 
 use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule, UnsupportedReason};
 
-use super::instruction::decode;
 use super::table::{Function, Span, Table};
 use super::{FunctionRow, GoRule};
+use crate::x86_64::instruction::decode;
 
 /// Where the kernel's `sigcontext` lies from the stack pointer of a signal trampoline: behind `uc_flags`,
 /// `uc_link` and `uc_stack` of `struct ucontext` (arch/x86/include/uapi/asm/ucontext.h).

@@ -25,7 +25,6 @@
 //! ```
 
 mod frame;
-mod instruction;
 mod module_data;
 mod stack_switch;
 mod table;

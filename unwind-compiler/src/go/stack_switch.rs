@@ -28,9 +28,9 @@ use std::collections::HashMap;
 use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule, UnsupportedReason};
 
 use super::frame::{SAVED_FRAME_POINTER, rule};
-use super::instruction::{Effect, Instruction, Memory, Operand, RBP, RSP, decode};
 use super::table::{Function, Span};
 use super::{FunctionRow, GoRule};
+use crate::x86_64::instruction::{Effect, Instruction, Memory, Operand, RBP, RSP, decode};
 
 /// Longest function that is followed, in bytes. The largest of the runtime's takes under 1 KiB.
 const MAX_CODE_BYTES: usize = 64 << 10;
@@ -88,6 +88,7 @@ pub(super) fn may_write_stack_pointer(code: &[u8]) -> bool {
             }
             Effect::Pop(register) => register == Some(RSP),
             Effect::Other { stack_pointer, .. } => stack_pointer,
+            Effect::Leave => true,
             _ => false,
         };
         if writes {
@@ -206,7 +207,7 @@ impl Follow<'_> {
                 if state.is_callers { FramePointerRule::Same } else { FramePointerRule::Undefined };
             return GoRule::Rule(rule(Some(0), frame_pointer));
         }
-        if instruction.effect == Effect::Call
+        if matches!(instruction.effect, Effect::Call(_))
             && !state.is_depth_true
             && let Some((until, restoring)) = self.restoring(end)
             && let Some(cfa) =
@@ -248,7 +249,7 @@ impl Follow<'_> {
             Effect::Load(RSP, _) | Effect::Address(RSP, _) | Effect::Subtract(RSP, _) | Effect::Pop(_) => {
                 None
             }
-            Effect::Other { stack_pointer: true, .. } => None,
+            Effect::Leave | Effect::Other { stack_pointer: true, .. } => None,
             // The child of clone returns on another stack.
             Effect::SystemCall if !state.is_frame => None,
             _ => Some(0),

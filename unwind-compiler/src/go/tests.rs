@@ -400,7 +400,7 @@ proptest! {
 
     #[test]
     fn any_bytes_are_an_instruction_or_not(code in proptest::collection::vec(any::<u8>(), 0..20)) {
-        if let Some(instruction) = instruction::decode(&code) {
+        if let Some(instruction) = crate::x86_64::instruction::decode(&code) {
             prop_assert!((1..=15).contains(&instruction.bytes) && instruction.bytes <= code.len());
         }
     }

@@ -9,31 +9,31 @@
 /// Longest instruction in bytes (Intel SDM volume 2, 2.3.11).
 const MAX_BYTES: usize = 15;
 
-pub(super) const RAX: u8 = 0;
-pub(super) const RSP: u8 = 4;
-pub(super) const RBP: u8 = 5;
+pub(crate) const RAX: u8 = 0;
+pub(crate) const RSP: u8 = 4;
+pub(crate) const RBP: u8 = 5;
 
 /// Segment prefix of thread-local storage.
 const PREFIX_FS: u8 = 0x64;
 
 /// An operand in memory: `[base + displacement]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     /// `None` if it is not of this simple form: an index, rip, a segment.
-    pub(super) base: Option<u8>,
-    pub(super) displacement: i32,
+    pub(crate) base: Option<u8>,
+    pub(crate) displacement: i32,
 }
 
 /// The operand of a ModRM byte that may be in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Operand {
+pub(crate) enum Operand {
     Register(u8),
     Memory(Memory),
 }
 
 /// What an instruction does, as far as it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Effect {
+pub(crate) enum Effect {
     /// `push` of this register, 8 bytes, or of anything else.
     Push(Option<u8>),
     /// `pop` into this register, 8 bytes, or of anything else.
@@ -50,10 +50,12 @@ pub(super) enum Effect {
     Add(u8, i32),
     /// Stores a constant in memory.
     StoreConstant,
-    /// A call.
-    Call,
+    /// A call; from the end of the instruction, if the code says where to.
+    Call(Option<i32>),
     /// A return.
     Return,
+    /// rbp to rsp, and rbp popped.
+    Leave,
     /// A jump; from the end of the instruction, if the code says where to.
     Jump(Option<i32>),
     /// A conditional jump.
@@ -68,15 +70,17 @@ pub(super) enum Effect {
 
 /// A decoded instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Instruction {
+pub(crate) struct Instruction {
     /// Its length in bytes.
-    pub(super) bytes: usize,
-    pub(super) effect: Effect,
+    pub(crate) bytes: usize,
+    pub(crate) effect: Effect,
+    /// What it reads or writes in memory by a ModRM byte.
+    pub(crate) memory: Option<Memory>,
 }
 
 impl Effect {
     /// Whether rbp may be written.
-    pub(super) fn writes_frame_pointer(self) -> bool {
+    pub(crate) fn writes_frame_pointer(self) -> bool {
         match self {
             Self::Pop(register) => register.is_none_or(|register| register == RBP),
             Self::Load(register, _)
@@ -84,13 +88,14 @@ impl Effect {
             | Self::Subtract(register, _)
             | Self::Add(register, _) => register == RBP,
             Self::Other { frame_pointer, .. } => frame_pointer,
+            Self::Leave => true,
             _ => false,
         }
     }
 }
 
 /// The instruction that `code` begins with, if it is whole and known.
-pub(super) fn decode(code: &[u8]) -> Option<Instruction> {
+pub(crate) fn decode(code: &[u8]) -> Option<Instruction> {
     let code = &code[..code.len().min(MAX_BYTES)];
     let mut at = 0;
     let (mut is_word, mut is_fs) = (false, false);
@@ -98,7 +103,7 @@ pub(super) fn decode(code: &[u8]) -> Option<Instruction> {
         match *code.get(at)? {
             0x66 => is_word = true,
             PREFIX_FS => is_fs = true,
-            0xf0 | 0xf2 | 0xf3 | 0x2e => {}
+            0xf0 | 0xf2 | 0xf3 | 0x2e | 0x3e => {}
             byte => break byte,
         }
         at += 1;
@@ -108,7 +113,7 @@ pub(super) fn decode(code: &[u8]) -> Option<Instruction> {
     }
     let rex = if first & 0xf0 == 0x40 { first } else { 0 };
     at += usize::from(rex != 0);
-    let mut cursor = Cursor { code, at, rex };
+    let mut cursor = Cursor { code, at, rex, memory: None };
     let opcode = cursor.byte()?;
     if opcode == 0x0f {
         return two_bytes(cursor);
@@ -129,6 +134,7 @@ struct Cursor<'a> {
     code: &'a [u8],
     at: usize,
     rex: u8,
+    memory: Option<Memory>,
 }
 
 impl Cursor<'_> {
@@ -186,11 +192,13 @@ impl Cursor<'_> {
             (_, 1) => self.constant(1)?,
             _ => 0,
         };
-        Some((register, Operand::Memory(Memory { base, displacement })))
+        let memory = Memory { base, displacement };
+        self.memory = Some(memory);
+        Some((register, Operand::Memory(memory)))
     }
 
     fn end(self, effect: Effect) -> Option<Instruction> {
-        Some(Instruction { bytes: self.at, effect })
+        Some(Instruction { bytes: self.at, effect, memory: self.memory })
     }
 
     /// The end of an instruction that may write `registers`.
@@ -234,6 +242,8 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
         0x00..=0x3f if opcode & 7 == 5 => c.skip(constant_bytes).and_then(|()| c.end_writing([])),
         0x50..=0x57 => c.end(Effect::Push(is_plain.then(|| c.extended(opcode, 0)))),
         0x58..=0x5f => c.end(Effect::Pop(is_plain.then(|| c.extended(opcode, 0)))),
+        0x68 if !prefixes.is_word => c.skip(4).and_then(|()| c.end(Effect::Push(None))),
+        0x6a if !prefixes.is_word => c.skip(1).and_then(|()| c.end(Effect::Push(None))),
         0x63 => c.operands().and_then(|(register, _)| c.end_writing([register])),
         0x69 => c
             .operands()
@@ -246,7 +256,10 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
             c.end_writing([Some(register), register_of(operand)].into_iter().flatten())
         }),
         0x88..=0x8b | 0x8d => moved(c, opcode, prefixes),
-        0x90 | 0x98 | 0x99 | 0xa4..=0xa7 | 0xaa..=0xaf | 0xf4 | 0xf5 | 0xf8..=0xfd => c.end_writing([]),
+        0x91..=0x97 => c.end_writing([RAX, c.extended(opcode, 0)]),
+        0x90 | 0x98 | 0x99 | 0x9b | 0xa4..=0xa7 | 0xaa..=0xaf | 0xf4 | 0xf5 | 0xf8..=0xfd => {
+            c.end_writing([])
+        }
         0x9c => c.end(Effect::Push(None)),
         // Into the flags, so into no register.
         0x9d if is_plain => c.end(Effect::Pop(Some(RAX))),
@@ -262,6 +275,7 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
         }
         0xd0..=0xd3 | 0xfe => c.operands().and_then(|(_, operand)| c.end_writing(register_of(operand))),
         0xc3 => c.end(Effect::Return),
+        0xc9 if is_plain => c.end(Effect::Leave),
         0xc6 | 0xc7 => {
             let (_, operand) = c.operands()?;
             c.skip(if opcode == 0xc6 { 1 } else { constant_bytes })?;
@@ -273,7 +287,9 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
         0xcc => c.end(Effect::Trap),
         // int3 in two bytes, as the Go assembler writes it.
         0xcd if c.byte()? == 3 => c.end(Effect::Trap),
-        0xe8 => c.constant(4).and_then(|_| c.end(Effect::Call)),
+        // x87, which writes no register of interest: fnstsw may write ax.
+        0xd8..=0xdf => c.operands().and_then(|_| c.end_writing([])),
+        0xe8 => c.constant(4).and_then(|to| c.end(Effect::Call(Some(to)))),
         0xe9 => c.constant(4).and_then(|to| c.end(Effect::Jump(Some(to)))),
         0xeb => c.constant(1).and_then(|to| c.end(Effect::Jump(Some(to)))),
         0xe3 => c.constant(1).and_then(|to| c.end(Effect::Branch(to))),
@@ -292,7 +308,7 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
             let (extension, operand) = c.operands()?;
             match extension & 7 {
                 0 | 1 => c.end_writing(register_of(operand)),
-                2 => c.end(Effect::Call),
+                2 => c.end(Effect::Call(None)),
                 4 => c.end(Effect::Jump(None)),
                 6 => c.end(Effect::Push(None)),
                 _ => None,
@@ -372,6 +388,11 @@ fn two_bytes(mut c: Cursor<'_>) -> Option<Instruction> {
     };
     let (register, operand) = c.operands()?;
     c.skip(constant_bytes)?;
+    // The shadow stack pointer is read by what else is a nop; groups 8, 9 and 15 extend the opcode by a register's
+    // number (Intel SDM volume 2, table A-6).
+    if map == 1 && matches!(opcode, 0x1e | 0xae | 0xba | 0xc7) {
+        return c.end_writing(register_of(operand));
+    }
     // A nop of several bytes and prefetches name no register that they write.
     if matches!((map, opcode), (1, 0x0d | 0x18..=0x1f)) || is_of_vectors(map, inner) {
         return c.end_writing([]);
@@ -405,7 +426,7 @@ fn vector(code: &[u8], at: usize) -> Option<Instruction> {
         None => 1,
     };
     let opcode = *code.get(opcode_at)?;
-    let mut c = Cursor { code, at: opcode_at + 1, rex: 0 };
+    let mut c = Cursor { code, at: opcode_at + 1, rex: 0, memory: None };
     let constant_bytes = match (map, opcode) {
         // vzeroupper, which has no operands.
         (1, 0x77) => return c.end_writing([]),
@@ -434,7 +455,8 @@ mod tests {
 
     #[track_caller]
     fn check(code: &[u8], effect: Effect) {
-        assert_eq!(decode(code), Some(Instruction { bytes: code.len(), effect }));
+        let decoded = decode(code).map(|instruction| (instruction.bytes, instruction.effect));
+        assert_eq!(decoded, Some((code.len(), effect)));
         for bytes in 0..code.len() {
             assert_eq!(decode(&code[..bytes]), None, "cut to {bytes}");
         }
@@ -462,7 +484,11 @@ mod tests {
         check(&[0x48, 0x2b, 0x34, 0x24], Effect::Subtract(6, Operand::Memory(at(RSP, 0))));
         check(&[0x48, 0x83, 0xe4, 0xf0], Effect::Other { stack_pointer: true, frame_pointer: false });
         check(&[0xbd, 0, 0, 0, 0], FRAME_POINTER);
-        check(&[0xff, 0xd7], Effect::Call);
+        check(&[0xff, 0xd7], Effect::Call(None));
+        check(&[0xe8, 4, 1, 0, 0], Effect::Call(Some(260)));
+        check(&[0xc9], Effect::Leave);
+        check(&[0x6a, 1], Effect::Push(None));
+        check(&[0x68, 1, 2, 3, 4], Effect::Push(None));
         check(&[0xff, 0xe0], Effect::Jump(None));
         check(&[0x0f, 0x05], Effect::SystemCall);
         check(&[0x0f, 0x84, 4, 1, 0, 0], Effect::Branch(260));
@@ -476,6 +502,12 @@ mod tests {
         check(&[0xc5, 0xfd, 0xd7, 0xe8], FRAME_POINTER);
         check(&[0xc4, 0xe2, 0x78, 0xf2, 0xe9], FRAME_POINTER);
         check(&[0x66, 0x0f, 0x1f, 0x44, 0, 0], NEITHER);
+        // endbr64; rdsspq rbp; bt $5, eax; lfence; notrack jmp *rax
+        check(&[0xf3, 0x0f, 0x1e, 0xfa], NEITHER);
+        check(&[0xf3, 0x48, 0x0f, 0x1e, 0xcd], FRAME_POINTER);
+        check(&[0x0f, 0xba, 0xe0, 5], NEITHER);
+        check(&[0x0f, 0xae, 0xe8], NEITHER);
+        check(&[0x3e, 0xff, 0xe0], Effect::Jump(None));
         check(&[0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8], NEITHER);
         assert_eq!(decode(&[0x06, 0, 0, 0]), None);
     }

@@ -1,0 +1,114 @@
+//! The bytes of an image's code at their addresses, and which of it is left over.
+//!
+//! Linkers pad functions to 16 bytes, so that an image has a gap in its call frame information behind most of its
+//! functions. Finding them is one pass over ranges that are sorted already; that there is nothing but padding in one
+//! is seen from its first few instructions.
+
+use std::ops::Range;
+
+/// The bytes of an image's code at their addresses, by sections or segments.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct CodeBytes<'a> {
+    /// Sorted, disjoint, none empty.
+    pieces: Vec<(u64, &'a [u8])>,
+}
+
+impl<'a> CodeBytes<'a> {
+    /// Of pieces in any order. Of those that share addresses, the first counts.
+    pub(crate) fn new(mut pieces: Vec<(u64, &'a [u8])>) -> Self {
+        pieces.retain(|(start, bytes)| !bytes.is_empty() && start.checked_add(bytes.len() as u64).is_some());
+        pieces.sort_by_key(|(start, _)| *start);
+        let mut end = 0;
+        pieces.retain(|(start, bytes)| {
+            let is_free = *start >= end;
+            end = if is_free { start + bytes.len() as u64 } else { end };
+            is_free
+        });
+        Self { pieces }
+    }
+
+    /// How many bytes there are.
+    pub(crate) fn len(&self) -> u64 {
+        self.pieces.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+    }
+
+    /// The first address.
+    pub(crate) fn start(&self) -> Option<u64> {
+        self.pieces.first().map(|(start, _)| *start)
+    }
+
+    /// The piece that `address` lies in, and its bytes.
+    fn piece(&self, address: u64) -> Option<(Range<u64>, &'a [u8])> {
+        let behind = self.pieces.partition_point(|(start, _)| *start <= address);
+        let (start, bytes) = *self.pieces.get(behind.checked_sub(1)?)?;
+        let range = start..start + bytes.len() as u64;
+        range.contains(&address).then_some((range, bytes))
+    }
+
+    /// Whether `range` is a whole piece.
+    pub(crate) fn is_piece(&self, range: &Range<u64>) -> bool {
+        self.piece(range.start).is_some_and(|(piece, _)| piece == *range)
+    }
+
+    /// The bytes of a range within one piece.
+    pub(crate) fn get(&self, range: &Range<u64>) -> Option<&'a [u8]> {
+        let (piece, bytes) = self.piece(range.start)?;
+        let length = usize::try_from(range.end.checked_sub(range.start)?).ok()?;
+        bytes.get((range.start - piece.start) as usize..)?.get(..length)
+    }
+
+    /// The parts that `covered`, sorted by start, leaves: each within a piece.
+    pub(crate) fn gaps(&self, covered: impl IntoIterator<Item = Range<u64>>) -> Vec<Range<u64>> {
+        let mut covered = covered.into_iter().peekable();
+        let mut covered_to = 0;
+        let mut gaps = Vec::new();
+        for (start, bytes) in &self.pieces {
+            let end = start + bytes.len() as u64;
+            let mut at = covered_to.max(*start);
+            while let Some(range) = covered.next_if(|range| range.start < end) {
+                if at < range.start {
+                    gaps.push(at..range.start);
+                }
+                covered_to = covered_to.max(range.end);
+                at = at.max(range.end);
+            }
+            if at < end {
+                gaps.push(at..end);
+            }
+        }
+        gaps
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BYTES: [u8; 32] = [0; 32];
+
+    #[track_caller]
+    fn check(covered: impl IntoIterator<Item = Range<u64>>, expect: &[Range<u64>]) {
+        let code = CodeBytes::new(vec![(48, &BYTES[..16]), (16, &BYTES[..]), (20, &BYTES[..2])]);
+        assert_eq!(code.gaps(covered), expect);
+    }
+
+    #[test]
+    fn gaps_are_what_no_range_covers() {
+        check([], &[16..48, 48..64]);
+        check(std::iter::once(0..100), &[]);
+        check([0..20, 24..32, 26..28, 32..40], &[20..24, 40..48, 48..64]);
+        check([40..50, 60..70], &[16..40, 50..60]);
+        check(std::iter::once(64..80), &[16..48, 48..64]);
+    }
+
+    #[test]
+    fn bytes_are_those_of_one_piece() {
+        let code = CodeBytes::new(vec![(16, &BYTES[..]), (u64::MAX - 4, &BYTES[..]), (8, &[])]);
+        assert_eq!((code.len(), code.start()), (32, Some(16)));
+        assert_eq!(code.get(&(16..48)).map(<[u8]>::len), Some(32));
+        assert_eq!(code.get(&(16..49)), None);
+        assert_eq!(code.get(&(15..17)), None);
+        assert_eq!(code.get(&Range { start: 20, end: 16 }), None);
+        assert!(code.is_piece(&(16..48)) && !code.is_piece(&(16..47)));
+    }
+}

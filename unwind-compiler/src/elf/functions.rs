@@ -1,0 +1,106 @@
+//! Where an image's functions start, by what the toolchain wrote for others to call.
+
+use std::ops::Range;
+
+use object::LittleEndian;
+use object::elf::{self, Rela64, Sym64};
+use object::read::elf::{SectionHeader, Sym};
+use windlass_schema::Architecture;
+
+use super::{Image, LE};
+use crate::code_bytes::CodeBytes;
+use crate::uncovered::Starts;
+
+/// Most sections of one kind that are read. Linkers write one to three.
+const MAX_SECTIONS: usize = 8;
+
+impl<'a> Image<'a> {
+    /// The bytes of its code that are final: skeletons have none, nor have files that are not linked yet. Sections may
+    /// name bytes of the file many times; they are taken as long as there are no more than the file has.
+    pub(crate) fn code_bytes(&self) -> CodeBytes<'a> {
+        let mut left = self.file.len();
+        let pieces = self.code().filter(|(range, _)| !self.is_relocatable() && self.reaches(range));
+        let pieces = pieces.filter_map(|(range, bytes)| Some((range.start, bytes?)));
+        let pieces = pieces.take_while(|(_, bytes)| {
+            let taken = left.checked_sub(bytes.len());
+            left = taken.unwrap_or(left);
+            taken.is_some()
+        });
+        CodeBytes::new(pieces.collect())
+    }
+
+    /// Where code starts, of functions within `ranges`, which are sorted and disjoint.
+    pub(crate) fn starts(&self, ranges: &[Range<u64>]) -> Starts {
+        let is_within = |start: u64| {
+            let behind = ranges.partition_point(|range| range.start <= start);
+            behind > 0 && ranges[behind - 1].contains(&start)
+        };
+        let mut starts = Starts { process: self.entry, ..Starts::default() };
+        let mut call = |start: u64| {
+            if is_within(start) {
+                starts.called.insert(start);
+            }
+        };
+        for section in self.sections.iter() {
+            // What crti.o begins and crtn.o ends (System V gABI, "Special Sections").
+            if let Ok(b".init" | b".fini") = self.sections.section_name(LE, section) {
+                call(section.sh_addr(LE));
+            }
+        }
+        self.called_by_arrays(call);
+        self.symbols(|start, bytes| {
+            if let Some(end) = start.checked_add(bytes).filter(|_| is_within(start)) {
+                // Of several ends the nearest: what lies behind may be another function.
+                let known = starts.symbols.entry(start).or_insert(end);
+                *known = end.min(*known);
+            }
+        });
+        starts
+    }
+
+    /// Words of `.init_array` and its like, in the file or as relocations state them.
+    fn called_by_arrays(&self, mut add: impl FnMut(u64)) {
+        let is_array =
+            |kind| matches!(kind, elf::SHT_INIT_ARRAY | elf::SHT_FINI_ARRAY | elf::SHT_PREINIT_ARRAY);
+        let mut arrays: Vec<Range<u64>> = Vec::new();
+        for section in self.sections.iter().filter(|section| is_array(section.sh_type(LE))).take(MAX_SECTIONS)
+        {
+            let Ok(words) = section.data(LE, self.file) else { continue };
+            words.as_chunks().0.iter().for_each(|word| add(u64::from_le_bytes(*word)));
+            let start = section.sh_addr(LE);
+            arrays.push(start..start.saturating_add(section.sh_size(LE)));
+        }
+        let relative = match self.architecture {
+            Architecture::X86_64 => elf::R_X86_64_RELATIVE,
+            Architecture::Aarch64 => elf::R_AARCH64_RELATIVE,
+        };
+        for section in
+            self.sections.iter().filter(|section| section.sh_type(LE) == elf::SHT_RELA).take(MAX_SECTIONS)
+        {
+            let entries = section.data_as_array::<Rela64<LittleEndian>, _>(LE, self.file).unwrap_or_default();
+            for entry in entries {
+                let place = entry.r_offset.get(LE);
+                if entry.r_info.get(LE) == u64::from(relative.0)
+                    && arrays.iter().any(|array| array.contains(&place))
+                {
+                    add(entry.r_addend.get(LE) as u64);
+                }
+            }
+        }
+    }
+
+    /// Symbols of functions with a size.
+    fn symbols(&self, mut add: impl FnMut(u64, u64)) {
+        let is_table = |kind| matches!(kind, elf::SHT_SYMTAB | elf::SHT_DYNSYM);
+        for section in self.sections.iter().filter(|section| is_table(section.sh_type(LE))).take(MAX_SECTIONS)
+        {
+            let symbols = section.data_as_array::<Sym64<LittleEndian>, _>(LE, self.file).unwrap_or_default();
+            for symbol in symbols {
+                let is_function = matches!(symbol.st_type(), elf::STT_FUNC | elf::STT_GNU_IFUNC);
+                if is_function && symbol.st_shndx.get(LE) != elf::SHN_UNDEF && symbol.st_size(LE) > 0 {
+                    add(symbol.st_value(LE), symbol.st_size(LE));
+                }
+            }
+        }
+    }
+}

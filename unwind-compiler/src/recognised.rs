@@ -1,0 +1,105 @@
+//! What is known of an image's code that neither CFI nor Go's table covers, as rows beside those that do.
+
+use std::ops::Range;
+
+use windlass_schema::{Record, UnsupportedReason};
+
+use crate::elf::Image;
+use crate::frame_pointers::keeps_frame_pointers;
+use crate::report::RecognisedKind;
+use crate::stretch::Stretch;
+use crate::uncovered::{Recognised, is_padding, recognise};
+
+/// For how many bytes of code an image may have one under CFI and still count as one without: what linkers and
+/// start files bring has some.
+const CODE_BYTES_PER_COVERED: u64 = 10;
+
+/// What is known of code without CFI.
+#[derive(Default)]
+pub(crate) struct Uncovered {
+    /// Bytes of code without CFI, but for padding.
+    pub(crate) bytes: u64,
+    /// What is recognised, in the order of addresses.
+    pub(crate) recognised: Vec<Recognised>,
+    /// The rest, if it keeps frame pointers and is most of the image.
+    pub(crate) frame_pointers_only: Vec<Range<u64>>,
+}
+
+impl Uncovered {
+    /// Of `image`, whose code `covered`, sorted by start, covers. Where there is only padding left, nothing
+    /// else is looked at.
+    pub(crate) fn of(image: &Image<'_>, covered: impl IntoIterator<Item = Range<u64>>) -> Self {
+        let code = image.code_bytes();
+        let mut gaps = code.gaps(covered);
+        let all_bytes = bytes_of(&gaps);
+        gaps.retain(|gap| !aligns(gap) && !is_padding(image.architecture, &code, gap));
+        if gaps.is_empty() {
+            return Self::default();
+        }
+        let starts = image.starts(&gaps);
+        let mut recognised = Vec::new();
+        recognise(image.architecture, &code, &gaps, &starts, |one| recognised.push(one));
+        let mut frame_pointers_only = Vec::new();
+        let covered_bytes = code.len() - all_bytes;
+        if covered_bytes.saturating_mul(CODE_BYTES_PER_COVERED) <= code.len()
+            && keeps_frame_pointers(image.architecture, &code, &gaps, &starts)
+        {
+            frame_pointers_only = rest(&gaps, &recognised);
+        }
+        Self { bytes: bytes_of(&gaps), recognised, frame_pointers_only }
+    }
+
+    /// Rows for a table.
+    pub(crate) fn stretches(&self) -> Vec<Stretch> {
+        let by_frame_pointers = Record::unsupported(UnsupportedReason::FramePointersOnly);
+        let recognised = self.recognised.iter().map(|one| (one.range.clone(), one.rule.to_record()));
+        let rest = self.frame_pointers_only.iter().map(|range| (range.clone(), by_frame_pointers));
+        let mut rows: Vec<_> = recognised.chain(rest).collect();
+        rows.sort_by_key(|(range, _)| range.start);
+        let mut stretches = Vec::new();
+        rows.into_iter().for_each(|(range, record)| Stretch::append(&mut stretches, range, record));
+        stretches
+    }
+
+    /// How many bytes are recognised, by what they are.
+    pub(crate) fn recognised_bytes(&self) -> impl Iterator<Item = (RecognisedKind, u64)> + '_ {
+        self.recognised.iter().map(|one| (one.kind, one.range.end - one.range.start))
+    }
+
+    /// How many bytes can be walked by frame pointers only.
+    pub(crate) fn frame_pointer_bytes(&self) -> u64 {
+        bytes_of(&self.frame_pointers_only)
+    }
+}
+
+/// What compilers align functions to.
+const FUNCTION_ALIGNMENT: u64 = 16;
+
+/// Whether a gap is what is left to the next function's alignment. Most are, and are not even looked at: bytes of code
+/// all over the image would have to come to the processor.
+fn aligns(gap: &Range<u64>) -> bool {
+    gap.end.is_multiple_of(FUNCTION_ALIGNMENT) && gap.start > gap.end - FUNCTION_ALIGNMENT
+}
+
+fn bytes_of(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
+}
+
+/// What of `gaps` is not recognised.
+fn rest(gaps: &[Range<u64>], recognised: &[Recognised]) -> Vec<Range<u64>> {
+    let mut recognised = recognised.iter().map(|one| one.range.clone()).peekable();
+    let mut rest = Vec::new();
+    for gap in gaps {
+        let mut at = gap.start;
+        while let Some(range) = recognised.next_if(|range| range.start < gap.end) {
+            if at < range.start {
+                rest.push(at..range.start);
+            }
+            at = range.end;
+        }
+        if at < gap.end {
+            rest.push(at..gap.end);
+        }
+    }
+    rest
+}

@@ -1,0 +1,307 @@
+//! Instructions written by hand, and any others.
+
+use proptest::prelude::*;
+use windlass_schema::Architecture::{Aarch64, X86_64};
+
+use super::*;
+
+const START: u64 = 0x1000;
+
+/// What is recognised of one section of code.
+fn found(architecture: Architecture, code: &[u8], starts: &Starts) -> Vec<Recognised> {
+    let code = CodeBytes::new(vec![(START, code)]);
+    let mut found = Vec::new();
+    recognise(architecture, &code, &code.gaps([]), starts, |one| found.push(one));
+    found
+}
+
+/// Each line of `expect` is `start..end kind rule`, in bytes from the section's start.
+#[track_caller]
+fn check(architecture: Architecture, code: &[u8], starts: &Starts, expect: &[&str]) {
+    let text = |one: Recognised| {
+        let Range { start, end } = one.range;
+        format!("{}..{} {} {}", start - START, end - START, one.kind.as_str(), one.rule)
+    };
+    let found: Vec<_> = found(architecture, code, starts).into_iter().map(text).collect();
+    assert_eq!(found, expect);
+}
+
+fn called(at: u64) -> Starts {
+    Starts { process: u64::MAX, called: BTreeSet::from([START + at]), ..Starts::default() }
+}
+
+/// Symbols: bytes from the section's start, and how many.
+fn symbols(symbols: &[(u64, u64)]) -> Starts {
+    let ends = symbols.iter().map(|(at, bytes)| (START + at, START + at + bytes));
+    Starts { process: u64::MAX, symbols: ends.collect(), ..Starts::default() }
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+#[test]
+fn x86_64_process_entry_and_what_it_calls() {
+    // xor rbp, rbp; mov rdi, rsp; lea rsi, [rip]; and rsp, -16; call +10; hlt
+    let mut code = vec![0x48, 0x31, 0xed, 0x48, 0x89, 0xe7, 0x48, 0x8d, 0x35, 0, 0, 0, 0];
+    code.extend([0x48, 0x83, 0xe4, 0xf0, 0xe8, 10, 0, 0, 0, 0xf4]);
+    code.resize(32, 0xcc);
+    // push rax; pop rax; ret
+    code.extend([0x50, 0x58, 0xc3]);
+    let starts = Starts { process: START, ..Starts::default() };
+    let expect = [
+        "0..22 process_entry end",
+        "32..33 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "33..34 function cfa=rsp+16 ra=*(cfa-8) rbp=same",
+        "34..35 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    check(X86_64, &code, &starts, &expect);
+    // Elsewhere it may be anything, and a symbol of what was not called makes no function of it.
+    check(X86_64, &code, &called(200), &[]);
+    code[17] = 0xe9;
+    check(X86_64, &code, &starts, &[]);
+    code[17] = 0xe8;
+    code[1] = 0x89;
+    check(X86_64, &code, &starts, &[]);
+    // push rbp; ret at the process entry.
+    check(X86_64, &[0x50, 0x58, 0xc3], &Starts { process: START, ..symbols(&[(0, 3)]) }, &[]);
+}
+
+#[test]
+fn x86_64_lazy_linkage() {
+    let mut code = vec![0xff, 0x35, 1, 2, 3, 4, 0xff, 0x25, 1, 2, 3, 4, 0x0f, 0x1f, 0x40, 0];
+    for (number, to) in [(0, 0xe0), (1, 0xd0)] {
+        code.extend([0xff, 0x25, 1, 2, 3, 4, 0x68, number, 0, 0, 0, 0xe9, to, 0xff, 0xff, 0xff]);
+    }
+    let expect = [
+        "0..6 linkage_table cfa=rsp+16 ra=*(cfa-8) rbp=same",
+        "6..16 linkage_table cfa=rsp+24 ra=*(cfa-8) rbp=same",
+        "16..48 linkage_table cfa=rsp+8+8*((rip&15)>=11) ra=*(cfa-8) rbp=same",
+    ];
+    check(X86_64, &code, &called(200), &expect);
+    // An entry that leads elsewhere is none.
+    code[12 + 16] = 0xe1;
+    check(X86_64, &code, &called(200), &[]);
+    // With IBT: endbr64; push n; bnd jmp; nop
+    let mut code = vec![0xff, 0x35, 1, 2, 3, 4, 0xf2, 0xff, 0x25, 1, 2, 3, 4, 0x0f, 0x1f, 0];
+    code.extend([0xf3, 0x0f, 0x1e, 0xfa, 0x68, 0, 0, 0, 0, 0xf2, 0xe9, 0xe1, 0xff, 0xff, 0xff, 0x90]);
+    let expect = [
+        "0..6 linkage_table cfa=rsp+16 ra=*(cfa-8) rbp=same",
+        "6..16 linkage_table cfa=rsp+24 ra=*(cfa-8) rbp=same",
+        "16..32 linkage_table cfa=rsp+8+8*((rip&15)>=9) ra=*(cfa-8) rbp=same",
+    ];
+    check(X86_64, &code, &called(200), &expect);
+}
+
+#[test]
+fn x86_64_linkage_of_mold_and_without_laziness() {
+    let mut code = vec![0xf3, 0x0f, 0x1e, 0xfa, 0x41, 0x53, 0xff, 0x35, 1, 2, 3, 4, 0xff, 0x25, 1, 2, 3, 4];
+    code.resize(32, 0xcc);
+    code.extend([0xf3, 0x0f, 0x1e, 0xfa, 0x41, 0xbb, 0, 0, 0, 0, 0xff, 0x25, 1, 2, 3, 4]);
+    let expect = [
+        "0..6 linkage_table cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "6..12 linkage_table cfa=rsp+16 ra=*(cfa-8) rbp=same",
+        "12..32 linkage_table cfa=rsp+24 ra=*(cfa-8) rbp=same",
+        "32..48 linkage_table cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    check(X86_64, &code, &called(200), &expect);
+    let section = [0xff, 0x25, 1, 2, 3, 4, 0x66, 0x90, 0xff, 0x25, 1, 2, 3, 4, 0x66, 0x90];
+    check(X86_64, &section, &called(200), &["0..16 linkage_table cfa=rsp+8 ra=*(cfa-8) rbp=same"]);
+    // Amid other code the same bytes may be the end of a function with a frame.
+    let amid: Vec<u8> = section.into_iter().chain([0x0f, 0x0b]).collect();
+    check(X86_64, &amid, &called(200), &[]);
+}
+
+#[test]
+fn trampolines() {
+    let signal = |range: &str, at: u64| format!("{range} signal_trampoline signal context=sp+{at}");
+    let long = [0x0f, 0x1f, 0, 0x90, 0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
+    check(X86_64, &long, &called(200), &[&signal("3..13", 40)]);
+    let short = [0xc3, 0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05];
+    check(X86_64, &short, &called(200), &[&signal("1..8", 40)]);
+    let other = [0x90, 0xb8, 0x0e, 0, 0, 0, 0x0f, 0x05];
+    check(X86_64, &other, &called(200), &[]);
+    // nop; mov x8, 139; svc 0
+    let arm = words(&[0xd503_201f, 0xd280_1168, 0xd400_0001]);
+    check(Aarch64, &arm, &called(200), &[&signal("3..12", 312)]);
+}
+
+#[test]
+fn x86_64_functions_are_followed_to_their_end() {
+    // push rbp; mov rbp, rsp; sub rsp, 16; test eax, eax; je +2; and rsp, -16 ...; leave; ret
+    let code = [0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 16, 0x85, 0xc0, 0x74, 2, 0x31, 0xc0, 0xc9, 0xc3];
+    let expect = [
+        "0..1 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "1..4 function cfa=rsp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "4..15 function cfa=rbp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "15..16 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    check(X86_64, &code, &symbols(&[(0, 16)]), &expect);
+    check(X86_64, &code, &called(0), &expect);
+    // A jump to where no instruction of the function starts.
+    let mut into = code;
+    into[11] = 1;
+    check(X86_64, &into, &called(0), &[]);
+    // One that leaves with the frame established.
+    into[11] = 16;
+    check(X86_64, &into, &called(0), &[]);
+}
+
+#[test]
+fn x86_64_functions_that_are_in_doubt_are_left() {
+    let alone = |code: &[u8]| check(X86_64, code, &symbols(&[(0, code.len() as u64)]), &[]);
+    // pop rax, which was the return address; ret
+    alone(&[0x58, 0xc3]);
+    // push rbp; mov [rsp], rax; pop rbp; ret: not what was saved.
+    alone(&[0x55, 0x48, 0x89, 0x04, 0x24, 0x5d, 0xc3]);
+    // mov rsp, rdi; ret
+    alone(&[0x48, 0x89, 0xfc, 0xc3]);
+    // push rax; ret
+    alone(&[0x50, 0xc3]);
+    // mov ebp, 0; ret
+    alone(&[0xbd, 0, 0, 0, 0, 0xc3]);
+    // A way into what is no instruction; and one that runs out of the function.
+    alone(&[0x74, 1, 0xc3, 0x06]);
+    alone(&[0x90, 0x90]);
+    // sub rsp, 8; call +0: what is called is the next instruction.
+    alone(&[0x48, 0x83, 0xec, 8, 0xe8, 0, 0, 0, 0, 0x48, 0x83, 0xc4, 8, 0xc3]);
+}
+
+#[test]
+fn a_symbol_of_a_part_is_no_function() {
+    // mov rax, rdi; jmp into the middle: GCC's .cold. At 16: push rbx; nop; jmp back to 0
+    let mut code = vec![0x48, 0x89, 0xf8, 0xeb, 12];
+    code.resize(16, 0xcc);
+    code.extend([0x53, 0x90, 0xeb, 0xec]);
+    check(X86_64, &code, &symbols(&[(0, 5)]), &[]);
+    // Where it jumps to a function that returns, that has no frame of its own to begin with.
+    code.truncate(16);
+    code.extend([0x90, 0x90, 0xc3]);
+    let both =
+        ["0..5 function cfa=rsp+8 ra=*(cfa-8) rbp=same", "17..19 function cfa=rsp+8 ra=*(cfa-8) rbp=same"];
+    check(X86_64, &code, &symbols(&[(0, 5), (17, 2)]), &both);
+    let reversed: Vec<u8> = [0x90, 0xc3].into_iter().chain([0xeb, 0xfc]).collect();
+    check(X86_64, &reversed, &symbols(&[(0, 2), (2, 2)]), &["0..4 function cfa=rsp+8 ra=*(cfa-8) rbp=same"]);
+}
+
+#[test]
+fn functions_that_contradict_each_other_are_left() {
+    // push rbx; (called: pop rbx; ret is the end of the one, and what another symbol claims to be a function)
+    let code = [0x53, 0x90, 0x5b, 0xc3, 0xc3];
+    let whole = [
+        "0..1 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "1..3 function cfa=rsp+16 ra=*(cfa-8) rbp=same",
+        "3..4 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    check(X86_64, &code, &symbols(&[(0, 4)]), &whole);
+    // Called, and it jumps to the second instruction with no frame.
+    let jumping = [0x53, 0x90, 0x90, 0x5b, 0xc3, 0xeb, 0xfa];
+    let starts = Starts { called: BTreeSet::from([START + 5]), ..symbols(&[(0, 5)]) };
+    check(X86_64, &jumping, &starts, &[]);
+    // To where there is none to begin with.
+    let starts = Starts { called: BTreeSet::from([START + 3]), ..symbols(&[(0, 4)]) };
+    check(X86_64, &code, &starts, &whole);
+}
+
+fn whole_row(start: u64, end: u64) -> String {
+    format!("{start}..{end} function cfa=rsp+8 ra=*(cfa-8) rbp=same")
+}
+
+#[test]
+fn behind_a_system_call_the_stack_is_this_one_if_its_number_says_so() {
+    // mov eax, n; mov r10, rcx; syscall; ret
+    let call = |number: u8| [0xb8, number, 0, 0, 0, 0x49, 0x89, 0xca, 0x0f, 0x05, 0xc3];
+    check(X86_64, &call(39), &called(0), &[&whole_row(0, 11)]);
+    check(X86_64, &call(56), &called(0), &[]);
+    // mov eax, [rdi] in place of mov r10, rcx: any number.
+    let mut any = call(39);
+    any[5..8].copy_from_slice(&[0x8b, 0x07, 0x90]);
+    check(X86_64, &any, &called(0), &[]);
+    let arm = |number: u32| words(&[0xd280_0008 | number << 5, 0xd400_0001, 0xd65f_03c0]);
+    check(Aarch64, &arm(172), &called(0), &["0..12 function cfa=sp+0 ra=x30 x29=same"]);
+    check(Aarch64, &arm(220), &called(0), &[]);
+}
+
+#[test]
+fn aarch64_process_entry_linkage_and_functions() {
+    // mov x29, 0; mov x30, 0; mov x0, sp; bl +2 instructions; udf; ret
+    let code = words(&[0xd280_001d, 0xd280_001e, 0x9100_03e0, 0x9400_0002, 0, 0xd65f_03c0]);
+    let starts = Starts { process: START, ..Starts::default() };
+    check(Aarch64, &code, &starts, &["0..16 process_entry end", "20..24 function cfa=sp+0 ra=x30 x29=same"]);
+    // stp x16, x30, [sp, -16]!; adrp x16; ldr x17; add x16; br x17; nops; and an entry
+    let mut code = vec![0xa9bf_7bf0, 0x9000_0010, 0xf940_0211, 0x9100_0210, 0xd61f_0220];
+    code.extend([0xd503_201f; 3]);
+    code.extend([0x9000_0010, 0xf940_0211, 0x9100_0210, 0xd61f_0220]);
+    let expect = [
+        "0..4 linkage_table cfa=sp+0 ra=x30 x29=same",
+        "4..32 linkage_table cfa=sp+16 ra=*(cfa-8) x29=same",
+        "32..48 linkage_table cfa=sp+0 ra=x30 x29=same",
+    ];
+    check(Aarch64, &words(&code), &called(200), &expect);
+    // paciasp; stp x29, x30, [sp, -32]!; mov x29, sp; blr x0; ldp x29, x30, [sp], 32; retaa
+    let code = [0xd503_233f, 0xa9be_7bfd, 0x9100_03fd, 0xd63f_0000, 0xa8c2_7bfd, 0xd65f_0bff];
+    let expect = [
+        "0..8 function cfa=sp+0 ra=x30 x29=same",
+        "8..12 function cfa=sp+32 ra=*(cfa-24) x29=*(cfa-32)",
+        "12..20 function cfa=x29+32 ra=*(cfa-24) x29=*(cfa-32)",
+        "20..24 function cfa=sp+0 ra=x30 x29=same",
+    ];
+    check(Aarch64, &words(&code), &called(0), &expect);
+    // ldp x29, x30, [sp], 16 does not undo it; and x29 for something else without saving it.
+    check(Aarch64, &words(&[0xa9be_7bfd, 0xa8c1_7bfd, 0xd65f_03c0]), &called(0), &[]);
+    check(Aarch64, &words(&[0xd280_001d, 0xd65f_03c0]), &called(0), &[]);
+}
+
+#[test]
+fn padding_is_known() {
+    let is_padding = |architecture, bytes: &[u8]| {
+        let code = CodeBytes::new(vec![(START, bytes)]);
+        super::is_padding(architecture, &code, &(START..START + bytes.len() as u64))
+    };
+    assert!(is_padding(X86_64, &[0x66, 0x2e, 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0, 0x66, 0x90, 0x90, 0xcc, 0, 0]));
+    assert!(!is_padding(X86_64, &[0x66, 0x90, 0xc3]));
+    assert!(!is_padding(X86_64, &[0xf3, 0x0f, 0x1e, 0xfa]));
+    assert!(is_padding(Aarch64, &words(&[0xd503_201f, 0])));
+    assert!(!is_padding(Aarch64, &words(&[0xd65f_03c0])));
+}
+
+/// Instructions that matter, so that random code gets far.
+fn instruction() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        proptest::collection::vec(any::<u8>(), 1..6),
+        proptest::sample::select(vec![
+            vec![0x55],
+            vec![0x5d],
+            vec![0x48, 0x89, 0xe5],
+            vec![0xc9],
+            vec![0xc3],
+            vec![0x74, 1],
+            vec![0xeb, 0xfc],
+            vec![0xe8, 3, 0, 0, 0],
+            vec![0xff, 0x25, 0, 0, 0, 0],
+            vec![0xff, 0x35, 0, 0, 0, 0],
+            0xa9bf_7bfd_u32.to_le_bytes().to_vec(),
+            0xa8c1_7bfd_u32.to_le_bytes().to_vec(),
+            0xd65f_03c0_u32.to_le_bytes().to_vec(),
+            0x9100_03fd_u32.to_le_bytes().to_vec(),
+        ]),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn any_code_gives_rows_in_order_within_it(
+        code in proptest::collection::vec(instruction(), 0..40),
+        at in proptest::collection::vec((0u64..100, 0u64..100), 0..6),
+        is_arm in any::<bool>(),
+    ) {
+        let code = code.concat();
+        let starts = Starts { process: START + 3, called: at.iter().map(|(at, _)| START + at).collect(), ..symbols(&at) };
+        let mut end = START;
+        for one in found(if is_arm { Aarch64 } else { X86_64 }, &code, &starts) {
+            prop_assert!(end <= one.range.start && one.range.start < one.range.end && one.rule.is_exact());
+            end = one.range.end;
+        }
+        prop_assert!(end <= START + code.len() as u64);
+    }
+}

@@ -1,0 +1,322 @@
+//! What instructions of x86-64 do to a frame, and code that is known by its bytes: process entries and the
+//! trampolines of signals.
+
+use windlass_schema::{Architecture, CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule};
+
+use super::instruction::{Effect, Instruction, Memory, Operand, RBP, RSP, decode};
+use super::plt;
+use crate::function_walk::{Flow, Frames, Step};
+use crate::projection::SIGCONTEXT_OFFSET;
+use crate::uncovered::{Code, Linkage, Prologue, Trampoline};
+
+/// x86-64.
+pub(crate) enum Machine {}
+
+/// What is known of a frame. Its places are given as bytes below the CFA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct State {
+    /// Where rsp points, if known.
+    depth: Option<i32>,
+    /// Where rbp points, if it is the frame pointer of this frame.
+    frame: Option<i32>,
+    /// Where the caller's rbp is saved, if it is. Otherwise rbp is the caller's.
+    saved: Option<i32>,
+    /// The constant in eax, the number of a system call, if known.
+    number: Option<u32>,
+}
+
+/// Bytes of an address, and of a saved register.
+const WORD: i32 = 8;
+
+impl State {
+    /// The place that a memory operand names, if it lies in this frame.
+    fn place(self, memory: Memory) -> Option<i32> {
+        match memory.base? {
+            RSP => self.depth?.checked_sub(memory.displacement),
+            RBP => self.frame?.checked_sub(memory.displacement),
+            _ => None,
+        }
+    }
+
+    /// Whether the word at `place` shares a byte with what this frame has to keep: return address and saved rbp.
+    fn is_kept(self, place: i32) -> bool {
+        let overlaps = |kept: i32| place.abs_diff(kept) < WORD.unsigned_abs();
+        overlaps(WORD) || self.saved.is_some_and(overlaps)
+    }
+
+    /// With rbp as something else.
+    fn without_frame_pointer(self) -> Option<Self> {
+        self.saved.map(|_| Self { frame: None, ..self })
+    }
+
+    /// With rsp moved down by so many bytes.
+    fn moved(self, bytes: i32) -> Option<Self> {
+        let depth = match self.depth {
+            Some(depth) => Some(depth.checked_add(bytes)?),
+            None => None,
+        };
+        Some(Self { depth, ..self })
+    }
+
+    /// With the caller's rbp back in rbp.
+    fn restored(self) -> Self {
+        Self { frame: None, saved: None, ..self }
+    }
+
+    /// This state, if it makes sense: what the frame has to keep is not below rsp, and there is a CFA.
+    fn checked(self) -> Option<Self> {
+        let is_above = |depth: i32| depth >= self.saved.unwrap_or(WORD).max(WORD);
+        match self.depth {
+            Some(depth) => is_above(depth),
+            None => self.frame.is_some() && self.saved.is_some(),
+        }
+        .then_some(self)
+    }
+
+    /// Behind an instruction that passes control on.
+    fn behind(self, instruction: Instruction) -> Option<Self> {
+        match instruction.effect {
+            Effect::Push(register) => {
+                let state = self.moved(WORD)?;
+                match (register, state.saved) {
+                    (Some(RBP), None) => Some(Self { saved: Some(state.depth?), ..state }),
+                    _ => Some(state),
+                }
+            }
+            Effect::Pop(Some(RBP)) if self.saved.is_none() || self.saved != self.depth => None,
+            Effect::Pop(Some(RBP)) => self.restored().moved(-WORD),
+            Effect::Pop(Some(RSP) | None) => None,
+            Effect::Pop(_) => self.moved(-WORD),
+            Effect::Leave if self.frame.is_none() || self.frame != self.saved => None,
+            Effect::Leave => Self { depth: self.frame, ..self }.restored().moved(-WORD),
+            Effect::Load(RSP, Operand::Register(RBP)) => Some(Self { depth: Some(self.frame?), ..self }),
+            Effect::Load(RSP, _) | Effect::Subtract(RSP, _) => None,
+            Effect::Load(RBP, Operand::Register(RSP)) if self.saved.is_some() => {
+                Some(Self { frame: Some(self.depth?), ..self })
+            }
+            Effect::Load(RBP, Operand::Memory(from))
+                if self.saved.is_some() && self.place(from) == self.saved =>
+            {
+                Some(self.restored())
+            }
+            Effect::Load(RBP, _) | Effect::Subtract(RBP, _) | Effect::Add(RBP, _) => {
+                self.without_frame_pointer()
+            }
+            Effect::Address(RSP, of) => Some(Self { depth: Some(self.place(of)?), ..self }),
+            Effect::Address(RBP, of) if self.saved.is_some() => Some(Self { frame: self.place(of), ..self }),
+            Effect::Address(RBP, _) => None,
+            Effect::Add(RSP, value) => self.moved(value.checked_neg()?),
+            Effect::Store(RBP, to)
+                // Behind the return address: above it the frame is the caller's.
+                if self.saved.is_none() && to.base == Some(RSP) && self.place(to)? >= 2 * WORD =>
+            {
+                Some(Self { saved: self.place(to), ..self })
+            }
+            Effect::Load(..) | Effect::Address(..) | Effect::Subtract(..) | Effect::Add(..) => Some(self),
+            Effect::Store(..) | Effect::StoreConstant | Effect::Other { .. } => {
+                let place = instruction.memory.and_then(|memory| self.place(memory));
+                if place.is_some_and(|place| self.is_kept(place)) {
+                    return None;
+                }
+                match instruction.effect {
+                    // rsp aligned, or moved by a variable: the frame pointer has to do.
+                    Effect::Other { stack_pointer: true, frame_pointer: false } => {
+                        Some(Self { depth: None, ..self })
+                    }
+                    Effect::Other { stack_pointer: false, frame_pointer: true } => {
+                        self.without_frame_pointer()
+                    }
+                    Effect::Other { stack_pointer: true, frame_pointer: true } => None,
+                    _ => Some(self),
+                }
+            }
+            Effect::Call(_) | Effect::Branch(_) | Effect::Jump(_) | Effect::Return | Effect::Trap => Some(self),
+            Effect::SystemCall => {
+                self.number.filter(|number| !SWITCHING_SYSTEM_CALLS.contains(number)).map(|_| self)
+            }
+        }
+    }
+}
+
+/// System calls behind which the child has another stack, or shares this one, or there is none: `rt_sigreturn`,
+/// `clone`, `vfork`, `clone3` (arch/x86/entry/syscalls/syscall_64.tbl).
+const SWITCHING_SYSTEM_CALLS: [u32; 4] = [15, 56, 58, 435];
+
+/// The constant in eax behind the instruction that `code` begins with; `None` but for instructions that are known to
+/// leave it.
+fn number(code: &[u8], number: Option<u32>) -> Option<u32> {
+    let (rex, code) = match code {
+        [rex @ 0x40..=0x4f, rest @ ..] => (*rex, rest),
+        _ => (0, code),
+    };
+    let has_other = |bit: u8| rex >> bit & 1 != 0;
+    match *code {
+        [0xb8, a, b, c, d, ..] if !has_other(0) && !has_other(3) => Some(u32::from_le_bytes([a, b, c, d])),
+        [0xc7, 0xc0, a, b, c, d, ..] if !has_other(0) => Some(u32::from_le_bytes([a, b, c, d])),
+        [0x31 | 0x33, 0xc0, ..] if !has_other(0) && !has_other(2) => Some(0),
+        // push, jumps, cmp and test.
+        [0x50..=0x57 | 0x70..=0x7f | 0xe9 | 0xeb | 0x38..=0x3b | 0x84 | 0x85, ..]
+        | [0x0f, 0x80..=0x8f, ..] => number,
+        // pop and mov of a constant.
+        [opcode @ (0x58..=0x5f | 0xb8..=0xbf), ..] => number.filter(|_| opcode & 7 != 0 || has_other(0)),
+        // To the operand of add, or, and, sub, xor, mov.
+        [0x01 | 0x09 | 0x21 | 0x29 | 0x31 | 0x81 | 0x83 | 0x89 | 0xc7, modrm, ..] => {
+            number.filter(|_| modrm < 0xc0 || modrm & 7 != 0 || has_other(0))
+        }
+        // To the register.
+        [0x03 | 0x0b | 0x23 | 0x2b | 0x33 | 0x63 | 0x8b | 0x8d, modrm, ..] => {
+            number.filter(|_| modrm >> 3 & 7 != 0 || has_other(2))
+        }
+        _ => None,
+    }
+}
+
+impl Frames for Machine {
+    type State = State;
+
+    const ENTRY: State = State { depth: Some(WORD), frame: None, saved: None, number: None };
+
+    fn join(one: State, other: State) -> Option<State> {
+        let number = one.number.filter(|_| one.number == other.number);
+        let joined = State { number, ..one };
+        (joined == State { number, ..other }).then_some(joined)
+    }
+
+    fn step(code: &[u8], address: u64, state: State) -> Option<Step<State>> {
+        let instruction = decode(code)?;
+        let next = address.checked_add(instruction.bytes as u64)?;
+        let target = |to: i32| next.wrapping_add_signed(to.into());
+        let flow = match instruction.effect {
+            Effect::Call(to) => Flow::Call(to.map(target)),
+            Effect::Branch(to) => Flow::Branch(target(to)),
+            Effect::Jump(Some(to)) => Flow::Jump(target(to)),
+            Effect::Return => Flow::Return,
+            Effect::Jump(None) => Flow::Leave,
+            Effect::Trap => Flow::Trap,
+            _ => Flow::Next,
+        };
+        let behind = state.behind(instruction)?.checked()?;
+        let behind = State { number: number(code, state.number), ..behind };
+        Some(Step { bytes: instruction.bytes, flow, behind })
+    }
+
+    fn rule(state: State) -> Rule {
+        let cfa = match (state.frame, state.depth) {
+            (Some(frame), _) => CfaRule::Offset(Register::RBP, frame),
+            (None, depth) => CfaRule::Offset(Register::RSP, depth.unwrap_or_default()),
+        };
+        let frame_pointer = match state.saved.map(|saved| i16::try_from(-saved)) {
+            None => FramePointerRule::Same,
+            Some(Ok(saved)) => FramePointerRule::AtCfa(saved),
+            Some(Err(_)) => return Rule::NoCfi,
+        };
+        Rule::Frame { cfa, return_address: ReturnAddressRule::AtCfa(-8), frame_pointer }
+    }
+}
+
+/// xor ebp, ebp; and with 64 bits.
+const ZEROED_FRAME_POINTER: [&[u8]; 4] =
+    [&[0x31, 0xed], &[0x33, 0xed], &[0x48, 0x31, 0xed], &[0x48, 0x33, 0xed]];
+
+/// Most instructions of a process entry in front of its call; C libraries take 4 to 12.
+const MAX_ENTRY_INSTRUCTIONS: usize = 32;
+
+/// mov eax, 15 with a sign-extended constant to rax, or to eax; syscall: `rt_sigreturn`
+/// (arch/x86/entry/syscalls/syscall_64.tbl).
+const RT_SIGRETURN: [&[u8]; 2] =
+    [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
+
+const NOP: u8 = 0x90;
+
+/// How far back a call would reach whose displacement ends in [`NOP`].
+const CALL_ENDING_IN_NOP_BYTES: u64 = (0x100 - NOP as u64 - 1) << 24;
+
+impl Code for Machine {
+    const ARCHITECTURE: Architecture = Architecture::X86_64;
+    const ALIGNMENT: u64 = 1;
+    const CALL_BYTES: usize = 5;
+
+    /// nop of one and of several bytes, int3, and what linkers leave zero.
+    fn padding(code: &[u8]) -> Option<usize> {
+        let prefixes = code.iter().take_while(|byte| matches!(byte, 0x66 | 0x2e)).count();
+        match code.get(prefixes..)? {
+            [0x00 | 0xcc, ..] if prefixes == 0 => Some(1),
+            [NOP, ..] | [0x0f, 0x1f, ..] => decode(code).map(|instruction| instruction.bytes),
+            _ => None,
+        }
+    }
+
+    /// The kernel and dynamic linkers jump there, and the code zeroes rbp for the walk to end (System V ABI for AMD64,
+    /// 3.4.1): no function may, as rbp is its caller's.
+    fn process_entry(code: &[u8]) -> Option<usize> {
+        let mut at = 0;
+        let mut is_zeroed = false;
+        for _ in 0..MAX_ENTRY_INSTRUCTIONS {
+            let rest = code.get(at..)?;
+            let instruction = decode(rest)?;
+            at += instruction.bytes;
+            match instruction.effect {
+                Effect::Branch(_) | Effect::Jump(_) | Effect::Return | Effect::Trap => return None,
+                Effect::Call(_) => return is_zeroed.then_some(at),
+                _ => is_zeroed |= ZEROED_FRAME_POINTER.iter().any(|bytes| rest.starts_with(bytes)),
+            }
+        }
+        None
+    }
+
+    /// When a handler has returned, rsp is at the `ucontext` (arch/x86/kernel/signal_64.c, `rt_sigreturn`). Its return
+    /// address is the trampoline's first byte, so that it is looked up one byte before: as in
+    /// glibc's own CFI, that is a part of the trampoline if it is a nop.
+    fn trampoline(code: &[u8], at: usize, first_code: u64, address: u64) -> Option<Trampoline> {
+        let bytes = RT_SIGRETURN.iter().find(|bytes| code[at..].starts_with(bytes))?.len();
+        let is_nop = at > 0 && code[at - 1] == NOP;
+        // No call ends in that byte, which its own return would come to.
+        let is_of_no_call = address.saturating_sub(first_code) < CALL_ENDING_IN_NOP_BYTES;
+        Some(Trampoline {
+            before: usize::from(is_nop && is_of_no_call),
+            bytes,
+            rule: Rule::Signal(SIGCONTEXT_OFFSET),
+        })
+    }
+
+    fn prologue(code: &[u8]) -> Prologue {
+        let mut at = 0;
+        if code.starts_with(&ENDBR64) {
+            at = ENDBR64.len();
+        }
+        let Some(first) = decode(&code[at..]) else { return Prologue::Unknown };
+        match first.effect {
+            Effect::Push(Some(RBP)) => {
+                // Compilers schedule a few others in between.
+                for _ in 0..MAX_PROLOGUE_INSTRUCTIONS {
+                    let Some(instruction) = code.get(at..).and_then(decode) else { break };
+                    at += instruction.bytes;
+                    match instruction.effect {
+                        Effect::Load(RBP, Operand::Register(RSP)) => return Prologue::FramePointer,
+                        Effect::Call(_) | Effect::Jump(_) | Effect::Return | Effect::Trap => break,
+                        _ => {}
+                    }
+                }
+                Prologue::Other
+            }
+            Effect::Push(_) | Effect::Add(RSP, _) => Prologue::Other,
+            _ => Prologue::Unknown,
+        }
+    }
+
+    fn linkage(code: &[u8], address: u64, is_section: bool) -> Option<Linkage> {
+        plt::run(code, address, is_section)
+    }
+
+    fn call(code: &[u8], address: u64) -> Option<u64> {
+        let [0xe8, a, b, c, d, ..] = *code else { return None };
+        let next = address.wrapping_add(Self::CALL_BYTES as u64);
+        Some(next.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into()))
+    }
+}
+
+/// endbr64
+pub(super) const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+
+/// Most instructions of a prologue up to `mov rbp, rsp`.
+const MAX_PROLOGUE_INSTRUCTIONS: usize = 8;

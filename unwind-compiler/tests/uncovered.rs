@@ -1,0 +1,157 @@
+//! Code without CFI in images that this machine's compilers and linkers make: what is recognised is what its
+//! instructions say, and where there is CFI as well, what that says.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use windlass_schema::{BuildId, ImageAddress, Rule, Table, UnsupportedReason};
+use windlass_unwind_compiler::{Compiled, RecognisedKind, compile, verify};
+
+const SOURCE: &str = r#"
+#define NOINLINE __attribute__((noinline))
+volatile int sink;
+NOINLINE int leaf(int n) { return n * sink; }
+NOINLINE int a(int n) { int x = leaf(n); return x + leaf(x); }
+NOINLINE int b(int n) { int x = a(n); return x + a(x) + n; }
+NOINLINE int c(int n) { int x = b(n); return x + b(x) + n; }
+NOINLINE int d(int n) { int x = c(n); return x + c(x) + n; }
+NOINLINE int e(int n) { int x = d(n); return x + d(x) + n; }
+NOINLINE int f(int n) { int x = e(n); return x + e(x) + n; }
+NOINLINE int g(int n) { int x = f(n); return x + f(x) + n; }
+NOINLINE int h(int n) { int x = g(n); return x + g(x) + n; }
+NOINLINE int i(int n) { int x = h(n); return x + h(x) + n; }
+int main(int n, char **v) { return i(n) + i(n + 1); }
+"#;
+
+const NO_CFI: &[&str] = &["-O2", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fno-exceptions"];
+
+/// An image made of [`SOURCE`]; `None` if this machine lacks the compiler.
+fn built(name: &str, compiler: &str, arguments: &[&str]) -> Option<Vec<u8>> {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let (source, image) = (folder.join(format!("{name}.c")), folder.join(name));
+    std::fs::write(&source, SOURCE).unwrap();
+    let built = Command::new(compiler).args(arguments).arg("-o").arg(&image).arg(&source).output().ok()?;
+    built.status.success().then(|| std::fs::read(&image).unwrap())
+}
+
+/// Compiles and verifies.
+#[track_caller]
+fn compiled(elf: &[u8]) -> Compiled {
+    let compiled = compile(elf, BuildId::new(b"WINDLASS").unwrap()).unwrap();
+    let verification = verify(elf, &Table::parse(&compiled.table).unwrap()).unwrap();
+    assert_eq!(verification.wrong, 0, "{verification:#?}");
+    compiled
+}
+
+/// Addresses of the symbols of functions, by name.
+fn symbol(elf: &[u8], name: &str) -> std::ops::Range<u64> {
+    use object::{Object as _, ObjectSymbol as _};
+    let file = object::File::parse(elf).unwrap();
+    let symbol = file.symbols().find(|symbol| symbol.name() == Ok(name)).unwrap();
+    symbol.address()..symbol.address() + symbol.size()
+}
+
+#[test]
+fn the_compilers_own_start_files_are_recognised() {
+    let Some(elf) = built("started", "cc", &["-O2"]) else { return };
+    let compiled = compiled(&elf);
+    let table = Table::parse(&compiled.table).unwrap();
+    for name in
+        ["frame_dummy", "register_tm_clones", "deregister_tm_clones", "__do_global_dtors_aux", "_init"]
+    {
+        let start = ImageAddress::new(symbol(&elf, name).start);
+        assert!(table.rule(start).is_exact(), "{name} {}", table.rule(start));
+    }
+    assert!(compiled.report.recognised_bytes[&RecognisedKind::Function] > 100, "{:?}", compiled.report);
+    assert!(compiled.report.uncovered_code_bytes < 1000, "{:?}", compiled.report);
+    assert_eq!(compiled.report.frame_pointer_code_bytes, 0);
+}
+
+/// Two images of the same instructions, one of which has CFI: what is recognised in the one has to be what the other
+/// states, but for which of two registers the frame is found by, and for rbp where it is both saved and unchanged.
+#[test]
+fn functions_without_cfi_have_the_rows_that_their_cfi_would_give() {
+    for (name, option) in [("kept", "-fno-omit-frame-pointer"), ("omitted", "-fomit-frame-pointer")] {
+        let Some(with) = built(&format!("{name}-cfi"), "cc", &["-O2", option]) else { return };
+        let without: Vec<_> = NO_CFI.iter().copied().chain([option]).collect();
+        let without = built(name, "cc", &without).unwrap();
+        let (with_table, table) = (compiled(&with).table, compiled(&without).table);
+        let (with_table, table) = (Table::parse(&with_table).unwrap(), Table::parse(&table).unwrap());
+        let mut same = 0;
+        for function in ["leaf", "a", "b", "c", "i", "main"] {
+            let (range, other) = (symbol(&without, function), symbol(&with, function));
+            assert_eq!(range.end - range.start, other.end - other.start, "{function}");
+            for at in 0..range.end - range.start {
+                let rule = table.rule(ImageAddress::new(range.start + at));
+                let stated = with_table.rule(ImageAddress::new(other.start + at));
+                let (
+                    Rule::Frame { cfa, return_address, .. },
+                    Rule::Frame { cfa: of_cfi, return_address: also, .. },
+                ) = (rule, stated)
+                else {
+                    panic!("{function}+{at:#x}: {rule}, CFI {stated}");
+                };
+                assert_eq!((cfa, return_address), (of_cfi, also), "{function}+{at:#x}: {rule}, CFI {stated}");
+                same += 1;
+            }
+        }
+        assert!(same > 100, "{same}");
+    }
+}
+
+#[test]
+fn an_image_that_keeps_frame_pointers_says_so_where_nothing_else_is_known() {
+    let mut marked = Vec::new();
+    for (name, option) in [("fp", "-fno-omit-frame-pointer"), ("no-fp", "-fomit-frame-pointer")] {
+        let arguments: Vec<_> = NO_CFI.iter().copied().chain([option, "-nostdlib", "-Wl,-e,main"]).collect();
+        let Some(elf) = built(name, "cc", &arguments) else { return };
+        let compiled = compiled(&elf);
+        let report = &compiled.report;
+        assert_eq!(report.fdes, 0, "{report:?}");
+        // The entry is not called, and so is not followed; all else is.
+        let entry = ImageAddress::new(symbol(&elf, "main").start);
+        let rule = Table::parse(&compiled.table).unwrap().rule(entry);
+        marked.push(rule);
+        let rest = report.uncovered_code_bytes - report.recognised_bytes[&RecognisedKind::Function];
+        let by_frame_pointers = if option == "-fno-omit-frame-pointer" { rest } else { 0 };
+        assert_eq!(report.frame_pointer_code_bytes, by_frame_pointers, "{report:?}");
+    }
+    assert_eq!(marked, [Rule::Unsupported(UnsupportedReason::FramePointersOnly), Rule::NoCfi]);
+}
+
+#[test]
+fn images_of_other_linkers_and_libraries() {
+    for (name, compiler, arguments, kinds) in [
+        ("lld", "cc", &["-fuse-ld=lld"][..], &[RecognisedKind::LinkageTable][..]),
+        ("mold", "cc", &["-fuse-ld=mold"], &[RecognisedKind::LinkageTable]),
+        ("musl", "musl-gcc", &["-static"], &[RecognisedKind::ProcessEntry]),
+        ("aarch64", "aarch64-linux-gnu-gcc", &["-O2"], &[RecognisedKind::LinkageTable]),
+        (
+            "aarch64-bti",
+            "aarch64-linux-gnu-gcc",
+            &["-O2", "-mbranch-protection=standard"],
+            &[RecognisedKind::LinkageTable],
+        ),
+    ] {
+        let Some(elf) = built(name, compiler, arguments) else { continue };
+        let report = compiled(&elf).report;
+        for kind in kinds.iter().chain([&RecognisedKind::Function]) {
+            assert!(report.recognised_bytes.contains_key(kind), "{name}: {kind:?} {report:?}");
+        }
+    }
+}
+
+#[test]
+fn no_bytes_of_code_are_nothing_to_recognise() {
+    let Some(elf) = built("skeleton", "cc", &["-O2"]) else { return };
+    let stripped = Path::new(env!("CARGO_TARGET_TMPDIR")).join("skeleton.debug");
+    let image = Path::new(env!("CARGO_TARGET_TMPDIR")).join("skeleton");
+    let keep = Command::new("objcopy").arg("--only-keep-debug").arg(image).arg(&stripped).status();
+    assert!(compiled(&elf).report.uncovered_code_bytes > 0);
+    if keep.is_ok_and(|status| status.success()) {
+        let report = compiled(&std::fs::read(stripped).unwrap()).report;
+        assert_eq!((report.uncovered_code_bytes, report.recognised_bytes.len()), (0, 0));
+    }
+}
