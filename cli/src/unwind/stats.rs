@@ -22,6 +22,9 @@ struct Figures {
     rows: u64,
     eh_frame_bytes: u64,
     code_bytes: u64,
+    uncovered_code_bytes: u64,
+    recognised_bytes: BTreeMap<&'static str, u64>,
+    frame_pointer_code_bytes: u64,
     kernel_bytes: u64,
     wire_bytes: u64,
     exact_rows: u64,
@@ -103,6 +106,13 @@ impl Figures {
             rows: report.rows,
             eh_frame_bytes: report.eh_frame_bytes,
             code_bytes: report.code_bytes,
+            uncovered_code_bytes: report.uncovered_code_bytes,
+            recognised_bytes: report
+                .recognised_bytes
+                .iter()
+                .map(|(kind, bytes)| (kind.as_str(), *bytes))
+                .collect(),
+            frame_pointer_code_bytes: report.frame_pointer_code_bytes,
             exact_rows: report.exact_rows,
             exact_code_bytes: report.exact_code_bytes,
             unsupported: report.unsupported.iter().map(|(reason, rows)| (reason.as_str(), *rows)).collect(),
@@ -118,13 +128,17 @@ impl Figures {
         self.rows += file.rows;
         self.eh_frame_bytes += file.eh_frame_bytes;
         self.code_bytes += file.code_bytes;
+        self.uncovered_code_bytes += file.uncovered_code_bytes;
+        self.frame_pointer_code_bytes += file.frame_pointer_code_bytes;
         self.wire_bytes += file.wire_bytes;
         self.exact_rows += file.exact_rows;
         self.exact_code_bytes += file.exact_code_bytes;
         self.compile_seconds += file.compile_seconds;
-        for (sums, counts) in
-            [(&mut self.unsupported, &file.unsupported), (&mut self.skipped_fdes, &file.skipped_fdes)]
-        {
+        for (sums, counts) in [
+            (&mut self.recognised_bytes, &file.recognised_bytes),
+            (&mut self.unsupported, &file.unsupported),
+            (&mut self.skipped_fdes, &file.skipped_fdes),
+        ] {
             for (reason, count) in counts {
                 *sums.entry(reason).or_default() += count;
             }
@@ -200,9 +214,12 @@ impl Stats {
                 writeln!(out, "not placed: {}: {reason}", file.path.display())?;
             }
         }
-        for (what, counts) in
-            [("unsupported rows", &total.figures.unsupported), ("skipped FDEs", &total.figures.skipped_fdes)]
-        {
+        writeln!(out, "bytes of code without CFI: {}", total.figures.uncovered_code_bytes)?;
+        for (what, counts) in [
+            ("recognised bytes of them", &total.figures.recognised_bytes),
+            ("unsupported rows", &total.figures.unsupported),
+            ("skipped FDEs", &total.figures.skipped_fdes),
+        ] {
             for (reason, count) in counts {
                 writeln!(out, "{what}: {count} {reason}")?;
             }

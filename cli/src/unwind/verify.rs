@@ -20,6 +20,8 @@ struct Proof {
     addresses_checked: u64,
     wrong: u64,
     unsupported: BTreeMap<&'static str, u64>,
+    /// Rows of code without CFI, which no interpreter checks.
+    recognised: BTreeMap<&'static str, u64>,
     disagreements: Vec<FileDisagreement>,
     failed_files: Vec<FailedFile>,
 }
@@ -67,6 +69,9 @@ impl Proof {
         for (reason, rows) in &file.unsupported {
             *self.unsupported.entry(reason.as_str()).or_default() += rows;
         }
+        for (kind, rows) in &file.recognised {
+            *self.recognised.entry(kind.as_str()).or_default() += rows;
+        }
         self.disagreements.extend(file.disagreements.iter().map(|found| FileDisagreement {
             path: path.clone(),
             address: found.address.to_string(),
@@ -92,6 +97,9 @@ impl Proof {
         )?;
         for (reason, rows) in &self.unsupported {
             writeln!(out, "unsupported rows: {rows} {reason}")?;
+        }
+        for (kind, rows) in &self.recognised {
+            writeln!(out, "rows without CFI: {rows} {kind}")?;
         }
         Ok(())
     }
