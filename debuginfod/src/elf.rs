@@ -206,7 +206,9 @@ fn facts<H: FileHeader<Endian = Endianness>>(
         match name {
             b".debug_info" | b".zdebug_info" => facts.dwarf |= data,
             b".symtab" => facts.symtab |= data,
-            b".eh_frame" | b".debug_frame" => facts.unwind |= data,
+            b".eh_frame" | b".debug_frame" | b".zdebug_frame" | b".gopclntab" | b".data.rel.ro.gopclntab" => {
+                facts.unwind |= data
+            }
             _ => {}
         }
         facts.code |= data && section.sh_flags(endian).0 & elf::SHF_EXECINSTR.0 != 0;

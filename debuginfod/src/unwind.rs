@@ -13,6 +13,7 @@ use windlass_schema::BuildId;
 use windlass_schema::http::{ArtefactKind, UNWIND_TYPE, UNWIND_WIRE_TYPE};
 use windlass_schema::table::VERSION;
 use windlass_schema::wire::WIRE_VERSION;
+use windlass_unwind_compiler::REVISION;
 
 use crate::blob::BlobError;
 use crate::catalog::{Artefact, DerivedKind};
@@ -56,11 +57,11 @@ async fn deliver(
 ) -> Result<Response, ServiceError> {
     let (modified_s, file_name) = (source.modified_s, source.file_name.clone());
     let inputs = Inputs { image: Some(source), ..Inputs::default() };
+    let table = u32::from(REVISION) << 16 | u32::from(VERSION);
     let (kind, version, content_type) = if accepts_wire(headers) {
-        let version = u32::from(WIRE_VERSION) << 16 | u32::from(VERSION);
-        (DerivedKind::UnwindWire, version, UNWIND_WIRE_TYPE)
+        (DerivedKind::UnwindWire, u32::from(WIRE_VERSION) << 24 | table, UNWIND_WIRE_TYPE)
     } else {
-        (DerivedKind::Unwind, VERSION.into(), UNWIND_TYPE)
+        (DerivedKind::Unwind, table, UNWIND_TYPE)
     };
     let key = inputs.key(kind, version).expect("there is an input");
     let blob = match tokio::time::timeout(PATIENCE, derive(app, key, inputs)).await {
@@ -87,15 +88,17 @@ fn accepts_wire(request: &HeaderMap) -> bool {
     })
 }
 
-/// The best file to compile from. The executable has everything; a skeleton was cut from it for this; a debug
-/// file may have kept `.debug_frame` only.
+/// The best file to compile from. The executable has everything, code included; a skeleton was cut from it for this; a
+/// debug file may have kept `.debug_frame`, and may be alone in having it.
 async fn source(app: &App, id: BuildId) -> Result<Option<Artefact>, ServiceError> {
+    let mut without = None;
     for kind in [ArtefactKind::Executable, ArtefactKind::Skeleton, ArtefactKind::Debuginfo] {
-        if let Some(artefact) = app.sound_artefact(id, kind).await?
-            && (kind != ArtefactKind::Debuginfo || artefact.facts.unwind)
-        {
-            return Ok(Some(artefact));
+        match app.sound_artefact(id, kind).await? {
+            Some(artefact) if artefact.facts.unwind => return Ok(Some(artefact)),
+            // Sections may be stripped, and unwind information found without them.
+            Some(artefact) if kind != ArtefactKind::Debuginfo => without = without.or(Some(artefact)),
+            _ => {}
         }
     }
-    Ok(None)
+    Ok(without)
 }

@@ -57,26 +57,28 @@ impl<'a> CodeBytes<'a> {
         bytes.get((range.start - piece.start) as usize..)?.get(..length)
     }
 
-    /// The parts that `covered`, sorted by start, leaves: each within a piece.
-    pub(crate) fn gaps(&self, covered: impl IntoIterator<Item = Range<u64>>) -> Vec<Range<u64>> {
+    /// Calls `visit` with the parts that `covered`, sorted by start, leaves: each within a piece, in order.
+    pub(crate) fn gaps(
+        &self,
+        covered: impl IntoIterator<Item = Range<u64>>,
+        mut visit: impl FnMut(Range<u64>),
+    ) {
         let mut covered = covered.into_iter().peekable();
         let mut covered_to = 0;
-        let mut gaps = Vec::new();
         for (start, bytes) in &self.pieces {
             let end = start + bytes.len() as u64;
             let mut at = covered_to.max(*start);
             while let Some(range) = covered.next_if(|range| range.start < end) {
                 if at < range.start {
-                    gaps.push(at..range.start);
+                    visit(at..range.start);
                 }
                 covered_to = covered_to.max(range.end);
                 at = at.max(range.end);
             }
             if at < end {
-                gaps.push(at..end);
+                visit(at..end);
             }
         }
-        gaps
     }
 }
 
@@ -89,7 +91,9 @@ mod tests {
     #[track_caller]
     fn check(covered: impl IntoIterator<Item = Range<u64>>, expect: &[Range<u64>]) {
         let code = CodeBytes::new(vec![(48, &BYTES[..16]), (16, &BYTES[..]), (20, &BYTES[..2])]);
-        assert_eq!(code.gaps(covered), expect);
+        let mut gaps = Vec::new();
+        code.gaps(covered, |gap| gaps.push(gap));
+        assert_eq!(gaps, expect);
     }
 
     #[test]

@@ -22,6 +22,9 @@ const FDE_BYTES: usize = 48;
 /// Places of chains to an FDE: less than three in C++ of a large library.
 const PLACES_PER_FDE: usize = 3;
 
+/// Rises when an image gets other rows than before, so that stored tables are made again.
+pub const REVISION: u8 = 1;
+
 /// A table and how it came about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiled {

@@ -68,7 +68,7 @@ mod uncovered;
 mod verify;
 mod x86_64;
 
-pub use compile::{Compiled, compile};
+pub use compile::{Compiled, REVISION, compile};
 pub use elf::{CompileError, build_id_of};
 pub use report::{MAX_SKIPPED_LISTED, RecognisedKind, Report, SkipReason, SkippedFde};
 pub use verify::{Disagreement, MAX_DISAGREEMENTS_LISTED, Verification, verify};

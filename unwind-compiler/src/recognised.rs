@@ -30,9 +30,14 @@ impl Uncovered {
     /// else is looked at.
     pub(crate) fn of(image: &Image<'_>, covered: impl IntoIterator<Item = Range<u64>>) -> Self {
         let code = image.code_bytes();
-        let mut gaps = code.gaps(covered);
-        let all_bytes = bytes_of(&gaps);
-        gaps.retain(|gap| !aligns(gap) && !is_padding(image.architecture, &code, gap));
+        let mut gaps = Vec::new();
+        let mut all_bytes = 0;
+        code.gaps(covered, |gap| {
+            all_bytes += gap.end - gap.start;
+            if !aligns(&gap) && !is_padding(image.architecture, &code, &gap) {
+                gaps.push(gap);
+            }
+        });
         if gaps.is_empty() {
             return Self::default();
         }

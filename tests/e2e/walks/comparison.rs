@@ -134,10 +134,16 @@ impl Comparison {
             let in_image = image.is_some();
             let row = image.and_then(|(cfi, address)| Some((cfi, cfi.row(address)?)));
             let next = row.map_or(Err(End::NotCovered), |(cfi, row)| cfi.step(&frame, &row, &read));
-            if number + 1 < walked.frames.len() {
-                frame = next.unwrap_or_else(|end| {
-                    panic!("frame {number} has no caller by its CFI ({end:?})\n{}", self.print(walked))
-                });
+            if let Some(ours) = walked.frames.get(number + 1) {
+                frame = match next {
+                    Ok(next) => next,
+                    // Code without CFI that the table knows by its instructions. The book has nothing to say: it is
+                    // the calls that were watched, and gdb, that such a frame is held against.
+                    Err(End::NotCovered) if in_image => Frame::of(ours),
+                    Err(end) => {
+                        panic!("frame {number} has no caller by its CFI ({end:?})\n{}", self.print(walked))
+                    }
+                };
                 continue;
             }
             // With the registers that the agent has kept, the book has to stop as well, or lose rbp.

@@ -11,7 +11,9 @@ const START: u64 = 0x1000;
 fn found(architecture: Architecture, code: &[u8], starts: &Starts) -> Vec<Recognised> {
     let code = CodeBytes::new(vec![(START, code)]);
     let mut found = Vec::new();
-    recognise(architecture, &code, &code.gaps([]), starts, |one| found.push(one));
+    let mut gaps = Vec::new();
+    code.gaps([], |gap| gaps.push(gap));
+    recognise(architecture, &code, &gaps, starts, |one| found.push(one));
     found
 }
 
