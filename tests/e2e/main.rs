@@ -6,6 +6,7 @@ mod bpf;
 mod chunks;
 mod corpus;
 mod debuginfod;
+mod go_walks;
 mod live;
 mod quickstart;
 mod readme;

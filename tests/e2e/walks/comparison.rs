@@ -104,7 +104,8 @@ impl Comparison {
         walked
     }
 
-    fn walk(&self, memory: &ProcessMemory, innermost: Registers) -> Walked {
+    /// The walk alone.
+    pub(crate) fn walk(&self, memory: &ProcessMemory, innermost: Registers) -> Walked {
         let mut walk = Walk::new(self.pid as u32, self.images.entry, innermost);
         let mut frames = Vec::new();
         while frames.len() < MAX_USER_FRAMES {

@@ -143,6 +143,18 @@ impl Tracee {
         threads
     }
 
+    /// Traces the threads that there are, those that are not traced yet.
+    pub(crate) fn trace_all(&mut self) -> Vec<i32> {
+        for tid in self.threads() {
+            let is_traced = self.traced.iter().any(|(traced, _)| *traced == tid);
+            // Fails for one that has ended meanwhile.
+            if !is_traced && ptrace(libc::PTRACE_SEIZE, tid, libc::PTRACE_O_EXITKILL as usize).is_ok() {
+                self.traced.push((tid, NO_SIGNAL));
+            }
+        }
+        self.traced.iter().map(|(tid, _)| *tid).collect()
+    }
+
     fn threads(&self) -> Vec<i32> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("threads of a child");
         tasks.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
