@@ -267,6 +267,7 @@ impl Code for Machine {
     /// When a handler has returned, rsp is at the `ucontext` (arch/x86/kernel/signal_64.c, `rt_sigreturn`). Its return
     /// address is the trampoline's first byte, so that it is looked up one byte before: as in
     /// glibc's own CFI, that is a part of the trampoline if it is a nop.
+    #[inline]
     fn trampoline(code: &[u8], at: usize, first_code: u64, address: u64) -> Option<Trampoline> {
         let bytes = RT_SIGRETURN.iter().find(|bytes| code[at..].starts_with(bytes))?.len();
         let is_nop = at > 0 && code[at - 1] == NOP;
@@ -304,6 +305,7 @@ impl Code for Machine {
         }
     }
 
+    #[inline]
     fn linkage(code: &[u8], address: u64, is_section: bool) -> Option<Linkage> {
         plt::run(code, address, is_section)
     }

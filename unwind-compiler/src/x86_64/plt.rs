@@ -106,6 +106,10 @@ enum Style {
 
 /// The first entry, and what it goes with.
 fn first(code: &[u8]) -> Option<(Style, Linkage)> {
+    // Most code is something else, and all of it is asked about.
+    if !code.starts_with(&PUSH_MEMORY) && !code.starts_with(&ENDBR64) {
+        return None;
+    }
     let mut c = Cursor { code, at: 0 };
     let mut rows = Vec::new();
     let style = if c.skip(&ENDBR64) {
@@ -153,11 +157,19 @@ fn entry(code: &[u8]) -> Option<Entry> {
 }
 
 /// The run of entries that `code` begins with, at `address`. With `is_section`, `code` is a whole section.
+#[inline]
 pub(super) fn run(code: &[u8], address: u64, is_section: bool) -> Option<Linkage> {
     if !address.is_multiple_of(SHORT_BYTES as u64) {
         return None;
     }
-    let header = first(code).filter(|_| address.is_multiple_of(ENTRY_BYTES as u64));
+    run_of_aligned(code, address, is_section)
+}
+
+fn run_of_aligned(code: &[u8], address: u64, is_section: bool) -> Option<Linkage> {
+    let header = address.is_multiple_of(ENTRY_BYTES as u64).then(|| first(code)).flatten();
+    if header.is_none() && !is_section {
+        return None;
+    }
     let (mut at, style, mut rows) = match header {
         Some((style, Linkage { bytes, rows })) => (bytes, Some(style), rows),
         None => (0, None, Vec::new()),
