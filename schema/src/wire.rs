@@ -36,7 +36,8 @@
 //! # Coding
 //! Modules `coder` (choices by their probability), `mixing` (their probabilities), `symbols` (these by context),
 //! `dictionary` and `entries` (records and entries as choices), `prior` (records that are expected) are the
-//! specification: all of it is integer arithmetic, and encoder and decoder run the same code.
+//! specification. Encoder and decoder run the same code, over integers but for one product of IEEE doubles in `prior`, which is
+//! the same everywhere. `fixtures/unwind/sample.wluw` is a form that has to stay readable.
 
 mod coder;
 mod dictionary;
@@ -466,6 +467,19 @@ mod tests {
         let file = sample();
         let wire = packed(&file);
         assert!(wire.len() * 3 < file.len(), "{} of {} bytes", wire.len(), file.len());
+    }
+
+    /// What was packed has to be read by those to come.
+    #[test]
+    fn the_form_of_before_is_read_and_written() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/unwind/sample.wluw");
+        let (table, packed) = (sample(), packed(&sample()));
+        if std::env::var_os("WINDLASS_BLESS").is_some() {
+            std::fs::write(path, &packed).unwrap();
+        }
+        let before = std::fs::read(path).unwrap();
+        assert_eq!(unpack(&before), Ok(table), "not read any more: raise WIRE_VERSION");
+        assert!(packed == before, "packed otherwise: if the coding has changed, raise WIRE_VERSION");
     }
 
     #[test]

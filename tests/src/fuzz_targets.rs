@@ -4,6 +4,7 @@
 use windlass_schema::table::{Table, checksum};
 use windlass_schema::{BuildId, ImageAddress, wire};
 use windlass_symbol_index::{Index, Input};
+use windlass_unwind_compiler::CompileError;
 
 /// A target: its name, which is that of its corpus, and its body.
 pub type Target = (&'static str, fn(&[u8]));
@@ -53,7 +54,11 @@ pub fn wire_unpack(data: &[u8]) {
 
 /// Compiles bytes as an ELF image. What comes out must be a table that agrees with the CFI.
 pub fn compile(data: &[u8]) {
-    let Ok(compiled) = windlass_unwind_compiler::compile(data, build_id()) else { return };
+    let compiled = match windlass_unwind_compiler::compile(data, build_id()) {
+        Ok(compiled) => compiled,
+        Err(CompileError::Table(error)) => panic!("a compiled table does not parse: {error}"),
+        Err(_) => return,
+    };
     let table = Table::parse(&compiled.table).expect("a compiled table parses");
     let verification = windlass_unwind_compiler::verify(data, &table).expect("what compiles can be verified");
     assert_eq!(verification.wrong, 0, "{verification:?}");

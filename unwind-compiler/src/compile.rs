@@ -22,8 +22,8 @@ const FDE_BYTES: usize = 48;
 /// Places of chains to an FDE: less than three in C++ of a large library.
 const PLACES_PER_FDE: usize = 3;
 
-/// Rises when an image gets other rows than before, so that stored tables are made again.
-pub const REVISION: u8 = 1;
+/// Rises when an image gets other rows than before, so that a service that keeps tables makes them again.
+pub const REVISION: u8 = 2;
 
 /// A table and how it came about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,6 +105,7 @@ struct Collected {
 
 /// All functions, and the chains of their shapes.
 fn collect(image: &Image<'_>, report: &mut Report) -> Collected {
+    let go = functions(image);
     let data: Vec<_> = image.frames.iter().map(|section| section.data()).collect();
     let bytes: usize = data.iter().flatten().map(|data| data.len()).sum();
     let mut cies = Vec::new();
@@ -117,7 +118,7 @@ fn collect(image: &Image<'_>, report: &mut Report) -> Collected {
             continue;
         };
         report.eh_frame_bytes += data.len() as u64;
-        let mut entries = Entries::new(image, number, data, &mut cies);
+        let mut entries = Entries::new(image, number, data, go.is_some(), &mut cies);
         entries.for_each(image, section.stated_bytes, |cies, fde| match fde {
             Ok(fde) => {
                 let shape = shapes.of(cies, &fde);
@@ -132,9 +133,10 @@ fn collect(image: &Image<'_>, report: &mut Report) -> Collected {
         });
     }
     report.fdes = all.len() as u64;
-    let stretches = functions(image);
-    report.go_functions = stretches.len() as u64;
-    all.extend(stretches.iter().map(|stretch| Function::of_stretch(stretch, GO_RANK, &mut shapes)));
+    if let Some(go) = go {
+        report.count_go(&go);
+        all.extend(go.stretches.iter().map(|stretch| Function::of_stretch(stretch, GO_RANK, &mut shapes)));
+    }
     // Stable: of FDEs at one address, the first of the first section comes first. Linkers leave long sorted runs.
     all.sort_by_key(|function| function.start);
     // What is skipped may cover the rest.

@@ -33,6 +33,8 @@ pub(crate) struct Cie<'a> {
     pub(crate) data_alignment: i64,
     pub(crate) return_address: u16,
     pub(crate) is_signal_frame: bool,
+    /// Whether a row that does not name the frame pointer leaves it as it is. Go's `.debug_frame` never names it.
+    pub(crate) names_frame_pointer: bool,
     pub(crate) pointers: Pointers,
     /// The row that every FDE starts with; `None` if the instructions that make it are malformed.
     pub(crate) initial: Option<Frame<'a>>,
@@ -76,6 +78,7 @@ pub(crate) struct Entries<'a, 'c> {
     data: &'a [u8],
     pointers: Pointers,
     architecture: Architecture,
+    names_frame_pointer: bool,
     cies: &'c mut Vec<Cie<'a>>,
     /// Numbers of CIEs by offset; `None` for those of no use.
     numbers: HashMap<usize, Option<u32>>,
@@ -84,13 +87,20 @@ pub(crate) struct Entries<'a, 'c> {
 
 impl<'a, 'c> Entries<'a, 'c> {
     /// Section number `section`, whose bytes are `data`. Its CIEs go behind `cies`.
-    pub(crate) fn new(image: &Image<'_>, section: usize, data: &'a [u8], cies: &'c mut Vec<Cie<'a>>) -> Self {
+    pub(crate) fn new(
+        image: &Image<'_>,
+        section: usize,
+        data: &'a [u8],
+        is_go: bool,
+        cies: &'c mut Vec<Cie<'a>>,
+    ) -> Self {
         let FrameSection { kind, address, .. } = image.frames[section];
         Self {
             kind,
             data,
             pointers: Pointers { section: address, text: image.text, data: image.got },
             architecture: image.architecture,
+            names_frame_pointer: !(is_go && kind == SectionKind::DebugFrame),
             cies,
             numbers: HashMap::new(),
             last: None,
@@ -262,6 +272,7 @@ impl<'a, 'c> Entries<'a, 'c> {
             data_alignment,
             return_address,
             is_signal_frame: false,
+            names_frame_pointer: self.names_frame_pointer,
             pointers: self.pointers,
             initial: None,
             plain: None,

@@ -3,27 +3,44 @@
 //! Go's `.debug_frame` says where the CFA is and nothing of rbp, so that C code below a Go frame cannot be walked by
 //! it; and it is gone from stripped images. The function table is in each of them and says more.
 
-use windlass_schema::{CfaRule, FramePointerRule, Record, ReturnAddressRule, Rule, UnsupportedReason};
+use windlass_schema::{
+    Architecture, CfaRule, FramePointerRule, Record, ReturnAddressRule, Rule, UnsupportedReason,
+};
 
 use crate::elf::Image;
-use crate::go::{GoRule, for_each_row};
+use crate::go::{GoRule, GoSkip, for_each_row};
 use crate::stretch::Stretch;
 
-/// The functions of `image`, in the order of their addresses: none if it is no Go image, or if its table
-/// is of a version that is not known.
-pub(crate) fn functions(image: &Image<'_>) -> Vec<Stretch> {
-    let Some(table) = image.go_table() else { return Vec::new() };
-    let mut functions = Vec::new();
+/// What a Go image's function table says.
+#[derive(Default)]
+pub(crate) struct GoFunctions {
+    /// In the order of their addresses.
+    pub(crate) stretches: Vec<Stretch>,
+    /// Functions whose description is malformed, in whole or from some address on.
+    pub(crate) skipped: u64,
+    /// Whether none of it could be read: it is of a version or an instruction set that is not known.
+    pub(crate) is_unread: bool,
+}
+
+/// The functions of `image`; `None` if it is no Go image.
+pub(crate) fn functions(image: &Image<'_>) -> Option<GoFunctions> {
+    let table = image.go_table()?;
+    let mut stretches = Vec::new();
     let visit = |range: std::ops::Range<u64>, rule: GoRule| {
-        if !image.reaches(&range) {
-            return;
+        if image.reaches(&range) {
+            Stretch::append(&mut stretches, range, record(rule));
         }
-        Stretch::append(&mut functions, range, record(rule));
     };
-    match for_each_row(&table.image(), visit) {
-        Ok(_) => functions,
-        Err(_) => Vec::new(),
+    let unread = GoFunctions { is_unread: true, ..GoFunctions::default() };
+    // A header may say what it likes: rules are of x86-64.
+    if image.architecture != Architecture::X86_64 {
+        return Some(unread);
     }
+    let Ok(read) = for_each_row(&table.image(), visit) else { return Some(unread) };
+    // C code that was linked in among Go's has no depths, and no fault.
+    let faults = read.skipped.iter().filter(|(reason, _)| **reason != GoSkip::NoDepths);
+    let skipped = faults.map(|(_, functions)| functions).sum();
+    Some(GoFunctions { stretches, skipped, is_unread: false })
 }
 
 fn record(rule: GoRule) -> Record {

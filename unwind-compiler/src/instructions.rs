@@ -117,14 +117,15 @@ pub(crate) fn run_initial<'a>(cie: &Cie<'a>, instructions: &'a [u8]) -> Option<F
 }
 
 /// Runs the instructions of an FDE that starts at address `start`; calls `visit` with the offset of each row's
-/// first byte from there and the row. A row ends where the next begins; rows without a byte are left out.
+/// first byte from there, the row, and whether any instruction came since the last. A row ends where the next begins; rows
+/// without a byte are left out.
 /// `remembered` is memory to use.
 pub(crate) fn run<'a>(
     cie: &Cie<'a>,
     (at, len): (u32, u32),
     start: u64,
     remembered: &mut Vec<Frame<'a>>,
-    mut visit: impl FnMut(u64, &Frame<'a>),
+    mut visit: impl FnMut(u64, &Frame<'a>, bool),
 ) -> Ran {
     let instructions = cie.data.get(..at as usize + len as usize).unwrap_or_default();
     let mut cursor = Cursor::new(instructions, at as usize);
@@ -135,9 +136,13 @@ pub(crate) fn run<'a>(
     let mut machine = Machine { cie, frame: initial, remembered, is_initial: false };
     let mut offset = 0u64;
     let mut is_placed = false;
+    let mut is_changed = true;
     while !cursor.is_at_end() {
         let next = match machine.run(&mut cursor) {
-            Some(Effect::Row) => continue,
+            Some(Effect::Row) => {
+                is_changed = true;
+                continue;
+            }
             Some(Effect::Advance(bytes)) => offset.checked_add(bytes),
             Some(Effect::SetLocation(address)) => {
                 is_placed = true;
@@ -149,11 +154,12 @@ pub(crate) fn run<'a>(
             return Ran { malformed_from: Some(offset), is_placed };
         };
         if next > offset {
-            visit(offset, &machine.frame);
+            visit(offset, &machine.frame, is_changed);
+            is_changed = false;
             offset = next;
         }
     }
-    visit(offset, &machine.frame);
+    visit(offset, &machine.frame, is_changed);
     Ran { malformed_from: None, is_placed }
 }
 

@@ -19,6 +19,7 @@ const MAX_REMEMBERED: usize = 4;
 pub(crate) fn initial(cie: &Cie<'_>, record: Record) -> Option<Record> {
     let is_plain = cie.architecture == Architecture::X86_64
         && !cie.is_signal_frame
+        && cie.names_frame_pointer
         && (cie.code_alignment, cie.data_alignment) == (1, -8)
         && cie.return_address == DWARF_RA.into()
         && matches!(record.kind(), kind::SP | kind::FP)
@@ -155,6 +156,7 @@ mod tests {
             data_alignment: -8,
             return_address: DWARF_RA.into(),
             is_signal_frame: false,
+            names_frame_pointer: true,
             pointers: Pointers { section: 0, text: None, data: None },
             initial: None,
             plain: None,
@@ -198,7 +200,7 @@ mod tests {
             let mut rows = Vec::new();
             if run(&bytes, initial, |offset, record| rows.push((offset, record))).is_some() {
                 let mut expected = Vec::new();
-                let visit = |offset, row: &_| expected.push((offset, record(&cie, row)));
+                let visit = |offset, row: &_, _| expected.push((offset, record(&cie, row)));
                 let ran = instructions::run(&cie, (0, bytes.len() as u32), 0, &mut Vec::new(), visit);
                 prop_assert_eq!((ran.malformed_from, ran.is_placed), (None, false));
                 prop_assert_eq!(rows, expected);

@@ -48,6 +48,7 @@ fn common(cie: &Cie<'_>, row: &Frame<'_>) -> Option<Record> {
     };
     let is_common = cie.architecture == Architecture::X86_64
         && !cie.is_signal_frame
+        && cie.names_frame_pointer
         && row.register(cie.return_address) == RegisterRule::Offset(-8)
         && row.register(RSP) == RegisterRule::Unspecified;
     is_common.then_some(Record::plain(kind, saved, return_address::AT_CFA, 0, f, i32::try_from(offset).ok()?))
@@ -68,8 +69,10 @@ fn exact(cie: &Cie<'_>, row: &Frame<'_>) -> Result<Rule, Reason> {
         return signal(architecture, row).ok_or(Reason::SignalFrame);
     }
     let cfa = cfa(architecture, &row.cfa)?;
-    let frame_pointer = row.register(architecture.frame_pointer().number().into());
-    let frame_pointer = frame_pointer_rule(architecture, frame_pointer)?;
+    let frame_pointer = match row.register(architecture.frame_pointer().number().into()) {
+        RegisterRule::Unspecified if !cie.names_frame_pointer => FramePointerRule::Undefined,
+        rule => frame_pointer_rule(architecture, rule)?,
+    };
     let register = |number| Register::new(architecture, number).map(ReturnAddressRule::Register);
     let return_address = match (return_address, architecture) {
         (RegisterRule::Offset(offset), _) => i16::try_from(offset).ok().map(ReturnAddressRule::AtCfa),

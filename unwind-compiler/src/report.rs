@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use windlass_schema::record::kind;
 use windlass_schema::{ImageAddress, Record, UnsupportedReason};
 
+use crate::go_functions::GoFunctions;
 use crate::placement::Placement;
 use crate::recognised::Uncovered;
 
@@ -43,6 +44,10 @@ pub enum SkipReason {
     SectionOverlap,
     /// The image has more sections, or they hold more bytes, than are read for a file of its size.
     SectionLimit,
+    /// Go's function table is of a version or an instruction set that is not known. Counts once.
+    GoTable,
+    /// The description of a Go function is malformed: rows before the fault stand.
+    GoFunction,
 }
 
 impl SkipReason {
@@ -61,6 +66,8 @@ impl SkipReason {
             Self::Unreadable => "unreadable",
             Self::SectionOverlap => "section_overlap",
             Self::SectionLimit => "section_limit",
+            Self::GoTable => "go_table",
+            Self::GoFunction => "go_function",
         }
     }
 }
@@ -157,7 +164,9 @@ impl Report {
             | SkipReason::Header
             | SkipReason::Unreadable
             | SkipReason::SectionOverlap
-            | SkipReason::SectionLimit => false,
+            | SkipReason::SectionLimit
+            | SkipReason::GoTable
+            | SkipReason::GoFunction => false,
         })
     }
 
@@ -167,6 +176,17 @@ impl Report {
         self.frame_pointer_code_bytes = uncovered.frame_pointer_bytes();
         for (kind, bytes) in uncovered.recognised_bytes() {
             *self.recognised_bytes.entry(kind).or_default() += bytes;
+        }
+    }
+
+    /// Counts what a Go image's function table gave.
+    pub(crate) fn count_go(&mut self, go: &GoFunctions) {
+        self.go_functions = go.stretches.len() as u64;
+        if go.is_unread {
+            self.skip(SkippedFde { offset: 0, address: None, reason: SkipReason::GoTable });
+        }
+        if go.skipped > 0 {
+            *self.skipped_fdes.entry(SkipReason::GoFunction).or_default() += go.skipped;
         }
     }
 

@@ -161,7 +161,14 @@ impl<'a> Shapes<'a> {
         });
         if !is_plain {
             rows = Rows::new(steps, length);
-            let visit = |offset: u64, row: &Frame<'a>| rows.push(offset, record(cie, row));
+            // Expressions are run for it, which no advance changes.
+            let mut last = Record::NO_CFI;
+            let visit = |offset: u64, row: &Frame<'a>, is_changed: bool| {
+                if is_changed {
+                    last = record(cie, row);
+                }
+                rows.push(offset, last);
+            };
             let ran = run(cie, fde.instructions, fde.start, &mut self.remembered, visit);
             if let Some(offset) = ran.malformed_from.filter(|offset| *offset < length) {
                 rows.end(offset, Record::unsupported(UnsupportedReason::Malformed));

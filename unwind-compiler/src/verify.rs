@@ -66,6 +66,7 @@ pub struct Verification {
 /// Compares `table` with the call frame information of `elf`.
 pub fn verify(elf: &[u8], table: &Table<'_>) -> Result<Verification, CompileError> {
     let image = Image::parse(elf)?;
+    let go = functions(&image);
     let mut check = Check {
         architecture: image.architecture,
         table,
@@ -73,11 +74,12 @@ pub fn verify(elf: &[u8], table: &Table<'_>) -> Result<Verification, CompileErro
         context: UnwindContext::new(),
         covered: Vec::new(),
         covered_by_eh_frame: None,
-        go: functions(&image).into_iter().map(|function| function.start..function.end).collect(),
+        is_go: go.is_some(),
     };
     for_each_fde(&image, &mut check);
-    let Check { mut verification, mut covered, go, .. } = check;
-    covered.extend(go);
+    let Check { mut verification, mut covered, .. } = check;
+    let stretches = go.into_iter().flat_map(|go| go.stretches);
+    covered.extend(stretches.map(|stretch| stretch.start..stretch.end));
     let mut covered = union(covered);
     let uncovered = uncovered(&image);
     verification.check_recognised(table, &uncovered, &covered);
@@ -95,9 +97,9 @@ struct Check<'t> {
     covered: Vec<Range<u64>>,
     /// What `.eh_frame` covers, sorted and disjoint, once `.debug_frame` has begun: that has a say only elsewhere.
     covered_by_eh_frame: Option<Vec<Range<u64>>>,
-    /// What Go's function table covers. `.debug_frame` is made from the same depths by another path, and says
-    /// nothing of rbp: what it can confirm there is the CFA.
-    go: Vec<Range<u64>>,
+    /// Whether the image is Go's. Its `.debug_frame` is made from the same depths as its function table, by another
+    /// path, and says nothing of the frame pointer: what it can confirm is the CFA.
+    is_go: bool,
 }
 
 impl Visitor for Check<'_> {
@@ -112,14 +114,11 @@ impl Visitor for Check<'_> {
             let behind = covered.partition_point(|range| range.start <= address);
             covered[..behind].last().is_some_and(|range| range.contains(&address))
         };
-        let of_go = |address: u64| {
-            let behind = self.go.partition_point(|range| range.start <= address);
-            kind == SectionKind::DebugFrame && behind > 0 && self.go[behind - 1].contains(&address)
-        };
+        let is_of_go = self.is_go && kind == SectionKind::DebugFrame;
         let (table, architecture, verification) = (self.table, self.architecture, &mut self.verification);
         let end = fde.rows(&mut self.context, |range, row| {
             verification.check_row(table, range, is_others, |rule, address| {
-                let is_stated = if of_go(address) {
+                let is_stated = if is_of_go {
                     confirms_cfa(rule, row.cfi)
                 } else {
                     // Where a walk ends, a CFA has no use.
