@@ -5,6 +5,7 @@
 //! `windlass profile` one for some seconds.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,15 +16,20 @@ use std::time::{Duration, Instant, SystemTime};
 use windlass_schema::StopReason;
 
 use crate::backend::Backend;
+use crate::choice::Choice;
+use crate::compression::Compression;
 use crate::copied::{AttachError, CopiedStacks};
 use crate::kallsyms::KernelImage;
 use crate::kernel::{Kernel, LoadError, Options};
+use crate::metrics::Metrics;
 use crate::processes::Processes;
+use crate::resource::Resources;
 use crate::sampling::{OpenBatch, Sampling};
 use crate::selection::Selection;
 use crate::service::{Service, ServiceError};
 use crate::shipper::{SPOOL_BUDGET_BYTES, Shipped, Shipper};
 use crate::spool::Spool;
+use crate::status::StatusListener;
 use crate::table_cache::{TableCache, TableCacheError};
 use crate::tables::Tables;
 
@@ -49,10 +55,18 @@ pub struct Config {
     pub cache_dir: PathBuf,
     /// Only this process and its descendants.
     pub only_pid: Option<u32>,
+    /// Which of those count.
+    pub choice: Choice,
     /// What takes the samples.
     pub backend: BackendChoice,
     /// How often a batch is shipped.
     pub ship_interval: Duration,
+    /// How batches are compressed.
+    pub compression: Compression,
+    /// What samples carry as the host's name; the kernel's, if there is none.
+    pub host_name: Option<String>,
+    /// Where `/metrics` and `/healthz` are answered.
+    pub listen: Option<SocketAddr>,
     /// Bearer token for the service.
     pub token: Option<String>,
     /// Most bytes of tables on disk.
@@ -72,8 +86,12 @@ impl Config {
             frequency_hz: DEFAULT_FREQUENCY_HZ,
             cache_dir: cache_dir.into(),
             only_pid: None,
+            choice: Choice::default(),
             backend: BackendChoice::Bpf,
             ship_interval: DEFAULT_SHIP_INTERVAL,
+            compression: Compression::default(),
+            host_name: None,
+            listen: None,
             token: None,
             table_cache_bytes: DEFAULT_TABLE_CACHE_BYTES,
             spool_bytes: SPOOL_BUDGET_BYTES,
@@ -82,10 +100,11 @@ impl Config {
     }
 
     fn selection(&self) -> Selection {
-        Selection::new(self.only_pid.or(match self.backend {
+        let root = self.only_pid.or(match self.backend {
             BackendChoice::Bpf => None,
             BackendChoice::CopiedStacks { pid } => Some(pid),
-        }))
+        });
+        Selection::new(root, self.choice.clone())
     }
 }
 
@@ -122,6 +141,9 @@ pub enum StartError {
     /// The spool.
     #[error("spool directory {0}: {1}")]
     Spool(PathBuf, std::io::Error),
+    /// The address for status pages.
+    #[error("{0} cannot be listened at: {1}")]
+    Listen(SocketAddr, std::io::Error),
     /// A thread.
     #[error("no thread can be started: {0}")]
     Thread(std::io::Error),
@@ -182,7 +204,14 @@ pub struct Agent {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Summary>>,
     warm_up: WarmUp,
-    instance_id: String,
+    agent_id: String,
+    status_address: Option<SocketAddr>,
+}
+
+/// By what others know an agent, before it runs.
+struct Presence {
+    agent_id: String,
+    listener: Option<StatusListener>,
 }
 
 impl Agent {
@@ -214,22 +243,33 @@ impl Agent {
             return Err(StartError::Frequency(config.frequency_hz));
         }
         let stop = Arc::new(AtomicBool::new(false));
-        let instance_id = instance_id();
+        let agent_id = agent_id();
+        let listener = config
+            .listen
+            .map(|address| StatusListener::bind(address).map_err(|error| StartError::Listen(address, error)));
+        let listener = listener.transpose()?;
+        let status_address = listener.as_ref().map(|listener| listener.address);
         let (started, starting) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("windlass-agent".to_owned())
             .spawn({
-                let (stop, instance_id) = (stop.clone(), instance_id.clone());
-                move || run(&config, instance_id, backend, &stop, &started)
+                let stop = stop.clone();
+                let presence = Presence { agent_id: agent_id.clone(), listener };
+                move || run(&config, presence, backend, &stop, &started)
             })
             .map_err(StartError::Thread)?;
         let warm_up = starting.recv().map_err(|_| StartError::Ended)??;
-        Ok(Self { stop, thread: Some(thread), warm_up, instance_id })
+        Ok(Self { stop, thread: Some(thread), warm_up, agent_id, status_address })
     }
 
-    /// What its batches carry as `service.instance.id`, and no other agent's do.
-    pub fn instance_id(&self) -> &str {
-        &self.instance_id
+    /// What its batches carry as `windlass.agent.id`, and no other agent's do.
+    pub fn agent_id(&self) -> &str {
+        &self.agent_id
+    }
+
+    /// Where it answers `/metrics` and `/healthz`.
+    pub fn status_address(&self) -> Option<SocketAddr> {
+        self.status_address
     }
 
     /// What was left out at the start.
@@ -255,7 +295,7 @@ impl Drop for Agent {
 /// The agent's thread.
 fn run(
     config: &Config,
-    instance_id: String,
+    presence: Presence,
     backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError>,
     stop: &AtomicBool,
     started: &mpsc::SyncSender<Result<WarmUp, StartError>>,
@@ -268,7 +308,7 @@ fn run(
         .enable_all()
         .build()
         .map_err(StartError::Thread)
-        .and_then(|runtime| Ok((prepare(config, instance_id, backend, runtime.handle())?, runtime)));
+        .and_then(|runtime| Ok((prepare(config, presence, backend, runtime.handle())?, runtime)));
     let (mut sampling, runtime) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -294,12 +334,15 @@ fn run(
 
 fn prepare(
     config: &Config,
-    instance_id: String,
+    presence: Presence,
     backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Sampling, StartError> {
-    let service = Service::new(&config.server, config.token.clone())?;
-    let cache = TableCache::open(&config.cache_dir.join("tables"), config.table_cache_bytes)?;
+    let Presence { agent_id, listener } = presence;
+    let metrics: Arc<Metrics> = Arc::default();
+    let service = Service::new(&config.server, config.token.clone(), metrics.clone())?;
+    let tables = config.cache_dir.join("tables");
+    let cache = TableCache::open(&tables, config.table_cache_bytes, metrics.clone())?;
     let spool_dir = config.cache_dir.join("spool");
     let spool =
         Spool::open(&spool_dir, config.spool_bytes).map_err(|error| StartError::Spool(spool_dir, error))?;
@@ -309,7 +352,12 @@ fn prepare(
     let mut processes = Processes::new(config.selection(), now);
     processes.scan_all(&mut *backend);
     let tables = Tables::start(runtime, &service, cache);
-    let shipper = Shipper::start(runtime, service.clone(), spool);
+    let shipper = Shipper::start(runtime, service.clone(), spool, metrics.clone());
+    if let Some(listener) = listener {
+        let address = listener.address;
+        listener.start(runtime, metrics.clone()).map_err(|error| StartError::Listen(address, error))?;
+        tracing::info!("status at http://{address}/metrics and http://{address}/healthz");
+    }
     let kernel = match KernelImage::read() {
         Ok(kernel) => {
             runtime.spawn(kernel.clone().upload(service));
@@ -328,11 +376,14 @@ fn prepare(
         kernel,
         frequency_hz: config.frequency_hz,
         ship_interval: config.ship_interval,
-        host_name: host_name(),
-        instance_id,
+        host_name: config.host_name.clone().unwrap_or_else(host_name),
+        agent_id,
+        compression: config.compression,
+        resources: Resources::default(),
         batch: OpenBatch::new(0),
         keeps_samples: true,
         unkept: WarmUp::default(),
+        metrics,
         summary: Summary::default(),
     })
 }
@@ -343,7 +394,7 @@ fn host_name() -> String {
 }
 
 /// A random UUID of the kernel's, new for each agent.
-fn instance_id() -> String {
+fn agent_id() -> String {
     match std::fs::read_to_string("/proc/sys/kernel/random/uuid") {
         Ok(uuid) => uuid.trim().to_owned(),
         // As good as none other: which host, which process, when.
@@ -360,7 +411,7 @@ mod tests {
 
     #[test]
     fn each_instance_has_its_own_id() {
-        let (one, other) = (instance_id(), instance_id());
+        let (one, other) = (agent_id(), agent_id());
         assert_ne!(one, other);
         assert!(one.len() >= 32 && one.is_ascii() && !one.contains(char::is_whitespace), "{one}");
     }

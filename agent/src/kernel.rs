@@ -47,20 +47,11 @@ impl Default for Options {
     }
 }
 
-/// What a file needs for everything that the agent does, as `setcap` takes it: to load the program and to
-/// sample; to read what processes of other users map, in folders that not everyone may enter and after it
-/// was deleted; to read where kernel functions lie.
-pub const SETCAP: &str =
-    "cap_bpf,cap_perfmon,cap_sys_ptrace,cap_dac_read_search,cap_checkpoint_restore,cap_syslog+ep";
-
 /// The BPF program could not be put to work.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The capabilities for it are missing.
-    #[error(
-        "loading BPF programs is not permitted: run as root, or grant the capabilities \
-         (setcap {SETCAP} FILE)"
-    )]
+    #[error("loading BPF programs is not permitted")]
     NotPermitted,
     /// A kernel that the program does not load on.
     #[error(
@@ -197,13 +188,13 @@ impl Kernel {
         let chunk_maps = ChunkMaps::from_map(take(names::CHUNKS)?)?;
         let cpus =
             aya::util::online_cpus().map_err(|(path, error)| LoadError::Cpus(format!("{path}: {error}")))?;
-        // Events first: what happens between the scan of /proc and the first sample is then known.
-        let sideband = Sideband::open(&cpus)?;
         let program = bpf
             .program_mut(names::PROGRAM)
             .ok_or_else(|| LoadError::Refused(format!("the object has no program {}", names::PROGRAM)))?;
         let program: &mut PerfEvent = program.try_into()?;
         program.load()?;
+        // Events before samples: what happens between the scan of /proc and the first sample is then known.
+        let sideband = Sideband::open(&cpus)?;
         for cpu in cpus {
             program
                 .attach(
@@ -307,12 +298,7 @@ impl Backend for Kernel {
     }
 
     fn lost_samples(&self) -> u64 {
-        let lost = self.counter(Counter::RingFull);
-        if lost > 0 {
-            let taken = self.taken_samples();
-            tracing::warn!(lost, taken, "samples came faster than they were read: sample less often");
-        }
-        lost
+        self.counter(Counter::RingFull)
     }
 }
 

@@ -6,18 +6,24 @@
 //! - [`agent`]: starting and stopping one
 //! - `sampling`: the loop
 //! - [`backend`]: the boundary to what takes samples: [`kernel`] (BPF) or [`copied`] (no privilege)
-//! - [`processes`]: which processes there are; [`selection`], [`scan_schedule`]
+//! - [`processes`]: which processes there are; [`selection`], [`choice`],
+//!   [`scan_schedule`]
 //! - [`process`]: what one maps; [`proc_maps`], [`mapped_file`]
 //! - [`images`] and [`image`]: what is mapped
 //! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`]
-//! - [`otlp`], [`shipper`], [`spool`]: how samples become profiles and reach the service
+//! - [`otlp`], [`shipper`], [`spool`], [`compression`]: how samples become profiles and reach the service
+//! - [`resource`], [`cgroup`]: of which service, container and pod they are
 //! - [`kallsyms`]: the kernel's own addresses
+//! - [`metrics`], `status`: what it says of itself; [`privilege`]: what it may not do
 //! - [`service`]: what is asked of the service
 //! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory
 
 pub mod agent;
 pub mod backend;
+pub mod cgroup;
+pub mod choice;
 pub mod chunks;
+pub mod compression;
 pub mod copied;
 pub mod image;
 pub mod images;
@@ -25,11 +31,14 @@ pub mod kallsyms;
 pub mod kernel;
 pub mod kernel_memory;
 pub mod mapped_file;
+pub mod metrics;
 pub mod otlp;
 mod perf_ring;
+pub mod privilege;
 pub mod proc_maps;
 pub mod process;
 pub mod processes;
+pub mod resource;
 mod sampling;
 pub mod scan_schedule;
 pub mod selection;
@@ -37,6 +46,7 @@ pub mod service;
 pub mod shipper;
 pub mod skeleton;
 pub mod spool;
+mod status;
 pub mod table_cache;
 mod table_queue;
 pub mod tables;

@@ -1,6 +1,7 @@
 //! The agent as a program.
 
 use std::io::IsTerminal;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,7 +11,11 @@ use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use windlass_agent::agent::{DEFAULT_FREQUENCY_HZ, DEFAULT_SHIP_INTERVAL};
-use windlass_agent::{Agent, Config, Summary};
+use windlass_agent::choice::{Choice, Rule};
+use windlass_agent::compression::Compression;
+use windlass_agent::kernel::LoadError;
+use windlass_agent::privilege::Privilege;
+use windlass_agent::{Agent, Config, StartError, Summary};
 
 /// Samples the stacks of every process of this host, and ships addresses to a windlassd.
 #[derive(Parser)]
@@ -20,6 +25,7 @@ use windlass_agent::{Agent, Config, Summary};
 Examples:
   windlass-agent --server http://localhost:8002
   windlass-agent --server https://windlass.example.org --token-file /etc/windlass/token
+  windlass-agent --server http://localhost:8002 --include cgroup=/kubepods* --exclude command=postgres
   windlass-agent --server http://localhost:8002 --pid 4711 --frequency 97 --seconds 30
 
 Log output follows RUST_LOG (default: info)."
@@ -43,6 +49,21 @@ struct Arguments {
     /// Only this process and its descendants
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
+    /// How profiles are compressed on their way
+    #[arg(long, value_enum, value_name = "CODING", default_value_t)]
+    compression: Compression,
+    /// Name of the host in profiles [default: that of the kernel]
+    #[arg(long, env = "WINDLASS_HOST_NAME", value_name = "NAME")]
+    host_name: Option<String>,
+    /// Only processes of which one of these holds: cgroup=GLOB, command=GLOB, uid=N, uid=N-M
+    #[arg(long, value_name = "RULE")]
+    include: Vec<Rule>,
+    /// No processes of which one of these holds
+    #[arg(long, value_name = "RULE")]
+    exclude: Vec<Rule>,
+    /// Answer /metrics (Prometheus) and /healthz at this address [default: nowhere]
+    #[arg(long, env = "WINDLASS_LISTEN", value_name = "ADDR")]
+    listen: Option<SocketAddr>,
     /// File with the token for the service
     #[arg(long, env = "WINDLASS_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
@@ -94,6 +115,10 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut config = Config::new(arguments.server, arguments.cache_dir);
     config.frequency_hz = arguments.frequency;
     config.only_pid = arguments.pid;
+    config.choice = Choice { include: arguments.include, exclude: arguments.exclude };
+    config.listen = arguments.listen;
+    config.compression = arguments.compression;
+    config.host_name = arguments.host_name;
     config.ship_interval = Duration::from_secs(arguments.ship_interval);
     if let Some(file) = arguments.token_file {
         let token = std::fs::read_to_string(&file)
@@ -102,7 +127,17 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let seconds = arguments.seconds.map(Duration::from_secs);
-    let agent = Agent::start(config).context("failed to start")?;
+    let agent = Agent::start(config).map_err(|error| {
+        let advice = match error {
+            StartError::Load(LoadError::NotPermitted) => Privilege::current().bpf_advice(),
+            _ => Vec::new(),
+        };
+        let advice: String = advice.iter().map(|point| format!("\n  {point}")).collect();
+        anyhow::anyhow!("failed to start: {error}{advice}")
+    })?;
+    for limit in Privilege::current().limits() {
+        tracing::warn!("{limit}");
+    }
     tracing::info!("sampling");
     runtime.block_on(end(seconds)).context("failed to wait for signals")?;
     report(&agent.stop()?);
@@ -146,6 +181,7 @@ fn report(summary: &Summary) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use windlass_agent::privilege::{CAPABILITIES, SETCAP};
 
     #[test]
     fn a_process_that_is_not_there_is_an_error() {
@@ -153,5 +189,52 @@ mod tests {
         let arguments =
             Arguments::parse_from(["windlass-agent", "--server", "http://127.0.0.1:1", "--pid", "4194305"]);
         assert_eq!(run(arguments).unwrap_err().to_string(), "there is no process 4194305");
+    }
+    const UNIT: &str = include_str!("../../packaging/systemd/windlass-agent.service");
+    const DAEMON_SET: &str = include_str!("../../packaging/kubernetes/daemonset.yaml");
+    const CONTAINER: &str = include_str!("../../packaging/container/Containerfile");
+
+    /// The values of a setting of the unit.
+    fn settings<'a>(name: &str) -> Vec<&'a str> {
+        UNIT.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')).collect()
+    }
+
+    #[test]
+    fn packages_grant_what_the_agent_uses_and_no_more() {
+        let names: Vec<_> = CAPABILITIES.iter().map(|capability| capability.name).collect();
+        assert_eq!(settings("AmbientCapabilities"), [names.join(" ")]);
+        assert_eq!(settings("CapabilityBoundingSet"), [names.join(" ")]);
+        let short: Vec<_> = names.iter().map(|name| name.trim_start_matches("CAP_")).collect();
+        assert!(
+            DAEMON_SET.contains(&format!(
+                "\n              drop: [ALL]\n              add: [{}]\n",
+                short.join(", ")
+            ))
+        );
+        assert!(CONTAINER.contains(&format!(" --cap-add={} ", short.join(","))));
+        assert!(include_str!("../../README.md").contains(SETCAP));
+    }
+
+    #[test]
+    fn packages_start_the_agent_by_arguments_that_it_has() {
+        let server = ["--server", "http://127.0.0.1:1"];
+        let command = settings("ExecStart").concat();
+        let unit = Arguments::parse_from(command.split(' ').chain(server));
+        assert_eq!(unit.listen.map(|address| address.port()), Some(8003));
+        let arguments = DAEMON_SET.lines().find_map(|line| line.trim().strip_prefix("args: [")).unwrap();
+        let arguments =
+            arguments.trim_end_matches(']').split(", ").map(|argument| argument.trim_matches('"'));
+        let pod = Arguments::parse_from(std::iter::once("windlass-agent").chain(arguments).chain(server));
+        let port = pod.listen.unwrap().port();
+        assert!(DAEMON_SET.contains(&format!("containerPort: {port}\n")));
+        assert!(DAEMON_SET.contains(&format!("prometheus.io/port: \"{port}\"\n")));
+        let command = <Arguments as clap::CommandFactory>::command();
+        let known: Vec<_> =
+            command.get_arguments().filter_map(|argument| argument.get_env()?.to_str()).collect();
+        for text in [UNIT, DAEMON_SET, CONTAINER] {
+            for word in text.split(|letter: char| !letter.is_ascii_uppercase() && letter != '_') {
+                assert!(!word.starts_with("WINDLASS_") || known.contains(&word), "{word}");
+            }
+        }
     }
 }

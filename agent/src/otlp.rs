@@ -7,9 +7,12 @@
 //! into the call: peers disagree on who does that, and functions that end in a call get their
 //! successor's name when nobody does.
 //!
-//! A sample carries the attributes `process.pid`, `thread.id`, `thread.name`, `windlass.stop_reason`;
-//! a mapping `process.executable.build_id.gnu` or `.htlhash`, the resource `host.name` and
-//! `service.instance.id`, by which one agent's samples are found among those of all. Entry 0 of each table is its zero value.
+//! There is a profile for each resource: the processes of one service, container and pod ([`Resource`]). All of
+//! them share the dictionary, and carry the host's attributes and `windlass.agent.id`, by which one agent's samples
+//! are found among those of all; `service.instance.id` is the service's own, if it has one. A sample
+//! carries the attributes `process.pid`, `thread.id`, `thread.name`, `cpu.logical_number`,
+//! `windlass.stop_reason`, a mapping `process.executable.build_id.gnu` or `.htlhash`. Entry 0 of
+//! each table is its zero value.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -21,10 +24,11 @@ use opentelemetry_proto::tonic::profiles::v1development::{
     Function, KeyValueAndUnit, Link, Location, Mapping, Profile, ProfilesDictionary, ResourceProfiles,
     Sample, ScopeProfiles, Stack, ValueType,
 };
-use opentelemetry_proto::tonic::resource::v1::Resource;
+use opentelemetry_proto::tonic::resource::v1::Resource as OtlpResource;
 use windlass_schema::StopReason;
 
 use crate::image::ImageId;
+use crate::resource::Resource;
 
 /// What a profile shows of a mapping. Addresses are ELF virtual addresses if there is an id.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -59,6 +63,8 @@ pub struct Labels<'a> {
     pub tid: u32,
     /// Name of the thread.
     pub comm: &'a str,
+    /// CPU number.
+    pub cpu: u32,
     /// Why the walk ended.
     pub stop: StopReason,
 }
@@ -69,7 +75,7 @@ pub struct Recording {
     /// The host's name.
     pub host_name: String,
     /// Which agent it is: no other one, on any host, has this.
-    pub instance_id: String,
+    pub agent_id: String,
     /// Samples a second on each CPU.
     pub frequency_hz: u32,
     /// Start, in nanoseconds since 1970.
@@ -77,7 +83,7 @@ pub struct Recording {
     /// Length in nanoseconds.
     pub duration_ns: u64,
     /// Names the batch, so that one sent twice can be told.
-    pub profile_id: [u8; 16],
+    pub batch_id: [u8; 16],
 }
 
 /// Samples on their way into one request.
@@ -87,8 +93,12 @@ pub struct Batch {
     mappings: Interner<Option<Module>>,
     locations: Interner<(i32, u64)>,
     stacks: Interner<Vec<i32>>,
-    samples: HashMap<(i32, [i32; 4]), i64>,
+    resources: Interner<Arc<Resource>>,
+    samples: HashMap<SampleKey, i64>,
 }
+
+/// What samples that are merged have in common: resource, stack and attributes.
+type SampleKey = (i32, i32, [i32; 5]);
 
 /// The value of an attribute.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -132,14 +142,21 @@ impl Default for Batch {
             mappings: Interner::with_zero(None),
             locations: Interner::with_zero((0, 0)),
             stacks: Interner::with_zero(Vec::new()),
+            resources: Interner { values: Vec::new(), indices: HashMap::new() },
             samples: HashMap::new(),
         }
     }
 }
 
 impl Batch {
-    /// Adds a sample. `frames` are innermost first: those of the kernel, then those of the process.
-    pub fn add<'a>(&mut self, labels: &Labels<'_>, frames: impl IntoIterator<Item = Frame<'a>>) {
+    /// Adds a sample of a process of `resource`. `frames` are innermost first: those of the kernel, then those of
+    /// the process.
+    pub fn add<'a>(
+        &mut self,
+        resource: &Arc<Resource>,
+        labels: &Labels<'_>,
+        frames: impl IntoIterator<Item = Frame<'a>>,
+    ) {
         let stack: Vec<i32> = frames
             .into_iter()
             .map(|frame| {
@@ -155,9 +172,11 @@ impl Batch {
             self.attribute("process.pid", AttributeValue::Number(labels.tgid.into())),
             self.attribute("thread.id", AttributeValue::Number(labels.tid.into())),
             self.attribute("thread.name", AttributeValue::Text(labels.comm.to_owned())),
+            self.attribute("cpu.logical_number", AttributeValue::Number(labels.cpu.into())),
             self.attribute("windlass.stop_reason", AttributeValue::Text(labels.stop.as_str().to_owned())),
         ];
-        *self.samples.entry((stack, attributes)).or_default() += 1;
+        let resource = self.resources.index(resource);
+        *self.samples.entry((resource, stack, attributes)).or_default() += 1;
     }
 
     /// Samples that differ.
@@ -183,24 +202,21 @@ impl Batch {
         let mut merged: Vec<_> = self.samples.into_iter().collect();
         // Like batches give like bytes, which compress and compare.
         merged.sort_unstable();
-        let profile = Profile {
-            sample_type: Some(ValueType { type_strindex: samples, unit_strindex: count }),
-            samples: merged
-                .into_iter()
-                .map(|((stack_index, attributes), count)| Sample {
-                    stack_index,
-                    attribute_indices: attributes.to_vec(),
-                    values: vec![count],
-                    ..Sample::default()
-                })
-                .collect(),
-            time_unix_nano: recording.start_unix_ns,
-            duration_nano: recording.duration_ns,
-            period_type: Some(ValueType { type_strindex: cpu, unit_strindex: nanoseconds }),
-            period: 1_000_000_000 / i64::from(recording.frequency_hz.max(1)),
-            profile_id: recording.profile_id.to_vec(),
-            ..Profile::default()
-        };
+        let profiles = merged.chunk_by(|(one, _), (other, _)| one.0 == other.0).map(|group| {
+            let (resource, ..) = group[0].0;
+            let profile = Profile {
+                sample_type: Some(ValueType { type_strindex: samples, unit_strindex: count }),
+                samples: group.iter().map(sample).collect(),
+                time_unix_nano: recording.start_unix_ns,
+                duration_nano: recording.duration_ns,
+                period_type: Some(ValueType { type_strindex: cpu, unit_strindex: nanoseconds }),
+                period: 1_000_000_000 / i64::from(recording.frequency_hz.max(1)),
+                profile_id: profile_id(recording.batch_id, resource),
+                ..Profile::default()
+            };
+            resource_profiles(recording, &self.resources.values[resource as usize], profile)
+        });
+        let resource_profiles = profiles.collect();
         let dictionary = ProfilesDictionary {
             mapping_table,
             location_table: (self.locations.values.into_iter())
@@ -220,22 +236,7 @@ impl Batch {
                 .collect(),
             string_table: self.strings.values,
         };
-        ExportProfilesServiceRequest {
-            resource_profiles: vec![ResourceProfiles {
-                resource: Some(resource(recording)),
-                scope_profiles: vec![ScopeProfiles {
-                    scope: Some(InstrumentationScope {
-                        name: "windlass-agent".to_owned(),
-                        version: env!("CARGO_PKG_VERSION").to_owned(),
-                        ..InstrumentationScope::default()
-                    }),
-                    profiles: vec![profile],
-                    ..ScopeProfiles::default()
-                }],
-                ..ResourceProfiles::default()
-            }],
-            dictionary: Some(dictionary),
-        }
+        ExportProfilesServiceRequest { resource_profiles, dictionary: Some(dictionary) }
     }
 
     fn mapping_table(&mut self) -> Vec<Mapping> {
@@ -274,20 +275,49 @@ impl From<AttributeValue> for AnyValue {
     }
 }
 
-fn resource(recording: &Recording) -> Resource {
-    let attribute = |(key, text): (&str, &str)| KeyValue {
+fn sample(merged: &(SampleKey, i64)) -> Sample {
+    let ((_, stack_index, attributes), count) = merged;
+    Sample {
+        stack_index: *stack_index,
+        attribute_indices: attributes.to_vec(),
+        values: vec![*count],
+        ..Sample::default()
+    }
+}
+
+/// The name of the profile of one resource in a batch.
+fn profile_id(mut batch_id: [u8; 16], resource: i32) -> Vec<u8> {
+    for (byte, number) in batch_id[12..].iter_mut().zip(resource.to_be_bytes()) {
+        *byte ^= number;
+    }
+    batch_id.to_vec()
+}
+
+fn resource_profiles(recording: &Recording, resource: &Resource, profile: Profile) -> ResourceProfiles {
+    let host = [
+        ("host.name", recording.host_name.as_str()),
+        ("host.arch", host_architecture()),
+        ("os.type", "linux"),
+        ("windlass.agent.id", &recording.agent_id),
+    ];
+    let attributes = host.into_iter().chain(resource.attributes()).map(|(key, text)| KeyValue {
         key: key.to_owned(),
         value: Some(AttributeValue::Text(text.to_owned()).into()),
         ..KeyValue::default()
-    };
-    let attributes = [
-        ("service.name", "windlass-agent"),
-        ("service.instance.id", &recording.instance_id),
-        ("host.name", &recording.host_name),
-        ("host.arch", host_architecture()),
-        ("os.type", "linux"),
-    ];
-    Resource { attributes: attributes.map(attribute).to_vec(), ..Resource::default() }
+    });
+    ResourceProfiles {
+        resource: Some(OtlpResource { attributes: attributes.collect(), ..OtlpResource::default() }),
+        scope_profiles: vec![ScopeProfiles {
+            scope: Some(InstrumentationScope {
+                name: "windlass-agent".to_owned(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                ..InstrumentationScope::default()
+            }),
+            profiles: vec![profile],
+            ..ScopeProfiles::default()
+        }],
+        ..ResourceProfiles::default()
+    }
 }
 
 /// The name that the OpenTelemetry conventions give this machine's instruction set.
@@ -308,14 +338,18 @@ mod tests {
         Module { start: 0x1000, limit: 0x9000, file_offset: 0x1000, path: path.into(), id }
     }
 
+    fn shop() -> Arc<Resource> {
+        Arc::new(Resource::new([("service.name", "shop".to_owned())]))
+    }
+
     fn recording() -> Recording {
         Recording {
             host_name: "alpha".to_owned(),
-            instance_id: "one-of-many".to_owned(),
+            agent_id: "one-of-many".to_owned(),
             frequency_hz: 19,
             start_unix_ns: 1_700_000_000_000_000_000,
             duration_ns: 5_000_000_000,
-            profile_id: [7; 16],
+            batch_id: [7; 16],
         }
     }
 
@@ -361,7 +395,7 @@ mod tests {
     fn samples_merge_and_come_back() {
         let app = module("/opt/app", Some(ImageId::Gnu("abcd".parse().unwrap())));
         let hashed = module("/opt/go", Some(ImageId::FileHash("0123".parse().unwrap())));
-        let labels = Labels { tgid: 7, tid: 8, comm: "worker", stop: StopReason::EndOfStack };
+        let labels = Labels { tgid: 7, tid: 8, comm: "worker", cpu: 3, stop: StopReason::EndOfStack };
         let cut = Labels { stop: StopReason::NoCfi, ..labels };
         let frames = [
             Frame { module: Some(&app), address: 0x1234 },
@@ -370,14 +404,14 @@ mod tests {
         ];
         let mut batch = Batch::default();
         for labels in [&labels, &cut, &labels] {
-            batch.add(labels, frames);
+            batch.add(&shop(), labels, frames);
         }
-        batch.add(&labels, []);
+        batch.add(&shop(), &labels, []);
         assert_eq!(batch.len(), 3);
         let request = encoded(batch);
         let stack = "0x1234@/opt/app[process.executable.build_id.gnu=abcd] \
                      0x2000@/opt/go[process.executable.build_id.htlhash=0123] 0x7f0000000000@[]";
-        let thread = "process.pid=7 thread.id=8 thread.name=worker windlass.stop_reason";
+        let thread = "process.pid=7 thread.id=8 thread.name=worker cpu.logical_number=3 windlass.stop_reason";
         assert_eq!(
             print(&request),
             [
@@ -393,8 +427,8 @@ mod tests {
         let app = module("/opt/app", None);
         let mut batch = Batch::default();
         for tid in 0..50 {
-            let labels = Labels { tgid: 7, tid, comm: "worker", stop: StopReason::EndOfStack };
-            batch.add(&labels, (0..20).map(|address| Frame { module: Some(&app), address }));
+            let labels = Labels { tgid: 7, tid, comm: "worker", cpu: 3, stop: StopReason::EndOfStack };
+            batch.add(&shop(), &labels, (0..20).map(|address| Frame { module: Some(&app), address }));
         }
         let request = encoded(batch);
         let dictionary = request.dictionary.unwrap();
@@ -408,8 +442,8 @@ mod tests {
         assert_eq!(dictionary.location_table.len(), 21);
         assert_eq!(dictionary.stack_table.len(), 2);
         assert_eq!(dictionary.mapping_table.len(), 2);
-        // Zero, pid, 50 thread ids, name, stop reason.
-        assert_eq!(dictionary.attribute_table.len(), 54);
+        // Zero, pid, 50 thread ids, name, CPU, stop reason.
+        assert_eq!(dictionary.attribute_table.len(), 55);
         let mut strings = dictionary.string_table.clone();
         strings.sort();
         strings.dedup();
@@ -419,7 +453,7 @@ mod tests {
     #[test]
     fn profile_says_what_it_counts() {
         let mut batch = Batch::default();
-        batch.add(&Labels { tgid: 1, tid: 1, comm: "a", stop: StopReason::EndOfStack }, []);
+        batch.add(&shop(), &Labels { tgid: 1, tid: 1, comm: "a", cpu: 0, stop: StopReason::EndOfStack }, []);
         let request = encoded(batch);
         let dictionary = request.dictionary.as_ref().unwrap();
         let profile = &request.resource_profiles[0].scope_profiles[0].profiles[0];
@@ -435,11 +469,41 @@ mod tests {
             (1_700_000_000_000_000_000, 5_000_000_000)
         );
         assert_eq!(profile.profile_id, [7; 16]);
-        let resource = request.resource_profiles[0].resource.as_ref().unwrap();
-        for (key, text) in [("host.name", "alpha"), ("service.instance.id", "one-of-many")] {
-            assert!(resource.attributes.iter().any(|attribute| {
-                attribute.key == key && attribute.value == Some(AttributeValue::Text(text.to_owned()).into())
-            }));
+    }
+
+    #[test]
+    fn each_resource_has_a_profile_of_its_own() {
+        let other =
+            Arc::new(Resource::new([("service.name", "till".to_owned()), ("container.id", "c1".to_owned())]));
+        let labels = Labels { tgid: 1, tid: 1, comm: "a", cpu: 0, stop: StopReason::EndOfStack };
+        let mut batch = Batch::default();
+        for resource in [&shop(), &other, &shop()] {
+            batch.add(resource, &labels, []);
         }
+        let request = encoded(batch);
+        let host = "host.name=alpha host.arch=HERE os.type=linux windlass.agent.id=one-of-many";
+        let host = host.replace("HERE", host_architecture());
+        let resources: Vec<String> = (request.resource_profiles.iter())
+            .map(|profiles| {
+                let attributes = profiles.resource.as_ref().unwrap().attributes.iter().map(|attribute| {
+                    match attribute.value.as_ref().unwrap().value.as_ref().unwrap() {
+                        any_value::Value::StringValue(text) => format!("{}={text}", attribute.key),
+                        other => panic!("{other:?}"),
+                    }
+                });
+                let profile = &profiles.scope_profiles[0].profiles[0];
+                format!("{:?} {}", profile.samples[0].values, attributes.collect::<Vec<_>>().join(" "))
+            })
+            .collect();
+        assert_eq!(
+            resources,
+            [
+                format!("[2] {host} service.name=shop"),
+                format!("[1] {host} container.id=c1 service.name=till"),
+            ]
+        );
+        let ids = request.resource_profiles.iter().map(|of| &of.scope_profiles[0].profiles[0].profile_id);
+        let ids: std::collections::HashSet<_> = ids.collect();
+        assert_eq!(ids.len(), 2, "a profile's name is its own");
     }
 }

@@ -209,6 +209,7 @@ impl Processes {
                 }
             }
             Event::Exec { tgid } => {
+                self.selection.exec(*tgid);
                 if self.known.remove(tgid).is_some() {
                     backend.remove_process(*tgid);
                 }
@@ -293,6 +294,16 @@ impl Processes {
             }
         }
         let selection = &mut self.selection;
+        if selection.review(now) {
+            self.known.retain(|tgid, process| {
+                // Of one that has ended nothing can be told any more.
+                let stays = process.exited.is_some() || selection.includes(*tgid);
+                if !stays {
+                    backend.remove_process(*tgid);
+                }
+                stays
+            });
+        }
         self.known.retain(|tgid, process| {
             let mut expired = process.exited.is_some_and(|exited| now.duration_since(exited) >= EXIT_GRACE);
             // Asked now and not at the event: threads that end with their process are alive a little longer.

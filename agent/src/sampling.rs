@@ -5,6 +5,7 @@
 //! batches pass through queues to the runtime beside it.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,12 +15,15 @@ use windlass_schema::{ReturnAddress, StopReason};
 
 use crate::agent::{Summary, WarmUp};
 use crate::backend::{Backend, Event, Sample};
+use crate::compression::Compression;
 use crate::kallsyms::KernelImage;
+use crate::metrics::Metrics;
 use crate::otlp::{Batch, Frame, Labels, Recording};
 use crate::process::{frame, lookup_address};
 use crate::processes::{Placement, Processes};
-use crate::service::compressed;
+use crate::resource::Resources;
 use crate::shipper::Shipper;
+use crate::spool::EncodedBatch;
 use crate::tables::Tables;
 
 /// Shortest warm-up: within it each CPU has a sample or several, and the images that those touch are asked for.
@@ -41,11 +45,14 @@ pub(crate) struct Sampling {
     pub(crate) frequency_hz: u32,
     pub(crate) ship_interval: Duration,
     pub(crate) host_name: String,
-    pub(crate) instance_id: String,
+    pub(crate) agent_id: String,
+    pub(crate) compression: Compression,
+    pub(crate) resources: Resources,
     pub(crate) batch: OpenBatch,
     /// False while samples only make tables come.
     pub(crate) keeps_samples: bool,
     pub(crate) unkept: WarmUp,
+    pub(crate) metrics: Arc<Metrics>,
     pub(crate) summary: Summary,
 }
 
@@ -101,8 +108,14 @@ impl Sampling {
             std::thread::sleep(LONGEST_WAIT);
         }
         let now = Instant::now();
+        self.metrics.turned(now);
         for event in &events {
             self.processes.note(event, &mut *self.backend, now);
+            match event {
+                Event::Forked { tgid, parent, .. } => self.resources.forked(*tgid, *parent, now),
+                Event::Exec { tgid } => self.resources.exec(*tgid),
+                Event::Sample(_) | Event::Mapped { .. } | Event::Exited { .. } | Event::Lost => {}
+            }
         }
         // Before the samples: the first sample of a process is what has it read.
         self.processes.scan_due(&mut *self.backend, now);
@@ -138,6 +151,7 @@ impl Sampling {
             None => (&[][..], without_mappings(sample)),
         };
         self.summary.count(stop);
+        self.metrics.sample(stop, None);
         let kernel = sample.kernel.iter().enumerate().map(|(depth, address)| {
             // Only the innermost kernel address is that of an instruction.
             let address = match depth {
@@ -147,11 +161,12 @@ impl Sampling {
             self.kernel.as_ref().map_or(Frame { module: None, address }, |kernel| kernel.frame(address))
         });
         let user = sample.user.iter().map(|address| frame(mappings, lookup_address(*address)));
-        let labels = Labels { tgid: sample.tgid, tid: sample.tid, comm: &sample.comm, stop };
-        self.batch.batch.add(&labels, kernel.chain(user));
+        let labels = Labels { tgid: sample.tgid, tid: sample.tid, comm: &sample.comm, cpu: sample.cpu, stop };
+        self.batch.batch.add(&self.resources.of(sample.tgid, now), &labels, kernel.chain(user));
     }
 
     fn note_unavailable(&mut self, path: String, reason: String) {
+        self.metrics.table_unavailable();
         if self.summary.tables_unavailable.len() < MAX_NAMED_UNAVAILABLE {
             self.summary.tables_unavailable.push((path, reason));
         }
@@ -166,6 +181,7 @@ impl Sampling {
             match self.processes.place(&result, &mut *self.backend, now) {
                 Placement::Placed => {
                     self.summary.tables_loaded += 1;
+                    self.metrics.table_loaded();
                     tracing::debug!(path = %result.path, id = %result.id, "unwind table placed");
                 }
                 Placement::Unavailable(reason) => {
@@ -183,8 +199,17 @@ impl Sampling {
         }
     }
 
+    fn note_lost(&mut self) {
+        let lost = self.metrics.set_lost_samples(self.backend.lost_samples());
+        if lost > 0 {
+            tracing::warn!(lost, "samples came faster than they were read: sample less often");
+        }
+    }
+
     /// Hands the batch to the shipper and opens the next.
     fn ship(&mut self) {
+        self.note_lost();
+        self.resources.expire(Instant::now());
         let next = OpenBatch::new(self.batch.number + 1);
         let open = std::mem::replace(&mut self.batch, next);
         if open.batch.is_empty() {
@@ -193,18 +218,21 @@ impl Sampling {
         let start = open.started_unix.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let recording = Recording {
             host_name: self.host_name.clone(),
-            instance_id: self.instance_id.clone(),
+            agent_id: self.agent_id.clone(),
             frequency_hz: self.frequency_hz,
             start_unix_ns: u64::try_from(start.as_nanos()).unwrap_or(u64::MAX),
             duration_ns: u64::try_from(open.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
-            profile_id: profile_id(&self.host_name, start, open.number),
+            batch_id: batch_id(&self.host_name, start, open.number),
         };
         let request = open.batch.into_request(&recording).encode_to_vec();
-        match compressed(&request) {
-            Ok(request) => self.shipper.ship(request),
+        match self.compression.compress(&request) {
+            Ok(request) => {
+                self.shipper.ship(EncodedBatch { compression: self.compression, bytes: request.into() });
+            }
             Err(error) => {
                 tracing::error!(%error, "batch is lost");
                 self.summary.dropped_batches += 1;
+                self.metrics.batch_dropped();
             }
         }
     }
@@ -221,7 +249,7 @@ fn without_mappings(sample: &Sample) -> StopReason {
 }
 
 /// A name that no other batch has: of its host, its agent's process, its start and its number.
-fn profile_id(host_name: &str, start: Duration, number: u64) -> [u8; 16] {
+fn batch_id(host_name: &str, start: Duration, number: u64) -> [u8; 16] {
     let mut hash = Sha256::new();
     hash.update(host_name);
     hash.update(std::process::id().to_le_bytes());

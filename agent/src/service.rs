@@ -5,9 +5,9 @@
 //! decided here alone: peers that retry refusals flood their servers, those that give up on a timeout
 //! lose data.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{RequestBuilder, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
@@ -15,6 +15,10 @@ use windlass_schema::BuildId;
 use windlass_schema::http::{
     ArtefactKind, ArtefactName, ErrorBody, MissingRequest, MissingResponse, SHA256_HEADER, UNWIND_WIRE_TYPE,
 };
+
+use crate::compression::Compression;
+use crate::metrics::{Metrics, Request};
+use crate::spool::EncodedBatch;
 
 /// Largest table taken, in bytes: as much as the chunks in the kernel hold.
 pub const MAX_TABLE_BYTES: usize = 64 * 1024 * 1024;
@@ -26,8 +30,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(128);
 /// Longest part of an error text that is kept.
 const MAX_REASON_BYTES: usize = 500;
-/// zstd level of what is sent: the default, a good ratio at some 200 MB/s.
-const ZSTD_LEVEL: i32 = 3;
 
 /// The service.
 #[derive(Clone)]
@@ -35,6 +37,7 @@ pub struct Service {
     base: String,
     http: reqwest::Client,
     token: Option<String>,
+    metrics: Arc<Metrics>,
 }
 
 /// Answer to a request for a table.
@@ -114,8 +117,8 @@ impl From<reqwest::Error> for ServiceError {
 }
 
 impl Service {
-    /// A client of the service at `url`.
-    pub fn new(url: &str, token: Option<String>) -> Result<Self, ServiceError> {
+    /// A client of the service at `url`, whose requests `metrics` counts.
+    pub fn new(url: &str, token: Option<String>, metrics: Arc<Metrics>) -> Result<Self, ServiceError> {
         // Whoever came first decided; any provider will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let parsed = reqwest::Url::parse(url)
@@ -129,7 +132,18 @@ impl Service {
             .user_agent(concat!("windlass-agent/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|error| ServiceError::Client(error.to_string()))?;
-        Ok(Self { base: url.trim_end_matches('/').to_owned(), http, token })
+        Ok(Self { base: url.trim_end_matches('/').to_owned(), http, token, metrics })
+    }
+
+    /// The answer to a request, counted.
+    async fn counted<T>(
+        &self,
+        request: Request,
+        answer: impl Future<Output = Result<T, ServiceError>>,
+    ) -> Result<T, ServiceError> {
+        let answer = answer.await;
+        self.metrics.request(request, answer.as_ref().err());
+        answer
     }
 
     async fn send(&self, mut request: RequestBuilder) -> Result<Response, ServiceError> {
@@ -153,6 +167,10 @@ impl Service {
 
     /// `GET /api/v1/buildid/ID/unwind`.
     pub async fn table(&self, id: BuildId) -> Result<TableAnswer, ServiceError> {
+        self.counted(Request::Table, self.table_uncounted(id)).await
+    }
+
+    async fn table_uncounted(&self, id: BuildId) -> Result<TableAnswer, ServiceError> {
         let url = format!("{}/api/v1/buildid/{id}/unwind", self.base);
         let request = self.http.get(url).header(ACCEPT, UNWIND_WIRE_TYPE);
         let mut response = self.send(request).await?;
@@ -178,9 +196,18 @@ impl Service {
     /// `PUT /api/v1/buildid/ID/KIND`. That other content is already there (409) is no failure: the
     /// service has what it needs.
     pub async fn put(&self, id: BuildId, kind: ArtefactKind, content: Vec<u8>) -> Result<(), ServiceError> {
+        self.counted(Request::Upload, self.put_uncounted(id, kind, content)).await
+    }
+
+    async fn put_uncounted(
+        &self,
+        id: BuildId,
+        kind: ArtefactKind,
+        content: Vec<u8>,
+    ) -> Result<(), ServiceError> {
         let url = format!("{}/api/v1/buildid/{id}/{kind}", self.base);
         let (sha256, body) =
-            tokio::task::spawn_blocking(move || (sha256_hex(&content), compressed(&content)))
+            tokio::task::spawn_blocking(move || (sha256_hex(&content), Compression::Zstd.compress(&content)))
                 .await
                 .map_err(|error| ServiceError::Client(error.to_string()))?;
         let request = self
@@ -188,9 +215,9 @@ impl Service {
             .put(url)
             .timeout(UPLOAD_TIMEOUT)
             .header(SHA256_HEADER, sha256)
-            .header(CONTENT_ENCODING, "zstd")
+            .header(CONTENT_ENCODING, Compression::Zstd.as_str())
             .header(CONTENT_TYPE, "application/octet-stream")
-            .body(body?);
+            .body(body.map_err(|error| ServiceError::Client(error.to_string()))?);
         let response = self.send(request).await?;
         match response.status() {
             StatusCode::NOT_FOUND => Err(refusal(response).await),
@@ -200,6 +227,10 @@ impl Service {
 
     /// `POST /api/v1/missing`, for one artefact: whether the service lacks it.
     pub async fn lacks(&self, id: BuildId, kind: ArtefactKind) -> Result<bool, ServiceError> {
+        self.counted(Request::Missing, self.lacks_uncounted(id, kind)).await
+    }
+
+    async fn lacks_uncounted(&self, id: BuildId, kind: ArtefactKind) -> Result<bool, ServiceError> {
         let name = ArtefactName { build_id: id, kind, path: None, sha256: None };
         let request = MissingRequest { artefacts: vec![name.clone()] };
         let url = format!("{}/api/v1/missing", self.base);
@@ -211,23 +242,22 @@ impl Service {
         Ok(answer.missing.contains(&name))
     }
 
-    /// `POST /v1development/profiles` of an encoded request that is already [`compressed`].
-    pub async fn ship(&self, request: Bytes) -> Result<(), ServiceError> {
+    /// `POST /v1development/profiles`.
+    pub async fn ship(&self, batch: EncodedBatch) -> Result<(), ServiceError> {
+        self.counted(Request::Profiles, self.ship_uncounted(batch)).await
+    }
+
+    async fn ship_uncounted(&self, batch: EncodedBatch) -> Result<(), ServiceError> {
         let url = format!("{}/v1development/profiles", self.base);
         let request = self
             .http
             .post(url)
             .header(CONTENT_TYPE, "application/x-protobuf")
-            .header(CONTENT_ENCODING, "zstd")
-            .body(request);
+            .header(CONTENT_ENCODING, batch.compression.as_str())
+            .body(batch.bytes);
         let response = self.send(request).await?;
         if response.status().is_success() { Ok(()) } else { Err(refusal(response).await) }
     }
-}
-
-/// zstd of `content`.
-pub fn compressed(content: &[u8]) -> Result<Vec<u8>, ServiceError> {
-    zstd::bulk::compress(content, ZSTD_LEVEL).map_err(|error| ServiceError::Client(error.to_string()))
 }
 
 fn sha256_hex(content: &[u8]) -> String {

@@ -10,12 +10,25 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
+
+use crate::compression::Compression;
+
 /// Most agents that share a cache directory.
 const MAX_SPOOLS: u32 = 64;
-/// Ending of a batch's file name: a request, compressed.
-const ENDING: &str = "otlp.zst";
+/// What a batch's file name has between its number and the ending of its [coding](Compression::ending).
+const KIND: &str = "otlp";
 /// Start of the name of a file that is being written.
 const UNFINISHED: &str = ".unfinished-";
+
+/// An encoded OTLP request, compressed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncodedBatch {
+    /// How.
+    pub compression: Compression,
+    /// The result.
+    pub bytes: Bytes,
+}
 
 /// Batches on disk, oldest first.
 pub struct Spool {
@@ -31,6 +44,7 @@ pub struct Spool {
 #[derive(Clone, Copy, Debug)]
 struct Spooled {
     number: u64,
+    compression: Compression,
     bytes: u64,
 }
 
@@ -61,10 +75,11 @@ impl Spool {
                     let _ = fs::remove_file(entry.path());
                 }
                 let (number, ending) = name.split_once('.')?;
-                if ending != ENDING {
-                    return None;
-                }
-                Some(Spooled { number: number.parse().ok()?, bytes: entry.metadata().ok()?.len() })
+                let ending = ending.strip_prefix(KIND)?.strip_prefix('.')?;
+                // An agent may be started with another choice than the last.
+                let compression = Compression::ALL.into_iter().find(|known| known.ending() == ending)?;
+                let bytes = entry.metadata().ok()?.len();
+                Some(Spooled { number: number.parse().ok()?, compression, bytes })
             })
             .collect();
         batches.sort_unstable_by_key(|batch| batch.number);
@@ -73,17 +88,19 @@ impl Spool {
         Ok(Self { directory, budget_bytes, batches: batches.into(), bytes, next, _lock: lock })
     }
 
-    fn path(&self, number: u64) -> PathBuf {
-        self.directory.join(format!("{number:020}.{ENDING}"))
+    fn path(&self, batch: Spooled) -> PathBuf {
+        self.directory.join(format!("{:020}.{KIND}.{}", batch.number, batch.compression.ending()))
     }
 
     /// Appends a batch. Returns how many older ones were dropped for it.
-    pub fn push(&mut self, batch: &[u8]) -> io::Result<u64> {
+    pub fn push(&mut self, batch: &EncodedBatch) -> io::Result<u64> {
+        let EncodedBatch { compression, bytes } = batch;
+        let spooled = Spooled { number: self.next, compression: *compression, bytes: bytes.len() as u64 };
         let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.directory)?;
-        file.write_all(batch)?;
-        file.persist(self.path(self.next))?;
-        self.batches.push_back(Spooled { number: self.next, bytes: batch.len() as u64 });
-        self.bytes += batch.len() as u64;
+        file.write_all(bytes)?;
+        file.persist(self.path(spooled))?;
+        self.batches.push_back(spooled);
+        self.bytes += spooled.bytes;
         self.next += 1;
         let mut dropped = 0;
         while self.bytes > self.budget_bytes && self.batches.len() > 1 {
@@ -94,18 +111,26 @@ impl Spool {
     }
 
     /// The oldest batch.
-    pub fn front(&self) -> Option<io::Result<Vec<u8>>> {
-        self.batches.front().map(|batch| fs::read(self.path(batch.number)))
+    pub fn front(&self) -> Option<io::Result<EncodedBatch>> {
+        self.batches.front().map(|batch| {
+            let bytes = fs::read(self.path(*batch))?.into();
+            Ok(EncodedBatch { compression: batch.compression, bytes })
+        })
     }
 
     /// Deletes the oldest batch.
     pub fn pop(&mut self) {
         if let Some(batch) = self.batches.pop_front() {
             self.bytes -= batch.bytes;
-            if let Err(error) = fs::remove_file(self.path(batch.number)) {
+            if let Err(error) = fs::remove_file(self.path(batch)) {
                 tracing::warn!(%error, "spooled batch cannot be deleted and may be sent twice");
             }
         }
+    }
+
+    /// Bytes that they take together.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Batches that wait.
@@ -123,10 +148,15 @@ impl Spool {
 mod tests {
     use super::*;
 
+    fn batch(text: impl AsRef<str>) -> EncodedBatch {
+        let bytes = Bytes::copy_from_slice(text.as_ref().as_bytes());
+        EncodedBatch { compression: Compression::Zstd, bytes }
+    }
+
     fn drain(spool: &mut Spool) -> Vec<String> {
         let mut batches = Vec::new();
         while let Some(batch) = spool.front() {
-            batches.push(String::from_utf8(batch.unwrap()).unwrap());
+            batches.push(String::from_utf8(batch.unwrap().bytes.to_vec()).unwrap());
             spool.pop();
         }
         batches
@@ -137,12 +167,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut spool = Spool::open(directory.path(), 1 << 20).unwrap();
         for number in 0..12 {
-            assert_eq!(spool.push(format!("batch {number}").as_bytes()).unwrap(), 0);
+            assert_eq!(spool.push(&batch(format!("batch {number}"))).unwrap(), 0);
         }
         spool.pop();
         drop(spool);
         let mut spool = Spool::open(directory.path(), 1 << 20).unwrap();
-        spool.push(b"later").unwrap();
+        spool.push(&batch("later")).unwrap();
         let mut expect: Vec<_> = (1..12).map(|number| format!("batch {number}")).collect();
         expect.push("later".to_owned());
         assert_eq!(drain(&mut spool), expect);
@@ -150,10 +180,28 @@ mod tests {
     }
 
     #[test]
+    fn batches_of_either_coding_come_back_as_they_were() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut spool = Spool::open(directory.path(), 1 << 20).unwrap();
+        let batches = Compression::ALL.map(|compression| EncodedBatch { compression, ..batch("one") });
+        for batch in &batches {
+            spool.push(batch).unwrap();
+        }
+        assert_eq!(spool.bytes(), 6);
+        drop(spool);
+        let mut spool = Spool::open(directory.path(), 1 << 20).unwrap();
+        for batch in batches {
+            assert_eq!(spool.front().unwrap().unwrap(), batch);
+            spool.pop();
+        }
+        assert_eq!((spool.bytes(), spool.is_empty()), (0, true));
+    }
+
+    #[test]
     fn what_a_killed_agent_left_unfinished_goes() {
         let directory = tempfile::tempdir().unwrap();
         let mut spool = Spool::open(directory.path(), 100).unwrap();
-        spool.push(b"whole").unwrap();
+        spool.push(&batch("whole")).unwrap();
         let unfinished = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(directory.path().join("0"));
         let (_, path) = unfinished.unwrap().keep().unwrap();
         drop(spool);
@@ -166,11 +214,11 @@ mod tests {
     fn the_oldest_go_at_the_limit() {
         let directory = tempfile::tempdir().unwrap();
         let mut spool = Spool::open(directory.path(), 10).unwrap();
-        assert_eq!(spool.push(b"aaaa").unwrap(), 0);
-        assert_eq!(spool.push(b"bbbb").unwrap(), 0);
-        assert_eq!(spool.push(b"cccc").unwrap(), 1);
+        assert_eq!(spool.push(&batch("aaaa")).unwrap(), 0);
+        assert_eq!(spool.push(&batch("bbbb")).unwrap(), 0);
+        assert_eq!(spool.push(&batch("cccc")).unwrap(), 1);
         // One that alone exceeds the limit is kept until the next.
-        assert_eq!(spool.push(b"dddddddddddddddd").unwrap(), 2);
+        assert_eq!(spool.push(&batch("dddddddddddddddd")).unwrap(), 2);
         assert_eq!(drain(&mut spool), ["dddddddddddddddd"]);
         assert_eq!(fs::read_dir(directory.path().join("0")).unwrap().count(), 1, "only the lock is left");
     }
@@ -180,7 +228,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut first = Spool::open(directory.path(), 100).unwrap();
         let second = Spool::open(directory.path(), 100).unwrap();
-        first.push(b"mine").unwrap();
+        first.push(&batch("mine")).unwrap();
         assert!(second.is_empty());
         drop((first, second));
         assert_eq!(Spool::open(directory.path(), 100).unwrap().len(), 1);

@@ -9,11 +9,14 @@
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use windlass_schema::Architecture;
 use windlass_schema::wire::{self, WIRE_MAGIC, WireError};
 use windlass_schema::{BuildId, TableError, TableFile};
+
+use crate::metrics::Metrics;
 
 /// Ending of a table's file name.
 const ENDING: &str = "wluw";
@@ -28,6 +31,7 @@ pub const HOST_ARCHITECTURE: Architecture =
 pub struct TableCache {
     directory: PathBuf,
     budget_bytes: u64,
+    metrics: Arc<Metrics>,
 }
 
 /// A table was not taken.
@@ -65,9 +69,9 @@ fn unpack(bytes: &[u8], id: BuildId) -> Result<TableFile, TableCacheError> {
 }
 
 impl TableCache {
-    /// Opens or makes the cache in `directory`.
-    pub fn open(directory: &Path, budget_bytes: u64) -> Result<Self, TableCacheError> {
-        let cache = Self { directory: directory.to_owned(), budget_bytes };
+    /// Opens or makes the cache in `directory`; `metrics` counts evictions.
+    pub fn open(directory: &Path, budget_bytes: u64, metrics: Arc<Metrics>) -> Result<Self, TableCacheError> {
+        let cache = Self { directory: directory.to_owned(), budget_bytes, metrics };
         fs::create_dir_all(directory).map_err(|error| cache.io(error))?;
         for entry in fs::read_dir(directory).map_err(|error| cache.io(error))?.flatten() {
             // Left by an agent that was killed; one that runs beside this one merely writes it again.
@@ -139,6 +143,7 @@ impl TableCache {
                 break;
             }
             fs::remove_file(path)?;
+            self.metrics.table_evicted();
             total -= bytes;
         }
         Ok(())
@@ -176,7 +181,7 @@ mod tests {
     #[test]
     fn a_table_comes_back_and_a_damaged_one_does_not() {
         let directory = tempfile::tempdir().unwrap();
-        let cache = TableCache::open(directory.path(), 1 << 20).unwrap();
+        let cache = TableCache::open(directory.path(), 1 << 20, Arc::default()).unwrap();
         assert_eq!(cache.get(id(1)), None);
         let table = TableFile::parse(empty_table(id(1))).unwrap();
         let wire = empty_wire(id(1));
@@ -199,7 +204,7 @@ mod tests {
     #[test]
     fn only_the_right_table_goes_in() {
         let directory = tempfile::tempdir().unwrap();
-        let cache = TableCache::open(directory.path(), 1 << 20).unwrap();
+        let cache = TableCache::open(directory.path(), 1 << 20, Arc::default()).unwrap();
         assert!(matches!(cache.put(id(1), b"WLUT"), Err(TableCacheError::Table(_))));
         assert!(matches!(cache.put(id(1), &WIRE_MAGIC), Err(TableCacheError::Wire(_))));
         assert!(matches!(cache.put(id(1), &empty_wire(id(2))), Err(TableCacheError::BuildId(_))));
@@ -213,8 +218,9 @@ mod tests {
     #[test]
     fn what_was_used_longest_ago_is_evicted() {
         let directory = tempfile::tempdir().unwrap();
+        let metrics: Arc<Metrics> = Arc::default();
         let size = empty_wire(id(1)).len() as u64;
-        let cache = TableCache::open(directory.path(), 3 * size).unwrap();
+        let cache = TableCache::open(directory.path(), 3 * size, metrics.clone()).unwrap();
         for number in 1..=3 {
             cache.put(id(number), &empty_wire(id(number))).unwrap();
             let age = Duration::from_secs(100 - u64::from(number));
@@ -225,13 +231,14 @@ mod tests {
         cache.put(id(4), &empty_wire(id(4))).unwrap();
         let left: Vec<bool> = (1..=4).map(|number| cache.get(id(number)).is_some()).collect();
         assert_eq!(left, [true, false, true, true]);
+        assert!(metrics.text().contains("windlass_agent_tables_evicted_total 1\n"));
     }
 
     #[test]
     fn unfinished_files_of_a_killed_agent_go() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join(format!("{UNFINISHED}abc")), b"x").unwrap();
-        TableCache::open(directory.path(), 1).unwrap();
+        TableCache::open(directory.path(), 1, Arc::default()).unwrap();
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

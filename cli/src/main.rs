@@ -10,7 +10,6 @@
 mod address_input;
 mod compressed_file;
 mod mapped_elf;
-mod privilege;
 mod profile;
 mod quickstart;
 mod recording;

@@ -12,8 +12,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use windlass_schema::pprof;
 
+use windlass_agent::privilege::Privilege;
+
 use crate::mapped_elf;
-use crate::privilege::Privilege;
 use crate::recording::{Mode, Recorded, Recording, Target, embedded_service};
 use crate::server::{Server, TokenArgs};
 use crate::summary::{ProfileFile, Summary};

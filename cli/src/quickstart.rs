@@ -13,7 +13,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::process::{Child, Command};
 
-use crate::privilege::Privilege;
+use windlass_agent::privilege::Privilege;
+
 use crate::recording::{Mode, Recording, Target, embedded_service};
 use crate::server::Server;
 use crate::summary::Summary;

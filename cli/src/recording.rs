@@ -102,7 +102,7 @@ impl Recording {
             _ = tokio::signal::ctrl_c() => eprintln!("windlass: interrupted; showing what was sampled so far"),
         }
         let Self { agent, server, start_ns } = self;
-        let instance_id = agent.instance_id().to_owned();
+        let instance_id = agent.agent_id().to_owned();
         let summary = tokio::task::spawn_blocking(move || agent.stop()).await?.context("the agent failed")?;
         if summary.lost_samples > 0 {
             eprintln!(

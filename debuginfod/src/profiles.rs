@@ -101,7 +101,8 @@ pub(crate) struct Selection {
     pid: Option<i64>,
     /// Of this host only, by its name.
     host: Option<String>,
-    /// Of this agent only, by its `service.instance.id`.
+    /// Of this agent only, by its `windlass.agent.id`, or of this instance of a service, by its
+    /// `service.instance.id`.
     instance: Option<String>,
 }
 

@@ -4,6 +4,7 @@ use std::process::{Child, Command};
 
 use super::*;
 use crate::backend::PlacedMapping;
+use crate::choice::Choice;
 use windlass_schema::Table;
 use windlass_schema::maps::{EXACT_ADDRESS, Location};
 
@@ -72,7 +73,7 @@ impl Drop for Idle {
 }
 
 fn processes(root: u32, now: Instant) -> Processes {
-    Processes::new(Selection::new(Some(root)), now)
+    Processes::new(Selection::new(Some(root), Choice::default()), now)
 }
 
 fn sample(tgid: u32, generation: u32, time_ns: u64) -> Sample {

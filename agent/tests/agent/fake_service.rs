@@ -1,11 +1,12 @@
 //! A service that keeps what it is sent, and notes every request with its answer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::io::Read as _;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -14,6 +15,7 @@ use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfil
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
+use tokio::sync::Semaphore;
 use windlass_schema::BuildId;
 use windlass_schema::http::{ErrorBody, MissingRequest, MissingResponse, SHA256_HEADER};
 use windlass_schema::table::{HEADER_BYTES, MAGIC, VERSION, checksum};
@@ -27,8 +29,10 @@ pub(crate) enum Tables {
     Refused(&'static str),
     /// 500, always.
     Failing,
-    /// One of another build-ID.
-    OfAnotherImage,
+    /// What this makes of the image's table.
+    Changed(fn(Vec<u8>) -> Vec<u8>),
+    /// The connection ends within the table, always.
+    CutOff,
 }
 
 /// A sample that arrived.
@@ -37,6 +41,10 @@ pub(crate) struct ShippedSample {
     pub(crate) stop: String,
     /// `ADDRESS@BUILD-ID`.
     pub(crate) frames: Vec<String>,
+    /// `KEY=VALUE` of its resource.
+    pub(crate) resource: Vec<String>,
+    /// CPU number.
+    pub(crate) cpu: u32,
 }
 
 struct Shared {
@@ -44,6 +52,10 @@ struct Shared {
     requests: Mutex<Vec<String>>,
     artefacts: Mutex<HashMap<String, Vec<u8>>>,
     profiles: Mutex<Vec<ExportProfilesServiceRequest>>,
+    /// Each request with profiles takes one from here before it is answered, and gives it back.
+    turns: Semaphore,
+    /// What the next of them are answered; then 200.
+    answers: Mutex<VecDeque<StatusCode>>,
 }
 
 type Service = State<Arc<Shared>>;
@@ -98,6 +110,22 @@ impl FakeService {
         self.shared.artefacts.lock().unwrap().get(name).cloned()
     }
 
+    /// From now on nothing is answered to profiles.
+    pub(crate) fn hold(&self) {
+        self.shared.turns.forget_permits(1);
+    }
+
+    /// Profiles are answered again.
+    pub(crate) fn release(&self) {
+        self.shared.turns.add_permits(1);
+    }
+
+    /// The next requests with profiles are answered so, and are not kept.
+    pub(crate) fn answer_profiles(&self, statuses: &[u16]) {
+        let statuses = statuses.iter().map(|status| StatusCode::from_u16(*status).unwrap());
+        self.shared.answers.lock().unwrap().extend(statuses);
+    }
+
     /// The samples that arrived, in order.
     pub(crate) fn samples(&self) -> Vec<ShippedSample> {
         self.shared.profiles.lock().unwrap().iter().flat_map(samples_of).collect()
@@ -110,6 +138,8 @@ fn shared(tables: Tables) -> Arc<Shared> {
         requests: Mutex::default(),
         artefacts: Mutex::default(),
         profiles: Mutex::default(),
+        turns: Semaphore::new(1),
+        answers: Mutex::default(),
     })
 }
 
@@ -122,7 +152,7 @@ impl Shared {
 
 async fn unwind(State(shared): Service, Path(id): Path<String>) -> Response {
     let request = format!("GET {id} unwind");
-    let table = |id: &str| empty_table(id.parse().unwrap());
+    let table = |id: &str| table_of(id.parse().unwrap());
     match shared.tables {
         Tables::Refused(reason) => {
             let body = ErrorBody { error: reason.to_owned() };
@@ -132,7 +162,13 @@ async fn unwind(State(shared): Service, Path(id): Path<String>) -> Response {
             let body = ErrorBody { error: "disk on fire".to_owned() };
             (shared.note(request, StatusCode::INTERNAL_SERVER_ERROR), axum::Json(body)).into_response()
         }
-        Tables::OfAnotherImage => (shared.note(request, StatusCode::OK), table("abcd")).into_response(),
+        Tables::Changed(change) => (shared.note(request, StatusCode::OK), change(table(&id))).into_response(),
+        Tables::CutOff => {
+            let table = table(&id);
+            let length = [("content-length", table.len().to_string())];
+            let part = Bytes::copy_from_slice(&table[..table.len() / 2]);
+            (shared.note(request, StatusCode::OK), length, Body::new(Half(Some(part)))).into_response()
+        }
         Tables::FromSkeletons
             if !shared.artefacts.lock().unwrap().contains_key(&format!("{id} skeleton")) =>
         {
@@ -145,6 +181,21 @@ async fn unwind(State(shared): Service, Path(id): Path<String>) -> Response {
             }
             (shared.note(request, StatusCode::ACCEPTED), [("retry-after", "1")]).into_response()
         }
+    }
+}
+
+/// A body of one part, which may be less than its length was said to be.
+struct Half(Option<Bytes>);
+
+impl hyper::body::Body for Half {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<hyper::body::Frame<Bytes>, Self::Error>>> {
+        std::task::Poll::Ready(self.0.take().map(|part| Ok(hyper::body::Frame::data(part))))
     }
 }
 
@@ -185,11 +236,20 @@ async fn missing(
 }
 
 async fn profiles(State(shared): Service, headers: HeaderMap, body: Bytes) -> StatusCode {
-    assert_eq!(headers["content-encoding"], "zstd");
     assert_eq!(headers["content-type"], "application/x-protobuf");
-    let request = ExportProfilesServiceRequest::decode(&zstd::decode_all(&body[..]).unwrap()[..]).unwrap();
-    shared.profiles.lock().unwrap().push(request);
-    shared.note("POST profiles".to_owned(), StatusCode::OK)
+    let coding = headers["content-encoding"].to_str().unwrap();
+    let mut bytes = Vec::new();
+    match coding {
+        "zstd" => bytes = zstd::decode_all(&body[..]).unwrap(),
+        "gzip" => drop(flate2::read::GzDecoder::new(&body[..]).read_to_end(&mut bytes).unwrap()),
+        other => panic!("{other}"),
+    }
+    let _turn = shared.turns.acquire().await.unwrap();
+    if let Some(status) = shared.answers.lock().unwrap().pop_front() {
+        return shared.note(format!("POST profiles {coding}"), status);
+    }
+    shared.profiles.lock().unwrap().push(ExportProfilesServiceRequest::decode(&bytes[..]).unwrap());
+    shared.note(format!("POST profiles {coding}"), StatusCode::OK)
 }
 
 fn samples_of(request: &ExportProfilesServiceRequest) -> Vec<ShippedSample> {
@@ -214,23 +274,35 @@ fn samples_of(request: &ExportProfilesServiceRequest) -> Vec<ShippedSample> {
             .or_else(|| attribute(&mapping.attribute_indices, "process.executable.build_id.htlhash"));
         format!("{:#x}@{}", location.address, id.unwrap_or_default())
     };
-    request.resource_profiles[0].scope_profiles[0].profiles[0]
-        .samples
-        .iter()
-        .map(|sample| ShippedSample {
-            tid: attribute(&sample.attribute_indices, "thread.id").unwrap().parse().unwrap(),
-            stop: attribute(&sample.attribute_indices, "windlass.stop_reason").unwrap(),
-            frames: dictionary.stack_table[sample.stack_index as usize]
-                .location_indices
-                .iter()
-                .map(frame)
-                .collect(),
-        })
-        .collect()
+    let mut samples = Vec::new();
+    for profiles in &request.resource_profiles {
+        let resource: Vec<String> = (profiles.resource.as_ref().unwrap().attributes.iter())
+            .map(|attribute| match attribute.value.as_ref().unwrap().value.as_ref().unwrap() {
+                Value::StringValue(text) => format!("{}={text}", attribute.key),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        let number =
+            |indices: &[i32], key: &str| attribute(indices, key).unwrap().parse().expect("a number's text");
+        samples.extend(profiles.scope_profiles[0].profiles[0].samples.iter().map(|sample| {
+            ShippedSample {
+                tid: number(&sample.attribute_indices, "thread.id"),
+                cpu: number(&sample.attribute_indices, "cpu.logical_number"),
+                stop: attribute(&sample.attribute_indices, "windlass.stop_reason").unwrap(),
+                frames: dictionary.stack_table[sample.stack_index as usize]
+                    .location_indices
+                    .iter()
+                    .map(frame)
+                    .collect(),
+                resource: resource.clone(),
+            }
+        }));
+    }
+    samples
 }
 
 /// A table of `id` without a row.
-fn empty_table(id: BuildId) -> Vec<u8> {
+pub(crate) fn table_of(id: BuildId) -> Vec<u8> {
     let mut file = vec![0; HEADER_BYTES];
     file[..4].copy_from_slice(&MAGIC);
     file[4..6].copy_from_slice(&VERSION.to_le_bytes());

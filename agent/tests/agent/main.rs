@@ -4,10 +4,13 @@
 
 mod fake_backend;
 mod fake_service;
+mod service_faults;
 
 use std::time::{Duration, Instant};
 
 use windlass_agent::backend::Event;
+use windlass_agent::choice::Choice;
+use windlass_agent::compression::Compression;
 use windlass_agent::{Agent, Config, Summary};
 use windlass_schema::StopReason;
 use windlass_schema::maps::{EXACT_ADDRESS, no_table};
@@ -164,21 +167,6 @@ fn an_image_for_which_the_service_fails_holds_no_other_up() {
     assert!(more > 0, "each is asked for again");
     assert!(more < 8 * usize::from(IMAGES), "{more} requests in a second for {IMAGES} images");
     stop(agent);
-}
-
-#[test]
-fn a_table_of_another_image_is_not_placed() {
-    let service = FakeService::start(Tables::OfAnotherImage);
-    let cache = tempfile::tempdir().unwrap();
-    let (backend, view) = FakeBackend::new();
-    let agent = Agent::start_with_backend(config(&service, &cache), Box::new(backend)).unwrap();
-    view.send(Event::Sample(sample(1, StopReason::TablePending, &[own_address() | EXACT_ADDRESS])));
-    let unavailable = no_table::location(StopReason::TableUnavailable);
-    eventually("the wrong table is refused", || {
-        view.mapping(own_pid(), own_address()).unwrap().mapping.image == unavailable
-    });
-    assert_eq!(stop(agent).tables_loaded, 0);
-    assert_eq!(std::fs::read_dir(cache.path().join("tables")).unwrap().count(), 0);
 }
 
 #[test]
@@ -349,6 +337,74 @@ fn only_the_selected_process_and_its_children_count() {
     child.wait().unwrap();
     assert_eq!((summary.samples, summary.complete), (1, 1));
     assert_eq!(service.samples().iter().map(|sample| sample.tid).collect::<Vec<_>>(), [2]);
+}
+
+#[test]
+fn only_chosen_processes_count() {
+    let service = FakeService::start(Tables::FromSkeletons);
+    let cache = tempfile::tempdir().unwrap();
+    let start = |argument: &str| std::process::Command::new("sleep").arg(argument).spawn().unwrap();
+    let mut children = [start("61"), start("62")];
+    for (include, exclude, expect) in [
+        (&["command=sleep"] as &[&str], &[] as &[&str], [false, true]),
+        (&[], &["command=*/sleep"], [true, false]),
+        (&["command=sleep", "cgroup=*"], &["uid=0-4294967295"], [false, false]),
+    ] {
+        let (backend, view) = FakeBackend::new();
+        let rules = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        let mut config = config(&service, &cache);
+        config.choice = Choice { include: rules(include), exclude: rules(exclude) };
+        let agent = Agent::start_with_backend(config, Box::new(backend)).unwrap();
+        let known = [own_pid(), children[0].id()].map(|tgid| !view.mappings(tgid).is_empty());
+        assert_eq!(known, expect, "walked");
+        view.send(Event::Sample(sample(1, StopReason::EndOfStack, &[])));
+        let mut of_child = sample(2, StopReason::EndOfStack, &[]);
+        of_child.tgid = children[1].id();
+        view.send(Event::Sample(of_child));
+        let counted = stop(agent).samples;
+        assert_eq!(counted, expect.iter().filter(|counts| **counts).count() as u64, "counted");
+    }
+    for child in &mut children {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+#[test]
+fn samples_say_whose_they_are_and_come_in_the_coding_asked_for() {
+    let service = FakeService::start(Tables::FromSkeletons);
+    let cache = tempfile::tempdir().unwrap();
+    let (backend, view) = FakeBackend::new();
+    let mut child = std::process::Command::new("sleep");
+    let child = child.arg("60").env("OTEL_SERVICE_NAME", "till");
+    let mut child = child.env("OTEL_RESOURCE_ATTRIBUTES", "service.namespace=shop").spawn().unwrap();
+    let mut config = config(&service, &cache);
+    config.compression = Compression::Gzip;
+    config.host_name = Some("alpha".to_owned());
+    let agent = Agent::start_with_backend(config, Box::new(backend)).unwrap();
+    let id = agent.agent_id().to_owned();
+    let environment = format!("/proc/{}/environ", child.id());
+    eventually("the child's exec is over", || !std::fs::read(&environment).unwrap().is_empty());
+    view.send(Event::Sample(sample(1, StopReason::EndOfStack, &[own_address() | EXACT_ADDRESS])));
+    let mut of_child = sample(2, StopReason::EndOfStack, &[]);
+    (of_child.tgid, of_child.cpu) = (child.id(), 5);
+    view.send(Event::Sample(of_child));
+    stop(agent);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(service.requests().contains(&"POST profiles gzip 200".to_owned()), "{:?}", service.requests());
+    let samples = service.samples();
+    let of = |tid| samples.iter().find(|sample| sample.tid == tid).unwrap();
+    for sample in &samples {
+        for expect in ["host.name=alpha", "os.type=linux", &format!("windlass.agent.id={id}")] {
+            assert!(sample.resource.iter().any(|attribute| attribute == expect), "{:?}", sample.resource);
+        }
+    }
+    assert_eq!(of(2).cpu, 5);
+    let stated =
+        |tid| -> Vec<_> { of(tid).resource.iter().filter(|it| it.starts_with("service.")).collect() };
+    assert_eq!(stated(2), ["service.name=till", "service.namespace=shop"]);
+    assert_ne!(stated(1), stated(2));
 }
 
 #[test]

@@ -22,8 +22,9 @@ use crate::error::ServiceError;
 const PID: &str = "process.pid";
 /// The attribute with the name of the host that a sample is of.
 const HOST: &str = "host.name";
-/// The attribute with the agent's own ID.
-const INSTANCE: &str = "service.instance.id";
+/// The attributes that tell one sender from all others: of our agents, and of profilers that name themselves as
+/// a service.
+const INSTANCES: &[&str] = &["windlass.agent.id", "service.instance.id"];
 /// Attributes that become labels.
 const LABELS: [(&str, &str); 5] = [
     (PID, label::PID),
@@ -138,11 +139,14 @@ impl Merge {
 
     /// Whether the instance and the host that sent samples are those asked for.
     fn wants(&self, dictionary: Dictionary<'_>, resource: Option<&Resource>) -> bool {
-        [(INSTANCE, &self.wanted.instance), (HOST, &self.wanted.host)].into_iter().all(|(key, wanted)| {
-            wanted.as_deref().is_none_or(|wanted| {
-                dictionary.resource_attribute(resource, key) == Some(Attribute::Text(wanted))
-            })
-        })
+        [(INSTANCES, &self.wanted.instance), (&[HOST], &self.wanted.host)].into_iter().all(
+            |(keys, wanted)| {
+                wanted.as_deref().is_none_or(|wanted| {
+                    let wanted = Some(Attribute::Text(wanted));
+                    keys.iter().any(|key| dictionary.resource_attribute(resource, key) == wanted)
+                })
+            },
+        )
     }
 
     /// Refuses what has grown beyond the limits.

@@ -296,6 +296,7 @@ async fn samples_of_agents_and_hosts_are_kept_apart() {
     for (host, instance, values) in
         [("alpha", "one", [3, 4]), ("beta", "two", [10, 20]), ("beta", "three", [1, 2])]
     {
+        let key = if instance == "two" { "service.instance.id" } else { "windlass.agent.id" };
         let mut batch = batch(START_NS, &[0x1000], values);
         let attribute = |key: &str, text: &str| KeyValue {
             key: key.to_owned(),
@@ -303,7 +304,7 @@ async fn samples_of_agents_and_hosts_are_kept_apart() {
             ..KeyValue::default()
         };
         batch.resource_profiles[0].resource = Some(Resource {
-            attributes: vec![attribute("host.name", host), attribute("service.instance.id", instance)],
+            attributes: vec![attribute("host.name", host), attribute(key, instance)],
             ..Resource::default()
         });
         assert_eq!(send(&server, &batch).await.status(), 200);

@@ -1,0 +1,317 @@
+//! What has the agent seen and done, in numbers?
+//!
+//! One structure of atomic counters, which the sampling thread and the runtime both add to and whoever asks
+//! reads, without a lock that one could hold up the other by. Every label is a closed set, so the numbers
+//! are arrays, a stop reason without a counter cannot be, and each line is there from the start: a counter
+//! that appears with its first event hides that event from `rate()`. The text is Prometheus's exposition format,
+//! version 0.0.4.
+
+use std::fmt::{Display, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use windlass_schema::StopReason;
+use windlass_schema::rule::UnsupportedReason;
+
+use crate::service::ServiceError;
+use crate::shipper::Shipped;
+
+/// `Content-Type` of the text.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
+/// How long the sampling thread may be without a turn before the agent counts as stuck: a turn waits for a tenth
+/// of a second, and to read every process of a large host takes some seconds.
+pub const LONGEST_TURN: Duration = Duration::from_secs(30);
+
+/// What is asked of the service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// A table.
+    Table,
+    /// To take a skeleton or kernel symbols.
+    Upload,
+    /// Whether it lacks something.
+    Missing,
+    /// To take a batch of profiles.
+    Profiles,
+}
+
+impl Request {
+    const ALL: [Self; 4] = [Self::Table, Self::Upload, Self::Missing, Self::Profiles];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Table => "table",
+            Self::Upload => "upload",
+            Self::Missing => "missing",
+            Self::Profiles => "profiles",
+        }
+    }
+}
+
+/// The kinds of [`ServiceError`].
+const FAILURES: [&str; 5] = ["unreachable", "no_answer", "busy", "refused", "client"];
+
+fn failure(error: &ServiceError) -> usize {
+    match error {
+        ServiceError::Unreachable(_) => 0,
+        ServiceError::NoAnswer(_) => 1,
+        ServiceError::Busy { .. } => 2,
+        ServiceError::Refused { .. } => 3,
+        ServiceError::Client(_) => 4,
+    }
+}
+
+/// The numbers.
+#[derive(Debug)]
+pub struct Metrics {
+    started: Instant,
+    /// Milliseconds from the start to the last turn of the sampling thread.
+    last_turn_ms: AtomicU64,
+    stops: [AtomicU64; StopReason::COUNT],
+    unsupported: [AtomicU64; UnsupportedReason::ALL.len()],
+    lost_samples: AtomicU64,
+    tables_loaded: AtomicU64,
+    tables_unavailable: AtomicU64,
+    tables_evicted: AtomicU64,
+    requests: [AtomicU64; Request::ALL.len()],
+    failures: [[AtomicU64; FAILURES.len()]; Request::ALL.len()],
+    batches_sent: AtomicU64,
+    batches_dropped: AtomicU64,
+    spooled_batches: AtomicU64,
+    spooled_bytes: AtomicU64,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            last_turn_ms: AtomicU64::default(),
+            stops: Default::default(),
+            unsupported: Default::default(),
+            lost_samples: AtomicU64::default(),
+            tables_loaded: AtomicU64::default(),
+            tables_unavailable: AtomicU64::default(),
+            tables_evicted: AtomicU64::default(),
+            requests: Default::default(),
+            failures: Default::default(),
+            batches_sent: AtomicU64::default(),
+            batches_dropped: AtomicU64::default(),
+            spooled_batches: AtomicU64::default(),
+            spooled_bytes: AtomicU64::default(),
+        }
+    }
+}
+
+fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
+}
+
+impl Metrics {
+    /// The sampling thread turned.
+    pub(crate) fn turned(&self, now: Instant) {
+        self.last_turn_ms.store(self.since_start_ms(now), Ordering::Relaxed);
+    }
+
+    /// Whether the sampling thread turned not long ago.
+    pub fn is_alive(&self, now: Instant) -> bool {
+        let idle_ms = self.since_start_ms(now).saturating_sub(self.last_turn_ms.load(Ordering::Relaxed));
+        u128::from(idle_ms) <= LONGEST_TURN.as_millis()
+    }
+
+    fn since_start_ms(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.started).as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// A sample's walk ended; and if it was at a row that the tables do not support, why not.
+    pub(crate) fn sample(&self, stop: StopReason, unsupported: Option<UnsupportedReason>) {
+        add(&self.stops[stop as usize], 1);
+        let at = unsupported.and_then(|reason| UnsupportedReason::ALL.iter().position(|one| *one == reason));
+        if let Some(at) = at {
+            add(&self.unsupported[at], 1);
+        }
+    }
+
+    /// So many samples were lost since the start. Returns how many more than the last time.
+    pub(crate) fn set_lost_samples(&self, lost: u64) -> u64 {
+        lost.saturating_sub(self.lost_samples.swap(lost, Ordering::Relaxed))
+    }
+
+    pub(crate) fn table_loaded(&self) {
+        add(&self.tables_loaded, 1);
+    }
+
+    pub(crate) fn table_unavailable(&self) {
+        add(&self.tables_unavailable, 1);
+    }
+
+    pub(crate) fn table_evicted(&self) {
+        add(&self.tables_evicted, 1);
+    }
+
+    pub(crate) fn request(&self, request: Request, error: Option<&ServiceError>) {
+        add(&self.requests[request as usize], 1);
+        if let Some(error) = error {
+            add(&self.failures[request as usize][failure(error)], 1);
+        }
+    }
+
+    /// What became of batches since the last time, and what waits.
+    pub(crate) fn shipped(&self, since: Shipped, spooled_bytes: u64) {
+        add(&self.batches_sent, since.sent);
+        add(&self.batches_dropped, since.dropped);
+        self.spooled_batches.store(since.spooled, Ordering::Relaxed);
+        self.spooled_bytes.store(spooled_bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn batch_dropped(&self) {
+        add(&self.batches_dropped, 1);
+    }
+
+    /// All of them as text.
+    pub fn text(&self) -> String {
+        let mut text = Exposition::default();
+        text.counter("samples", "Samples by the reason at which their walk ended.");
+        for (reason, count) in StopReason::ALL.iter().zip(&self.stops) {
+            text.line(&[("reason", reason.as_str())], count);
+        }
+        text.counter(
+            "unsupported_rows",
+            "Samples whose walk ended at a row that tables do not support, by why.",
+        );
+        for (reason, count) in UnsupportedReason::ALL.iter().zip(&self.unsupported) {
+            text.line(&[("reason", reason.as_str())], count);
+        }
+        text.counter("lost_samples", "Samples taken and lost before they were read.");
+        text.line(&[], &self.lost_samples);
+        text.counter("tables_loaded", "Unwind tables placed.");
+        text.line(&[], &self.tables_loaded);
+        text.counter("tables_unavailable", "Images for which no unwind table can be had.");
+        text.line(&[], &self.tables_unavailable);
+        text.counter("tables_evicted", "Unwind tables deleted from disk to keep within the budget.");
+        text.line(&[], &self.tables_evicted);
+        text.counter("requests", "Requests to the service.");
+        for (request, count) in Request::ALL.iter().zip(&self.requests) {
+            text.line(&[("request", request.as_str())], count);
+        }
+        text.counter("request_failures", "Requests to the service that failed, by how.");
+        for (request, failures) in Request::ALL.iter().zip(&self.failures) {
+            for (failure, count) in FAILURES.iter().zip(failures) {
+                text.line(&[("request", request.as_str()), ("failure", failure)], count);
+            }
+        }
+        text.counter("batches_sent", "Batches of profiles that the service took.");
+        text.line(&[], &self.batches_sent);
+        text.counter("batches_dropped", "Batches of profiles that are lost.");
+        text.line(&[], &self.batches_dropped);
+        text.gauge("spooled_batches", "Batches of profiles that wait on disk.");
+        text.line(&[], &self.spooled_batches);
+        text.gauge("spooled_bytes", "Bytes of profiles that wait on disk.");
+        text.line(&[], &self.spooled_bytes);
+        text.text
+    }
+}
+
+/// The text under construction.
+#[derive(Default)]
+struct Exposition {
+    text: String,
+    name: String,
+}
+
+impl Exposition {
+    fn counter(&mut self, name: &str, help: &str) {
+        self.metric(format!("windlass_agent_{name}_total"), help, "counter");
+    }
+
+    fn gauge(&mut self, name: &str, help: &str) {
+        self.metric(format!("windlass_agent_{name}"), help, "gauge");
+    }
+
+    fn metric(&mut self, name: String, help: &str, kind: &str) {
+        self.write(format_args!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
+        self.name = name;
+    }
+
+    /// Labels' values are names of this crate's, which need no escapes.
+    fn line(&mut self, labels: &[(&str, &str)], count: &AtomicU64) {
+        let labels: Vec<_> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
+        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        let name = std::mem::take(&mut self.name);
+        self.write(format_args!("{name}{labels} {}\n", count.load(Ordering::Relaxed)));
+        self.name = name;
+    }
+
+    fn write(&mut self, what: impl Display) {
+        write!(self.text, "{what}").expect("writing to a string cannot fail");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_has_its_line() {
+        let metrics = Metrics::default();
+        metrics.sample(StopReason::EndOfStack, None);
+        metrics.sample(StopReason::UnsupportedRule, Some(UnsupportedReason::StackSwitch));
+        assert_eq!(metrics.set_lost_samples(5), 5);
+        assert_eq!(metrics.set_lost_samples(7), 2);
+        metrics.table_loaded();
+        metrics.request(Request::Table, None);
+        metrics.request(Request::Profiles, Some(&ServiceError::NoAnswer("x".to_owned())));
+        metrics.shipped(Shipped { sent: 2, spooled: 3, dropped: 1 }, 300);
+        metrics.shipped(Shipped { sent: 1, spooled: 1, dropped: 0 }, 100);
+        let text = metrics.text();
+        for line in [
+            "# TYPE windlass_agent_samples_total counter",
+            "windlass_agent_samples_total{reason=\"end_of_stack\"} 1",
+            "windlass_agent_samples_total{reason=\"jit\"} 0",
+            "windlass_agent_unsupported_rows_total{reason=\"stack_switch\"} 1",
+            "windlass_agent_lost_samples_total 7",
+            "windlass_agent_tables_loaded_total 1",
+            "windlass_agent_requests_total{request=\"table\"} 1",
+            "windlass_agent_request_failures_total{request=\"profiles\",failure=\"no_answer\"} 1",
+            "windlass_agent_batches_sent_total 3",
+            "windlass_agent_batches_dropped_total 1",
+            "# TYPE windlass_agent_spooled_bytes gauge",
+            "windlass_agent_spooled_batches 1",
+            "windlass_agent_spooled_bytes 100",
+        ] {
+            assert!(text.lines().any(|it| it == line), "{line} in\n{text}");
+        }
+        for reason in StopReason::ALL {
+            assert!(text.contains(&format!("samples_total{{reason=\"{}\"}}", reason.as_str())));
+        }
+    }
+
+    #[test]
+    fn the_text_is_of_its_format() {
+        let text = Metrics::default().text();
+        let mut typed = String::new();
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# TYPE ") {
+                typed = rest.split(' ').next().unwrap().to_owned();
+            } else if !line.starts_with("# HELP ") {
+                let (series, value) = line.rsplit_once(' ').unwrap();
+                assert_eq!(series.split('{').next(), Some(typed.as_str()), "{line}");
+                value.parse::<f64>().unwrap();
+            }
+        }
+        let mut series: Vec<_> = text.lines().filter_map(|line| line.rsplit_once(' ')).collect();
+        let lines = series.len();
+        series.sort_unstable();
+        series.dedup_by_key(|(name, _)| *name);
+        assert_eq!(series.len(), lines, "no series is there twice");
+    }
+
+    #[test]
+    fn an_agent_is_alive_while_it_turns() {
+        let metrics = Metrics::default();
+        let now = metrics.started + Duration::from_secs(3600);
+        assert!(!metrics.is_alive(now));
+        metrics.turned(now);
+        assert!(metrics.is_alive(now) && metrics.is_alive(now + LONGEST_TURN));
+        assert!(!metrics.is_alive(now + LONGEST_TURN + Duration::from_secs(1)));
+    }
+}

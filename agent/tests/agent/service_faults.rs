@@ -1,0 +1,195 @@
+//! A service that is away, slow, refuses, or lies: nothing unverified is loaded, nothing is sent out of order, and
+//! sampling goes on.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+
+use windlass_agent::backend::Event;
+use windlass_agent::{Agent, Config};
+use windlass_schema::StopReason;
+use windlass_schema::maps::{EXACT_ADDRESS, no_table};
+
+use crate::fake_backend::{FakeBackend, View, sample};
+use crate::fake_service::{FakeService, Tables, table_of};
+use crate::{config, eventually, own_address, own_pid, stop};
+
+/// The body of an answer of the agent's, which must have this status.
+#[track_caller]
+fn get(address: SocketAddr, path: &str, status: u16) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: agent\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{head}");
+    body.to_owned()
+}
+
+/// An agent whose numbers can be asked for.
+fn start(mut config: Config) -> (Agent, View) {
+    let (backend, view) = FakeBackend::new();
+    config.listen = Some(([127, 0, 0, 1], 0).into());
+    (Agent::start_with_backend(config, Box::new(backend)).unwrap(), view)
+}
+
+/// The number of one line of `/metrics`.
+#[track_caller]
+fn number(agent: &Agent, series: &str) -> u64 {
+    let text = get(agent.status_address().unwrap(), "/metrics", 200);
+    let line = text.lines().find_map(|line| line.strip_prefix(&format!("windlass_agent_{series} ")));
+    line.unwrap_or_else(|| panic!("no {series} in {text}")).parse().unwrap()
+}
+
+fn send(view: &View, tid: u32) {
+    view.send(Event::Sample(sample(tid, StopReason::EndOfStack, &[own_address() | EXACT_ADDRESS])));
+}
+
+fn shipped(service: &FakeService) -> Vec<u32> {
+    service.samples().iter().map(|sample| sample.tid).collect()
+}
+
+#[test]
+fn numbers_and_health_are_told_to_whoever_asks() {
+    let service = FakeService::start(Tables::FromSkeletons);
+    let cache = tempfile::tempdir().unwrap();
+    let (agent, view) = start(config(&service, &cache));
+    let address = agent.status_address().unwrap();
+    assert_eq!(get(address, "/healthz", 200), "ok\n");
+    get(address, "/else", 404);
+    send(&view, 1);
+    eventually("the batch is sent", || number(&agent, "batches_sent_total") == 1);
+    assert_eq!(number(&agent, "samples_total{reason=\"end_of_stack\"}"), 1);
+    assert_eq!(number(&agent, "samples_total{reason=\"jit\"}"), 0);
+    assert_eq!(number(&agent, "requests_total{request=\"profiles\"}"), 1);
+    let taken = FakeBackend::new().0;
+    let mut config = config(&service, &cache);
+    config.listen = Some(address);
+    let error = Agent::start_with_backend(config, Box::new(taken)).map(stop).unwrap_err().to_string();
+    assert!(error.contains(&address.to_string()), "{error}");
+    stop(agent);
+}
+
+/// What is wrong with a table, and how it becomes so.
+type Lie = (&'static str, fn(Vec<u8>) -> Vec<u8>);
+
+#[test]
+fn tables_that_are_not_what_they_should_be_are_not_placed() {
+    let lies: [Lie; 7] = [
+        ("of another image", |_| table_of("abcd".parse().unwrap())),
+        ("a bit is wrong", |mut table| {
+            *table.last_mut().unwrap() ^= 1;
+            table
+        }),
+        ("its checksum is wrong", |mut table| {
+            table[8] ^= 1;
+            table
+        }),
+        ("cut short", |table| table[..table.len() - 8].to_vec()),
+        ("too long", |table| [table, vec![0; 8]].concat()),
+        ("nothing", |_| Vec::new()),
+        ("a page of a proxy", |_| b"<html>please log in</html>".to_vec()),
+    ];
+    for (lie, change) in lies {
+        let service = FakeService::start(Tables::Changed(change));
+        let cache = tempfile::tempdir().unwrap();
+        let (agent, view) = start(config(&service, &cache));
+        view.send(Event::Sample(sample(1, StopReason::TablePending, &[own_address() | EXACT_ADDRESS])));
+        let unavailable = no_table::location(StopReason::TableUnavailable);
+        eventually(lie, || view.mapping(own_pid(), own_address()).unwrap().mapping.image == unavailable);
+        assert!(number(&agent, "tables_unavailable_total") > 0, "{lie}");
+        let summary = stop(agent);
+        assert_eq!(summary.tables_loaded, 0, "{lie}");
+        assert!(
+            summary.tables_unavailable.iter().all(|(_, why)| why.contains("no usable table")),
+            "{summary:?}"
+        );
+        assert_eq!(std::fs::read_dir(cache.path().join("tables")).unwrap().count(), 0, "{lie}");
+    }
+}
+
+#[test]
+fn a_table_whose_transfer_ends_early_is_asked_for_again() {
+    let service = FakeService::start(Tables::CutOff);
+    let cache = tempfile::tempdir().unwrap();
+    let (agent, view) = start(config(&service, &cache));
+    view.send(Event::Sample(sample(1, StopReason::TablePending, &[own_address() | EXACT_ADDRESS])));
+    let failures = || number(&agent, "request_failures_total{request=\"table\",failure=\"no_answer\"}");
+    eventually("it is asked for again", || failures() > 3);
+    let image = view.mapping(own_pid(), own_address()).unwrap().mapping.image;
+    assert_eq!(image, no_table::location(StopReason::TablePending));
+    assert_eq!(number(&agent, "tables_loaded_total"), 0);
+    stop(agent);
+    assert_eq!(std::fs::read_dir(cache.path().join("tables")).unwrap().count(), 0);
+}
+
+#[test]
+fn sampling_goes_on_while_the_service_does_not_answer() {
+    const SAMPLES: u32 = 10;
+    let service = FakeService::start(Tables::FromSkeletons);
+    let cache = tempfile::tempdir().unwrap();
+    let (agent, view) = start(config(&service, &cache));
+    service.hold();
+    for tid in 1..=SAMPLES {
+        send(&view, tid);
+        let counted = || number(&agent, "samples_total{reason=\"end_of_stack\"}");
+        eventually("the sample is taken", || counted() == u64::from(tid));
+    }
+    assert_eq!(number(&agent, "batches_sent_total"), 0, "the service took something");
+    get(agent.status_address().unwrap(), "/healthz", 200);
+    service.release();
+    let summary = stop(agent);
+    assert_eq!(summary.dropped_batches + summary.spooled_batches, 0, "{summary:?}");
+    assert_eq!(shipped(&service), (1..=SAMPLES).collect::<Vec<_>>());
+}
+
+#[test]
+fn the_spool_keeps_the_newest_within_its_limit_and_sends_them_in_order() {
+    let service = FakeService::reserve();
+    let cache = tempfile::tempdir().unwrap();
+    let (agent, view) = start(config(&service, &cache));
+    send(&view, 1);
+    eventually("the batch is spooled", || number(&agent, "spooled_batches") == 1);
+    let batch_bytes = number(&agent, "spooled_bytes");
+    stop(agent);
+
+    let cache = tempfile::tempdir().unwrap();
+    let mut config = config(&service, &cache);
+    // Batches of one sample differ by some bytes.
+    config.spool_bytes = batch_bytes * 7 / 2;
+    let limit = config.spool_bytes;
+    let (agent, view) = start(config);
+    for tid in 1..=6 {
+        send(&view, tid);
+        let seen = || number(&agent, "spooled_batches") + number(&agent, "batches_dropped_total");
+        eventually("the batch is spooled", || seen() == u64::from(tid));
+        assert!(number(&agent, "spooled_bytes") <= limit);
+    }
+    assert_eq!(number(&agent, "batches_dropped_total"), 3);
+    let service = service.open(Tables::FromSkeletons);
+    eventually("the spool is empty", || number(&agent, "spooled_batches") == 0);
+    assert_eq!(number(&agent, "spooled_bytes"), 0);
+    send(&view, 7);
+    stop(agent);
+    assert_eq!(shipped(&service), [4, 5, 6, 7]);
+}
+
+#[test]
+fn a_batch_that_is_refused_holds_no_other_up() {
+    let service = FakeService::start(Tables::FromSkeletons);
+    let cache = tempfile::tempdir().unwrap();
+    let (agent, view) = start(config(&service, &cache));
+    // Overloaded; a token that is to be mended; and for good.
+    service.answer_profiles(&[503, 401, 400]);
+    send(&view, 1);
+    eventually("the batch is given up", || number(&agent, "batches_dropped_total") == 1);
+    send(&view, 2);
+    eventually("the next is sent", || number(&agent, "batches_sent_total") == 1);
+    stop(agent);
+    assert_eq!(shipped(&service), [2]);
+    let of_profiles: Vec<_> =
+        service.requests().into_iter().filter(|line| line.starts_with("POST profiles")).collect();
+    assert_eq!(
+        of_profiles,
+        ["503", "401", "400", "200"].map(|status| format!("POST profiles zstd {status}"))
+    );
+}
