@@ -22,6 +22,8 @@ pub struct Walk<R> {
     pub tgid: u32,
     /// Frames recorded.
     pub frames: u32,
+    /// Code of the [`windlass_schema::UnsupportedReason`] when the walk stopped with `UnsupportedRule`.
+    pub unsupported: u8,
     start: u64,
     end: u64,
     bias: u64,
@@ -36,6 +38,7 @@ impl<R: Machine> Walk<R> {
             process,
             tgid,
             frames: 0,
+            unsupported: 0,
             start: 0,
             end: 0,
             bias: 0,
@@ -53,6 +56,7 @@ impl<R: Machine> Walk<R> {
     pub fn restart(&mut self, tgid: u32) {
         self.tgid = tgid;
         self.frames = 0;
+        self.unsupported = 0;
         self.start = 0;
         self.end = 0;
     }
@@ -79,7 +83,13 @@ impl<R: Machine> Walk<R> {
         }
         let image_address: ImageAddress = address.to_image(LoadBias::new(self.bias));
         let record = record_at(tables, &self.image, image_address)?;
-        self.registers.step(record, memory)
+        match self.registers.step(record, memory) {
+            Err(StopReason::UnsupportedRule) => {
+                self.unsupported = record.aux();
+                Err(StopReason::UnsupportedRule)
+            }
+            stepped => stepped,
+        }
     }
 
     /// Finds the mapping that holds `address`, and its image.

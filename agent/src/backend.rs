@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use windlass_schema::maps::{Location, Mapping};
-use windlass_schema::{StopReason, Table};
+use windlass_schema::{StopReason, Table, UnsupportedReason};
 
 /// An executable mapping of a process, as a backend takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,10 +36,17 @@ pub struct Sample {
     pub comm: String,
     /// Why the walk ended.
     pub stop: StopReason,
+    /// If at a row that tables do not support: why not.
+    pub unsupported: Option<UnsupportedReason>,
     /// User addresses, innermost first; see [`windlass_schema::maps::EXACT_ADDRESS`].
     pub user: Vec<u64>,
     /// Kernel addresses, innermost first: the first is exact, the others are return addresses.
     pub kernel: Vec<u64>,
+}
+
+/// The reason of code `code` for a walk that ended with `stop`.
+pub(crate) fn unsupported_reason(stop: StopReason, code: u8) -> Option<UnsupportedReason> {
+    if stop == StopReason::UnsupportedRule { UnsupportedReason::from_code(code) } else { None }
 }
 
 /// What a backend reports.

@@ -22,7 +22,7 @@ use windlass_schema::maps::{
 use windlass_schema::record::{DWARF_RSP, REGISTERS};
 use windlass_schema::{StopReason, Table};
 
-use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample};
+use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
 use crate::chunks::ChunkSpace;
 use crate::kernel::sideband::{TimeOrder, event_of};
 use crate::kernel::{max_sample_rate, next_generation, sampling_advice, segments_of};
@@ -174,9 +174,10 @@ impl CopiedStacks {
             return Some(self.stack_of(&copied, 0, StopReason::ProcessUnknown, user));
         };
         let memory = CopiedStack { start: registers.general[DWARF_RSP as usize], bytes: copied.stack };
-        let stop = Walk::new(copied.pid, *process, registers)
-            .run(&self.tables, &memory, |address| user.push(address));
-        Some(self.stack_of(&copied, process.generation, stop, user))
+        let mut walk = Walk::new(copied.pid, *process, registers);
+        let stop = walk.run(&self.tables, &memory, |address| user.push(address));
+        let unsupported = unsupported_reason(stop, walk.unsupported);
+        Some(Sample { unsupported, ..self.stack_of(&copied, process.generation, stop, user) })
     }
 
     fn stack_of(
@@ -194,6 +195,7 @@ impl CopiedStacks {
             generation,
             comm: self.names.get(&copied.tid).cloned().unwrap_or_default(),
             stop,
+            unsupported: None,
             user,
             kernel: Vec::new(),
         }

@@ -23,7 +23,7 @@ use windlass_schema::maps::{
 };
 use windlass_schema::{StopReason, Table, maps::Location};
 
-use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample};
+use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
 use crate::chunks::ChunkSpace;
 pub use chunk_maps::ChunkMaps;
 use sideband::Sideband;
@@ -340,6 +340,7 @@ fn decode_sample(bytes: &[u8]) -> Option<Sample> {
     let user: Vec<u64> = addresses.by_ref().take(usize::from(header.user_frames)).collect();
     let kernel: Vec<u64> = addresses.take(usize::from(header.kernel_frames)).collect();
     let name_bytes = header.comm.iter().position(|byte| *byte == 0).unwrap_or(header.comm.len());
+    let stop = StopReason::try_from(header.stop).unwrap_or(StopReason::TableCorrupt);
     Some(Sample {
         time_ns: header.time_ns,
         tgid: header.tgid,
@@ -347,7 +348,8 @@ fn decode_sample(bytes: &[u8]) -> Option<Sample> {
         cpu: header.cpu,
         generation: header.generation,
         comm: String::from_utf8_lossy(&header.comm[..name_bytes]).into_owned(),
-        stop: StopReason::try_from(header.stop).unwrap_or(StopReason::TableCorrupt),
+        stop,
+        unsupported: unsupported_reason(stop, header.unsupported),
         user,
         kernel,
     })

@@ -151,7 +151,8 @@ impl Sampling {
             None => (&[][..], without_mappings(sample)),
         };
         self.summary.count(stop);
-        self.metrics.sample(stop, None);
+        // Not that of a walk which turned out to be of other mappings.
+        self.metrics.sample(stop, sample.unsupported.filter(|_| stop == StopReason::UnsupportedRule));
         let kernel = sample.kernel.iter().enumerate().map(|(depth, address)| {
             // Only the innermost kernel address is that of an instruction.
             let address = match depth {

@@ -203,8 +203,10 @@ pub struct SampleHeader {
     pub kernel_frames: u16,
     /// Code of the [`crate::StopReason`].
     pub stop: u8,
+    /// Code of the [`crate::UnsupportedReason`], where the walk stopped at such a row; else undefined.
+    pub unsupported: u8,
     /// Zero.
-    pub reserved: [u8; 3],
+    pub reserved: [u8; 2],
     /// [`ProcessEntry::generation`] of the mappings that the walk went by; 0 if it had none.
     pub generation: u32,
     /// The thread's name, zero-padded.

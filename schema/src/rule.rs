@@ -120,7 +120,12 @@ impl UnsupportedReason {
         Self::StackSwitch,
     ];
 
-    /// The name used in JSON.
+    /// The reason with this code.
+    pub fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.iter().copied().find(|reason| *reason as u8 == code)
+    }
+
+    /// The name used in JSON and metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::CfaExpression => "cfa_expression",
@@ -284,8 +289,7 @@ fn decode(record: Record, architecture: Architecture) -> Option<Rule> {
         kind::END => return Some(Rule::End),
         kind::NO_CFI => return Some(Rule::NoCfi),
         kind::UNSUPPORTED => {
-            let reason = UnsupportedReason::ALL.iter().find(|reason| **reason as u8 == record.aux())?;
-            return Some(Rule::Unsupported(*reason));
+            return Some(Rule::Unsupported(UnsupportedReason::from_code(record.aux())?));
         }
         _ => return None,
     };

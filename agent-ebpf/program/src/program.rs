@@ -242,7 +242,8 @@ fn windlass_sample(context: PerfEventContext) -> u32 {
         (*header).user_frames = user_frames as u16;
         (*header).kernel_frames = kernel_frames as u16;
         (*header).stop = stop as u8;
-        (*header).reserved = [0; 3];
+        (*header).unsupported = (*scratch).walk.unsupported;
+        (*header).reserved = [0; 2];
         bpf_get_current_comm(addr_of_mut!((*header).comm).cast(), 16);
         let bytes = size_of::<SampleHeader>() + 8 * (user_frames + kernel_frames);
         if bpf_ringbuf_output(

@@ -85,6 +85,7 @@ fn sample(tgid: u32, generation: u32, time_ns: u64) -> Sample {
         generation,
         comm: String::new(),
         stop: StopReason::EndOfStack,
+        unsupported: None,
         user: vec![0x1000 | EXACT_ADDRESS],
         kernel: Vec::new(),
     }

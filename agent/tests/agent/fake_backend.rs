@@ -127,6 +127,7 @@ pub(crate) fn sample(tid: u32, stop: StopReason, user: &[u64]) -> Sample {
         generation: 0,
         comm: "test".to_owned(),
         stop,
+        unsupported: None,
         user: user.to_vec(),
         kernel: Vec::new(),
     }

@@ -6,8 +6,8 @@ use std::net::{SocketAddr, TcpStream};
 
 use windlass_agent::backend::Event;
 use windlass_agent::{Agent, Config};
-use windlass_schema::StopReason;
 use windlass_schema::maps::{EXACT_ADDRESS, no_table};
+use windlass_schema::{StopReason, UnsupportedReason};
 
 use crate::fake_backend::{FakeBackend, View, sample};
 use crate::fake_service::{FakeService, Tables, table_of};
@@ -57,10 +57,17 @@ fn numbers_and_health_are_told_to_whoever_asks() {
     assert_eq!(get(address, "/healthz", 200), "ok\n");
     get(address, "/else", 404);
     send(&view, 1);
-    eventually("the batch is sent", || number(&agent, "batches_sent_total") == 1);
+    let mut stopped = sample(2, StopReason::UnsupportedRule, &[own_address() | EXACT_ADDRESS]);
+    stopped.unsupported = Some(UnsupportedReason::StackSwitch);
+    view.send(Event::Sample(stopped));
+    let counted = || number(&agent, "unsupported_rows_total{reason=\"stack_switch\"}") == 1;
+    eventually("the samples are counted", counted);
+    eventually("they are sent", || number(&agent, "batches_sent_total") > 0);
     assert_eq!(number(&agent, "samples_total{reason=\"end_of_stack\"}"), 1);
+    assert_eq!(number(&agent, "samples_total{reason=\"unsupported_rule\"}"), 1);
+    assert_eq!(number(&agent, "unsupported_rows_total{reason=\"overlap\"}"), 0);
     assert_eq!(number(&agent, "samples_total{reason=\"jit\"}"), 0);
-    assert_eq!(number(&agent, "requests_total{request=\"profiles\"}"), 1);
+    assert!(number(&agent, "requests_total{request=\"profiles\"}") > 0);
     let taken = FakeBackend::new().0;
     let mut config = config(&service, &cache);
     config.listen = Some(address);

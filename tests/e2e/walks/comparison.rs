@@ -9,7 +9,7 @@ use windlass_agent_ebpf::walk::Walk;
 use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::maps::MAX_USER_FRAMES;
 use windlass_schema::record::{DWARF_RBP, DWARF_RSP};
-use windlass_schema::{ProcessAddress, ReturnAddress, StopReason};
+use windlass_schema::{ProcessAddress, ReturnAddress, StopReason, UnsupportedReason};
 
 use super::cfi::{End, Frame};
 use super::images::ProcessImages;
@@ -111,6 +111,8 @@ impl Comparison {
         while frames.len() < MAX_USER_FRAMES {
             frames.push(walk.registers);
             if let Err(stop) = walk.advance(&self.images.maps, memory) {
+                let why = UnsupportedReason::from_code(walk.unsupported);
+                assert_eq!(why.is_some(), stop == StopReason::UnsupportedRule, "{stop:?} at {why:?}");
                 return Walked { frames, stop };
             }
         }
