@@ -1,6 +1,7 @@
 //! From a build's ELF files to named stacks, end to end; and the rules that no single crate can check.
 
 mod aarch64;
+mod agent_process;
 mod architecture;
 mod bpf;
 mod chunks;

@@ -19,9 +19,19 @@ impl Workload {
     /// # Panics
     /// When it does not start.
     pub fn start(folder: &Path) -> Self {
+        Self::start_by(folder, |_| {})
+    }
+
+    /// Starts one from `folder`, by a command that `change` completes.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start_by(folder: &Path, change: impl FnOnce(&mut Command)) -> Self {
         let path = windlass_workload::write_executable(folder).expect("write the workload");
-        let child =
-            Command::new(&path).arg(SECONDS).stdout(Stdio::null()).spawn().expect("the workload starts");
+        let mut command = Command::new(&path);
+        command.arg(SECONDS).stdout(Stdio::null());
+        change(&mut command);
+        let child = command.spawn().expect("the workload starts");
         Self { path, child }
     }
 
