@@ -11,11 +11,11 @@ use crate::entries::Entries;
 use crate::fold::fits_dictionary;
 use crate::go_functions::functions;
 use crate::placement::Placement;
-use crate::recognised::Uncovered;
 use crate::report::{Report, SkipReason};
 use crate::rows::{Interval, merge};
 use crate::shapes::{Links, ShapeNumber, Shapes};
 use crate::stretch::Stretch;
+use crate::uncovered::Uncovered;
 
 /// Bytes of a section to an FDE, as compilers write them: 50 over a whole distribution.
 const FDE_BYTES: usize = 48;

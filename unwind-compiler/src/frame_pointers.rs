@@ -12,7 +12,7 @@ use std::ops::Range;
 use windlass_schema::Architecture;
 
 use crate::code_bytes::CodeBytes;
-use crate::uncovered::{Code, Prologue, Starts};
+use crate::recognise::{Code, Prologue, Starts};
 use crate::{aarch64, x86_64};
 
 /// Fewest functions to tell by whether code keeps frame pointers.

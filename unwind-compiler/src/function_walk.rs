@@ -5,7 +5,9 @@
 //! pointer by a constant, or establishes the frame pointer, or the function is given up. So the frame is known at each
 //! instruction that control reaches from there, and known twice: a return, or a jump out of the function, has
 //! to find the frame as it was at the first instruction. What follows a call that does not return would be taken
-//! for a part of the function; so where its end is not known, every way has to come to such a check. One doubt,
+//! for a part of the function; so where its end is not known, every way has to come to such a check. And what is
+//! reached only behind a call may not be reached at all, or from elsewhere: it proves nothing of the first
+//! instruction, and with a jump that may lead there, by a table, the function is left. One doubt,
 //! and the whole function is left without rows: an unknown instruction, two frames at one address, a way that
 //! runs out of the code.
 
@@ -18,6 +20,15 @@ use crate::rows::Interval;
 
 /// Most instructions of a function that is followed. Functions are of a thousand at most, but for a few.
 const MAX_INSTRUCTIONS: usize = 1 << 14;
+
+/// What may still be done and kept for an image.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Budget {
+    /// Instructions to follow.
+    pub(crate) instructions: u64,
+    /// Rows, calls and jumps to keep, and functions.
+    pub(crate) kept: u64,
+}
 
 /// Where control goes behind an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,12 +81,56 @@ pub(crate) trait Frames {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Function {
     pub(crate) rows: Vec<Interval>,
-    /// Whether it returns, which nothing does with a frame of its own left.
+    /// Whether control comes for certain to where it returns, which nothing does with a frame of its own left.
     pub(crate) returns: bool,
     /// Where its calls lead.
     pub(crate) calls: Vec<u64>,
     /// Where its jumps lead outside of it, with the frame of its first instruction.
     pub(crate) jumps: Vec<u64>,
+    /// Those of its jumps that control comes to for certain.
+    pub(crate) certain_jumps: Vec<u64>,
+}
+
+impl Function {
+    /// Itself with each of its targets once, if there is room for it.
+    fn kept(mut self, budget: &mut Budget) -> Option<Self> {
+        for targets in [&mut self.calls, &mut self.jumps, &mut self.certain_jumps] {
+            targets.sort_unstable();
+            targets.dedup();
+            targets.shrink_to_fit();
+        }
+        self.rows.shrink_to_fit();
+        let targets = self.calls.len() + self.jumps.len() + self.certain_jumps.len();
+        budget.kept = budget.kept.checked_sub((self.rows.len() + targets + 1) as u64)?;
+        Some(self)
+    }
+
+    /// Whether the frame at `address` is that of a first instruction.
+    pub(crate) fn is_entry<F: Frames>(&self, address: u64) -> bool {
+        let behind = self.rows.partition_point(|row| row.end <= address);
+        let row = self.rows.get(behind).filter(|row| row.start <= address);
+        row.is_some_and(|row| row.record == F::rule(F::ENTRY).to_record())
+    }
+
+    /// Its first address.
+    pub(crate) fn start(&self) -> u64 {
+        self.rows.first().map_or(0, |row| row.start)
+    }
+
+    /// Behind its last instruction.
+    pub(crate) fn end(&self) -> u64 {
+        self.rows.last().map_or(0, |row| row.end)
+    }
+}
+
+/// What is known in front of an instruction, and of it.
+#[derive(Clone, Copy)]
+struct Met<S> {
+    state: S,
+    /// Whether a way leads there on which no call has to return: what is called may not.
+    is_certain: bool,
+    /// Where it ends, once it has been looked at.
+    end: Option<u64>,
 }
 
 /// A function under way.
@@ -85,47 +140,58 @@ pub(crate) struct Walk<'a, F: Frames> {
     code: &'a [u8],
     /// Whether `range` ends with the function.
     is_bounded: bool,
-    /// The frame in front of each instruction met, and its end once it has been looked at.
-    met: BTreeMap<u64, (F::State, Option<u64>)>,
+    /// Each instruction that control reaches.
+    met: BTreeMap<u64, Met<F::State>>,
     pending: Vec<u64>,
+    /// Whether it has a jump to an address that the code does not say.
+    leaves: bool,
     function: Function,
+    /// Where control jumps to outside of `range`, refused or not, with another frame than that of a first instruction.
+    entered: &'a mut Vec<u64>,
 }
 
 impl<'a, F: Frames> Walk<'a, F> {
     /// Follows the function at the start of `range`, which `code` is the code of. With `is_bounded`, the function
-    /// ends where `range` does. Takes each instruction from `budget`.
+    /// ends where `range` does. Takes each instruction and what it gives from `budget`. Appends to `entered` where it
+    /// jumps to that is no function's start.
     pub(crate) fn follow(
         range: Range<u64>,
         code: &'a [u8],
         is_bounded: bool,
-        budget: &mut u64,
+        budget: &mut Budget,
+        entered: &'a mut Vec<u64>,
     ) -> Option<Function> {
         let start = range.start;
-        let (met, pending) = (BTreeMap::new(), Vec::new());
-        let mut walk = Self { range, code, is_bounded, met, pending, function: Function::default() };
-        walk.meet(start, F::ENTRY)?;
+        let (met, pending, function) = (BTreeMap::new(), Vec::new(), Function::default());
+        let mut walk = Self { range, code, is_bounded, met, pending, leaves: false, function, entered };
+        walk.meet(start, F::ENTRY, true)?;
         while let Some(address) = walk.pending.pop() {
-            *budget = budget.checked_sub(1)?;
+            budget.instructions = budget.instructions.checked_sub(1)?;
             walk.pass(address)?;
         }
-        let rows = walk.rows()?;
-        Some(Function { rows, ..walk.function })
+        // Its table may lead behind a call that does not return, with another frame.
+        if walk.leaves && walk.met.values().any(|met| !met.is_certain) {
+            return None;
+        }
+        walk.function.rows = walk.rows()?;
+        walk.function.kept(budget)
     }
 
     /// Control comes to `address` with this frame.
-    fn meet(&mut self, address: u64, state: F::State) -> Option<()> {
-        match self.met.get(&address) {
-            Some((known, end)) => {
-                let joined = F::join(*known, state)?;
-                if joined != *known {
-                    let end = *end;
-                    self.met.insert(address, (joined, end));
+    fn meet(&mut self, address: u64, state: F::State, is_certain: bool) -> Option<()> {
+        let is_full = self.met.len() >= MAX_INSTRUCTIONS;
+        match self.met.get_mut(&address) {
+            Some(known) => {
+                let state = F::join(known.state, state)?;
+                let is_certain = known.is_certain || is_certain;
+                if (state, is_certain) != (known.state, known.is_certain) {
+                    (known.state, known.is_certain) = (state, is_certain);
                     self.pending.push(address);
                 }
                 Some(())
             }
-            None if self.met.len() < MAX_INSTRUCTIONS => {
-                self.met.insert(address, (state, None));
+            None if !is_full => {
+                self.met.insert(address, Met { state, is_certain, end: None });
                 self.pending.push(address);
                 Some(())
             }
@@ -136,12 +202,13 @@ impl<'a, F: Frames> Walk<'a, F> {
     /// Takes the instruction at `address`.
     fn pass(&mut self, address: u64) -> Option<()> {
         let offset = usize::try_from(address.checked_sub(self.range.start)?).ok()?;
-        let (state, _) = *self.met.get(&address)?;
-        let step = F::step(self.code.get(offset..)?, address, state)?;
+        let met = self.met.get_mut(&address)?;
+        let step = F::step(self.code.get(offset..)?, address, met.state)?;
         let next = address.checked_add(step.bytes as u64)?;
-        self.met.insert(address, (state, Some(next)));
+        met.end = Some(next);
+        let is_certain = met.is_certain;
         match step.flow {
-            Flow::Next => self.meet(next, step.behind),
+            Flow::Next => self.meet(next, step.behind, is_certain),
             Flow::Call(target) => {
                 // The address of the next instruction is taken that way, and popped: no call.
                 if target == Some(next) {
@@ -151,44 +218,47 @@ impl<'a, F: Frames> Walk<'a, F> {
                 if self.is_bounded && next == self.range.end {
                     Some(())
                 } else {
-                    self.meet(next, step.behind)
+                    self.meet(next, step.behind, false)
                 }
             }
             Flow::Branch(target) => {
-                self.meet(next, step.behind)?;
-                self.go(target, step.behind)
+                self.go(target, step.behind, is_certain)?;
+                self.meet(next, step.behind, is_certain)
             }
             // A way that only ever goes back comes to no check.
             Flow::Jump(target) if !self.is_bounded && (self.range.start..=address).contains(&target) => None,
-            Flow::Jump(target) => self.go(target, step.behind),
+            Flow::Jump(target) => self.go(target, step.behind, is_certain),
             Flow::Return => {
-                self.function.returns = true;
-                self.check(step.behind)
+                self.function.returns |= is_certain;
+                is_entry::<F>(step.behind).then_some(())
             }
-            Flow::Leave => self.check(step.behind),
+            Flow::Leave => {
+                self.leaves = true;
+                is_entry::<F>(step.behind).then_some(())
+            }
             Flow::Trap => self.is_bounded.then_some(()),
         }
     }
 
     /// Control jumps to `target`: within the function, or to another one, which then returns in place of this one.
-    fn go(&mut self, target: u64, state: F::State) -> Option<()> {
+    fn go(&mut self, target: u64, state: F::State, is_certain: bool) -> Option<()> {
         if self.range.contains(&target) {
-            return self.meet(target, state);
+            return self.meet(target, state, is_certain);
+        }
+        if !is_entry::<F>(state) {
+            self.entered.push(target);
+            return None;
         }
         self.function.jumps.push(target);
-        self.check(state)
-    }
-
-    /// Control leaves the function with this frame: that of its first instruction.
-    fn check(&self, state: F::State) -> Option<()> {
-        F::join(F::ENTRY, state).map(|_| ())
+        self.function.certain_jumps.extend(is_certain.then_some(target));
+        Some(())
     }
 
     /// What was met, if no two instructions share a byte.
     fn rows(&self) -> Option<Vec<Interval>> {
         let mut rows: Vec<Interval> = Vec::new();
         let mut met_to = self.range.start;
-        for (start, (state, end)) in &self.met {
+        for (start, Met { state, end, .. }) in &self.met {
             let end = (*end)?;
             if *start < met_to || end > self.range.end {
                 return None;
@@ -202,4 +272,9 @@ impl<'a, F: Frames> Walk<'a, F> {
         }
         Some(rows)
     }
+}
+
+/// Whether a frame is that of a function's first instruction.
+fn is_entry<F: Frames>(state: F::State) -> bool {
+    F::join(F::ENTRY, state).is_some()
 }

@@ -12,8 +12,8 @@
 //! - `elf`: where the image keeps its call frame information
 //! - `entries`: its CIEs and FDEs; `instructions`: the rows of each; `plain`: those of nearly all, sooner
 //! - `go`, `go_functions`: the rows of Go code, which has other tables
-//! - `code_bytes`, `uncovered`, `function_set`, `function_walk`: the rows of code that none of these covers, from its instructions;
-//!   `x86_64`, `aarch64`: what instructions mean; `frame_pointers`, `recognised`
+//! - `code_bytes`, `recognise`, `function_set`, `function_walk`: the rows of code that none of these covers, from its
+//!   instructions; `x86_64`, `aarch64`: what instructions mean; `frame_pointers`, `uncovered`
 //! - `projection`, `expression`: a row of CFI as a [`Rule`](windlass_schema::Rule)
 //! - `shapes`, `chains`: what functions have in common, once
 //! - `rows`: what several FDEs say of one address
@@ -57,7 +57,7 @@ mod oracle;
 mod placement;
 mod plain;
 mod projection;
-mod recognised;
+mod recognise;
 mod report;
 mod rests;
 mod rows;

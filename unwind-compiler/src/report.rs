@@ -11,7 +11,7 @@ use windlass_schema::{ImageAddress, Record, UnsupportedReason};
 
 use crate::go_functions::GoFunctions;
 use crate::placement::Placement;
-use crate::recognised::Uncovered;
+use crate::uncovered::Uncovered;
 
 /// Most skipped FDEs that a report names; all are counted.
 pub const MAX_SKIPPED_LISTED: usize = 100;
@@ -123,7 +123,9 @@ pub struct Report {
     pub eh_frame_bytes: u64,
     /// Bytes of code that FDEs cover.
     pub code_bytes: u64,
-    /// Bytes of code that nothing covers, but for stretches of nothing but padding.
+    /// Bytes of code that nothing covers, but for stretches of nothing but padding. One of less than 16 bytes that
+    /// ends at a multiple of 16 is taken for padding unseen: the few functions in such are neither recognised nor
+    /// counted.
     pub uncovered_code_bytes: u64,
     /// How many of them have exact rows by what the code does.
     pub recognised_bytes: BTreeMap<RecognisedKind, u64>,

@@ -26,8 +26,8 @@ use crate::elf::{CompileError, Image, SectionKind};
 use crate::expression::ENCODING;
 use crate::go_functions::functions;
 use crate::oracle::{CfiRow, Fde, Reader, Row, Visitor, for_each_fde};
-use crate::recognised::Uncovered;
 use crate::report::RecognisedKind;
+use crate::uncovered::Uncovered;
 
 /// Most disagreements that a verification describes; all are counted.
 pub const MAX_DISAGREEMENTS_LISTED: usize = 20;

@@ -29,10 +29,21 @@ const NO_CFI: &[&str] = &["-O2", "-fno-asynchronous-unwind-tables", "-fno-unwind
 
 /// An image made of [`SOURCE`]; `None` if this machine lacks the compiler.
 fn built(name: &str, compiler: &str, arguments: &[&str]) -> Option<Vec<u8>> {
+    built_of(name, &[("c", SOURCE)], compiler, arguments)
+}
+
+/// An image made of these sources, by the ends of their names.
+fn built_of(name: &str, sources: &[(&str, &str)], compiler: &str, arguments: &[&str]) -> Option<Vec<u8>> {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-    let (source, image) = (folder.join(format!("{name}.c")), folder.join(name));
-    std::fs::write(&source, SOURCE).unwrap();
-    let built = Command::new(compiler).args(arguments).arg("-o").arg(&image).arg(&source).output().ok()?;
+    let image = folder.join(name);
+    let mut command = Command::new(compiler);
+    command.args(arguments).arg("-o").arg(&image);
+    for (number, (end, source)) in sources.iter().enumerate() {
+        let path = folder.join(format!("{name}-{number}.{end}"));
+        std::fs::write(&path, source).unwrap();
+        command.arg(path);
+    }
+    let built = command.output().ok()?;
     built.status.success().then(|| std::fs::read(&image).unwrap())
 }
 
@@ -53,6 +64,14 @@ fn symbol(elf: &[u8], name: &str) -> std::ops::Range<u64> {
     symbol.address()..symbol.address() + symbol.size()
 }
 
+/// Names and addresses of all functions' symbols with a size.
+fn functions(elf: &[u8]) -> Vec<(String, std::ops::Range<u64>)> {
+    use object::{Object as _, ObjectSymbol as _, SymbolKind};
+    let file = object::File::parse(elf).unwrap();
+    let functions = file.symbols().filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.size() > 0);
+    functions.map(|one| (one.name().unwrap().to_owned(), one.address()..one.address() + one.size())).collect()
+}
+
 #[test]
 fn the_compilers_own_start_files_are_recognised() {
     let Some(elf) = built("started", "cc", &["-O2"]) else { return };
@@ -70,7 +89,7 @@ fn the_compilers_own_start_files_are_recognised() {
 }
 
 /// Two images of the same instructions, one of which has CFI: what is recognised in the one has to be what the other
-/// states, but for which of two registers the frame is found by, and for rbp where it is both saved and unchanged.
+/// states, but for rbp where it is both saved and unchanged. A function that nothing proves to be one stays unknown.
 #[test]
 fn functions_without_cfi_have_the_rows_that_their_cfi_would_give() {
     for (name, option) in [("kept", "-fno-omit-frame-pointer"), ("omitted", "-fomit-frame-pointer")] {
@@ -86,19 +105,51 @@ fn functions_without_cfi_have_the_rows_that_their_cfi_would_give() {
             for at in 0..range.end - range.start {
                 let rule = table.rule(ImageAddress::new(range.start + at));
                 let stated = with_table.rule(ImageAddress::new(other.start + at));
-                let (
-                    Rule::Frame { cfa, return_address, .. },
-                    Rule::Frame { cfa: of_cfi, return_address: also, .. },
-                ) = (rule, stated)
-                else {
-                    panic!("{function}+{at:#x}: {rule}, CFI {stated}");
-                };
-                assert_eq!((cfa, return_address), (of_cfi, also), "{function}+{at:#x}: {rule}, CFI {stated}");
+                match (rule, stated) {
+                    (Rule::NoCfi | Rule::Unsupported(UnsupportedReason::FramePointersOnly), _) => {}
+                    (
+                        Rule::Frame { cfa, return_address, .. },
+                        Rule::Frame { cfa: of_cfi, return_address: also, .. },
+                    ) if (cfa, return_address) == (of_cfi, also) => same += 1,
+                    _ => panic!("{function}+{at:#x}: {rule}, CFI {stated}"),
+                }
+            }
+        }
+        assert!(same > 0, "{same}");
+    }
+}
+
+#[test]
+fn parts_of_functions_are_not_taken_for_functions() {
+    let sources = [
+        ("c", include_str!("parts/parts.c")),
+        ("c", include_str!("parts/called.c")),
+        ("S", include_str!("parts/start.S")),
+    ];
+    let common = ["-O1", "-freorder-blocks-and-partition", "-foptimize-sibling-calls", "-fno-pic", "-no-pie"];
+    let arguments = |cfi| [&common[..], &["-nostdlib", cfi]].concat();
+    let Some(with) = built_of("parts-cfi", &sources, "cc", &arguments("-fasynchronous-unwind-tables")) else {
+        return;
+    };
+    let without = built_of("parts", &sources, "cc", &arguments("-fno-asynchronous-unwind-tables")).unwrap();
+    let (with_table, table) = (compiled(&with).table, compiled(&without).table);
+    let (with_table, table) = (Table::parse(&with_table).unwrap(), Table::parse(&table).unwrap());
+    let mut same = 0;
+    for (name, range) in functions(&without) {
+        let other = symbol(&with, &name);
+        assert_eq!(range.end - range.start, other.end - other.start, "{name}");
+        for at in 0..range.end - range.start {
+            let rule = table.rule(ImageAddress::new(range.start + at));
+            let stated = with_table.rule(ImageAddress::new(other.start + at));
+            if let Rule::Frame { cfa, return_address, .. } = rule {
+                let is_stated = matches!(stated, Rule::Frame { cfa: of_cfi, return_address: also, .. }
+                    if (cfa, return_address) == (of_cfi, also));
+                assert!(is_stated, "{name}+{at:#x}: {rule}, CFI {stated}");
                 same += 1;
             }
         }
-        assert!(same > 100, "{same}");
     }
+    assert!(same > 50, "{same}");
 }
 
 #[test]

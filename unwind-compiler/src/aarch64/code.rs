@@ -6,7 +6,7 @@ use windlass_schema::{Architecture, CfaRule, FramePointerRule, Register, ReturnA
 use super::instruction::{Access, BYTES, Effect, SP, X8, X29, X30, decode};
 use super::plt;
 use crate::function_walk::{Flow, Frames, Step};
-use crate::uncovered::{Code, Linkage, Prologue, Trampoline};
+use crate::recognise::{Code, Linkage, Prologue, Trampoline};
 
 /// aarch64.
 pub(crate) enum Machine {}
@@ -143,6 +143,9 @@ impl State {
 /// (include/uapi/asm-generic/unistd.h).
 const SWITCHING_SYSTEM_CALLS: [u32; 3] = [139, 220, 435];
 
+/// System calls that do not return, as some functions do not: `exit`, `exit_group` (the same header).
+const ENDING_SYSTEM_CALLS: [u32; 2] = [93, 94];
+
 /// The constant in x8 behind the instruction that `code` begins with.
 fn number(code: &[u8], effect: Effect, number: Option<u32>) -> Option<u32> {
     let word = u32::from_le_bytes(*code.first_chunk()?);
@@ -183,6 +186,11 @@ impl Frames for Machine {
             Effect::Return => Flow::Return,
             Effect::Jump(None) => Flow::Leave,
             Effect::Trap => Flow::Trap,
+            Effect::SystemCall
+                if state.number.is_some_and(|number| ENDING_SYSTEM_CALLS.contains(&number)) =>
+            {
+                Flow::Call(None)
+            }
             _ => Flow::Next,
         };
         let behind = state.behind(effect)?.checked()?;

@@ -166,6 +166,8 @@ fn memory(word: u32) -> Option<Effect> {
         0b011 if bits(word, 24, 1) == 0 => {
             Some(other(destination(word, false).filter(|_| !is_vector && word >> 30 != 3)))
         }
+        // casp writes two registers, of which it names one.
+        0b001 if word & 0x8fa0_0000 == 0x0820_0000 => None,
         // Exclusive and ordered ones, compare and swap: which of the registers are written depends.
         0b001 if bits(word, 24, 3) == 0 && base != SP => {
             let written = [0, 10, 16].map(|from| Some(register(word, from)).filter(|number| *number != SP));
@@ -181,9 +183,12 @@ fn memory(word: u32) -> Option<Effect> {
 
 fn pair(word: u32, is_vector: bool, base: u8) -> Option<Effect> {
     let size = bits(word, 30, 2);
+    let is_load = bits(word, 22, 1) != 0;
     let shift = match (is_vector, size) {
         (true, 0..=2) => 2 + size,
-        (false, 0 | 1) => 2,
+        // The other of size 1 is stgp: 8 bytes of each register, and 16 to the offset's unit.
+        (false, 0) => 2,
+        (false, 1) if is_load => 2,
         (false, 2) => 3,
         _ => return None,
     };
@@ -194,7 +199,7 @@ fn pair(word: u32, is_vector: bool, base: u8) -> Option<Effect> {
         _ => (value, value),
     };
     Some(Effect::Access(Access {
-        is_load: bits(word, 22, 1) != 0,
+        is_load,
         is_general: !is_vector,
         registers: [Some(register(word, 0)), Some(register(word, 10))],
         bytes: 1 << shift,
@@ -213,6 +218,8 @@ fn single(word: u32, is_vector: bool, base: u8) -> Option<Effect> {
         (0, 0, 1) => (Some(0), signed(word, 12, 9, 0)),
         (0, 0, 3) => (Some(signed(word, 12, 9, 0)), signed(word, 12, 9, 0)),
         (0, 1, 2) => (None, 0),
+        // 64 bytes from or to eight registers, of which it names one.
+        (0, 1, 0) if size == 3 && matches!(bits(word, 12, 4), 0b1001..=0b1011 | 0b1101) => return None,
         // Atomic: loads into one register what it was, and stores.
         (0, 1, 0) if !is_vector && base != SP => return Some(other(destination(word, false))),
         _ => return None,
@@ -230,4 +237,36 @@ fn single(word: u32, is_vector: bool, base: u8) -> Option<Effect> {
         offset,
         change,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(word: u32, effect: Option<Effect>) {
+        assert_eq!(decode(&word.to_le_bytes()), effect, "{word:#x}");
+    }
+
+    #[test]
+    fn pairs_in_memory_and_of_registers() {
+        let access = |is_load, bytes, change| {
+            let registers = [Some(X29), Some(X30)];
+            let (base, offset) = (SP, Some(change));
+            Some(Effect::Access(Access { is_load, is_general: true, registers, bytes, base, offset, change }))
+        };
+        // stp x29, x30, [sp, -32]!; ldpsw x29, x30, [sp, -16]!; stgp x29, x30, [sp, -64]!
+        check(0xa9be_7bfd, access(false, 8, -32));
+        check(0x69fe_7bfd, access(true, 4, -16));
+        check(0x69be_7bfd, None);
+        // casp x28, x29, x2, x3, [x0], and of words; cas x28, x2, [x0]; ldxp x28, x29, [x0]
+        check(0x483c_7c02, None);
+        check(0x083c_7c02, None);
+        check(0xc8bc_7c02, Some(Effect::Other([Some(2), None, Some(28)])));
+        check(0xc87f_741c, Some(Effect::Other([Some(28), Some(X29), None])));
+        // ld64b x22, [x0]; st64bv x1, x2, [x0]; ldadd x1, x29, [x0]
+        check(0xf83f_d016, None);
+        check(0xf821_b002, None);
+        check(0xf821_001d, Some(Effect::Other([Some(X29), None, None])));
+    }
 }

@@ -15,7 +15,7 @@
 use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule};
 
 use super::instruction::BYTES;
-use crate::uncovered::Linkage;
+use crate::recognise::Linkage;
 
 const BTI_C: u32 = 0xd503_245f;
 const NOP: u32 = 0xd503_201f;

@@ -9,7 +9,7 @@ use windlass_schema::Architecture;
 
 use super::{Image, LE};
 use crate::code_bytes::CodeBytes;
-use crate::uncovered::Starts;
+use crate::recognise::Starts;
 
 /// Most sections of one kind that are read. Linkers write one to three.
 const MAX_SECTIONS: usize = 8;

@@ -11,15 +11,9 @@ use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Ru
 
 use super::table::{Function, Span, Table};
 use super::{FunctionRow, GoRule};
+pub(super) use crate::projection::SIGCONTEXT_OFFSET;
+use crate::x86_64::code::RT_SIGRETURN_OF_RAX;
 use crate::x86_64::instruction::decode;
-
-/// Where the kernel's `sigcontext` lies from the stack pointer of a signal trampoline: behind `uc_flags`,
-/// `uc_link` and `uc_stack` of `struct ucontext` (arch/x86/include/uapi/asm/ucontext.h).
-pub(super) const SIGCONTEXT_OFFSET: i16 = 40;
-
-/// `mov rax, 15; syscall`: `rt_sigreturn`. Unwinders of C know the trampoline by these bytes, so Go's has them
-/// (`sigreturn__sigaction`, runtime/sys_linux_amd64.s).
-const SIGNAL_TRAMPOLINE: [u8; 9] = [0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
 
 /// From the CFA to where a prologue saves rbp: behind the return address.
 pub(super) const SAVED_FRAME_POINTER: FramePointerRule = FramePointerRule::AtCfa(-16);
@@ -68,9 +62,10 @@ pub(super) fn style(table: &Table<'_>) -> Style {
     style
 }
 
-/// Whether this is all of the code that returns from a signal handler.
+/// Whether this is all of the code that returns from a signal handler. Unwinders of C know the trampoline by these
+/// bytes, so Go's has them (`sigreturn__sigaction`, runtime/sys_linux_amd64.s).
 pub(super) fn is_signal_trampoline(code: &[u8]) -> bool {
-    code.starts_with(&SIGNAL_TRAMPOLINE)
+    code.starts_with(&RT_SIGRETURN_OF_RAX)
 }
 
 /// Where a function saves rbp.

@@ -7,7 +7,7 @@ use super::instruction::{Effect, Instruction, Memory, Operand, RBP, RSP, decode}
 use super::plt;
 use crate::function_walk::{Flow, Frames, Step};
 use crate::projection::SIGCONTEXT_OFFSET;
-use crate::uncovered::{Code, Linkage, Prologue, Trampoline};
+use crate::recognise::{Code, Linkage, Prologue, Trampoline};
 
 /// x86-64.
 pub(crate) enum Machine {}
@@ -142,6 +142,9 @@ impl State {
 /// `clone`, `vfork`, `clone3` (arch/x86/entry/syscalls/syscall_64.tbl).
 const SWITCHING_SYSTEM_CALLS: [u32; 4] = [15, 56, 58, 435];
 
+/// System calls that do not return, as some functions do not: `exit`, `exit_group` (the same table).
+const ENDING_SYSTEM_CALLS: [u32; 2] = [60, 231];
+
 /// The constant in eax behind the instruction that `code` begins with; `None` but for instructions that are known to
 /// leave it.
 fn number(code: &[u8], number: Option<u32>) -> Option<u32> {
@@ -193,6 +196,11 @@ impl Frames for Machine {
             Effect::Return => Flow::Return,
             Effect::Jump(None) => Flow::Leave,
             Effect::Trap => Flow::Trap,
+            Effect::SystemCall
+                if state.number.is_some_and(|number| ENDING_SYSTEM_CALLS.contains(&number)) =>
+            {
+                Flow::Call(None)
+            }
             _ => Flow::Next,
         };
         let behind = state.behind(instruction)?.checked()?;
@@ -221,10 +229,16 @@ const ZEROED_FRAME_POINTER: [&[u8]; 4] =
 /// Most instructions of a process entry in front of its call; C libraries take 4 to 12.
 const MAX_ENTRY_INSTRUCTIONS: usize = 32;
 
-/// mov eax, 15 with a sign-extended constant to rax, or to eax; syscall: `rt_sigreturn`
-/// (arch/x86/entry/syscalls/syscall_64.tbl).
-const RT_SIGRETURN: [&[u8]; 2] =
-    [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
+/// mov rax, 15 with a sign-extended constant; syscall: `rt_sigreturn` (arch/x86/entry/syscalls/syscall_64.tbl).
+pub(crate) const RT_SIGRETURN_OF_RAX: [u8; 9] = [0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
+
+/// mov eax, 15; syscall.
+const RT_SIGRETURN_OF_EAX: [u8; 7] = [0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05];
+
+/// Whether a prefix makes another move of that one: REX, to another register, and that of words, of two bytes.
+fn changes_move(prefix: &u8) -> bool {
+    matches!(prefix, 0x40..=0x4f | 0x66)
+}
 
 const NOP: u8 = 0x90;
 
@@ -269,8 +283,15 @@ impl Code for Machine {
     /// glibc's own CFI, that is a part of the trampoline if it is a nop.
     #[inline]
     fn trampoline(code: &[u8], at: usize, first_code: u64, address: u64) -> Option<Trampoline> {
-        let bytes = RT_SIGRETURN.iter().find(|bytes| code[at..].starts_with(bytes))?.len();
-        let is_nop = at > 0 && code[at - 1] == NOP;
+        let (before, code) = code.split_at(at);
+        let bytes = if code.starts_with(&RT_SIGRETURN_OF_RAX) {
+            RT_SIGRETURN_OF_RAX.len()
+        } else if code.starts_with(&RT_SIGRETURN_OF_EAX) && !before.last().is_some_and(changes_move) {
+            RT_SIGRETURN_OF_EAX.len()
+        } else {
+            return None;
+        };
+        let is_nop = before.last() == Some(&NOP);
         // No call ends in that byte, which its own return would come to.
         let is_of_no_call = address.saturating_sub(first_code) < CALL_ENDING_IN_NOP_BYTES;
         Some(Trampoline {

@@ -113,6 +113,8 @@ pub(crate) fn decode(code: &[u8]) -> Option<Instruction> {
     }
     let rex = if first & 0xf0 == 0x40 { first } else { 0 };
     at += usize::from(rex != 0);
+    // With REX.W, the other prefix is ignored (Intel SDM volume 2, 2.2.1.2).
+    is_word &= rex & 8 == 0;
     let mut cursor = Cursor { code, at, rex, memory: None };
     let opcode = cursor.byte()?;
     if opcode == 0x0f {
@@ -240,6 +242,8 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
         }
         0x00..=0x3f if opcode & 7 == 4 => c.skip(1).and_then(|()| c.end_writing([])),
         0x00..=0x3f if opcode & 7 == 5 => c.skip(constant_bytes).and_then(|()| c.end_writing([])),
+        // Of words: they move rsp by 2 bytes.
+        0x50..=0x57 | 0x9c if prefixes.is_word => None,
         0x50..=0x57 => c.end(Effect::Push(is_plain.then(|| c.extended(opcode, 0)))),
         0x58..=0x5f => c.end(Effect::Pop(is_plain.then(|| c.extended(opcode, 0)))),
         0x68 if !prefixes.is_word => c.skip(4).and_then(|()| c.end(Effect::Push(None))),
@@ -310,7 +314,7 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
                 0 | 1 => c.end_writing(register_of(operand)),
                 2 => c.end(Effect::Call(None)),
                 4 => c.end(Effect::Jump(None)),
-                6 => c.end(Effect::Push(None)),
+                6 if !prefixes.is_word => c.end(Effect::Push(None)),
                 _ => None,
             }
         }
@@ -431,6 +435,8 @@ fn vector(code: &[u8], at: usize) -> Option<Instruction> {
         // vzeroupper, which has no operands.
         (1, 0x77) => return c.end_writing([]),
         (1, 0x70..=0x73 | 0xc2 | 0xc4..=0xc6) | (3, _) => 1,
+        // cmpccxadd, which writes a general register.
+        (2, 0xe0..=0xef) => return None,
         (1 | 2, _) => 0,
         _ => return None,
     };
@@ -510,5 +516,30 @@ mod tests {
         check(&[0x3e, 0xff, 0xe0], Effect::Jump(None));
         check(&[0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8], NEITHER);
         assert_eq!(decode(&[0x06, 0, 0, 0]), None);
+    }
+
+    #[test]
+    fn operands_of_words_and_wide_ones() {
+        // push ax; push word [rax]; pushfw; push $1 of a word
+        for code in [&[0x66, 0x50][..], &[0x66, 0xff, 0x30], &[0x66, 0x9c], &[0x66, 0x6a, 1]] {
+            assert_eq!(decode(code), None, "{code:x?}");
+        }
+        check(&[0x66, 0x58], Effect::Pop(None));
+        check(&[0xff, 0x30], Effect::Push(None));
+        // REX.W takes precedence: add rsp, 72; mov qword [rax], 1; push rax
+        check(&[0x66, 0x48, 0x81, 0xc4, 72, 0, 0, 0], Effect::Add(RSP, 72));
+        check(&[0x66, 0x48, 0xc7, 0, 1, 0, 0, 0], Effect::StoreConstant);
+        check(&[0x66, 0x48, 0x50], Effect::Push(Some(RAX)));
+        // add ax, 72; mov word [rax], 1
+        check(&[0x66, 0x05, 72, 0], NEITHER);
+        check(&[0x66, 0xc7, 0, 1, 0], Effect::StoreConstant);
+    }
+
+    #[test]
+    fn what_writes_a_general_register_by_vector_prefixes() {
+        // cmpoxadd [rax], ebp, ecx
+        assert_eq!(decode(&[0xc4, 0xe2, 0x71, 0xe0, 0x28]), None);
+        // vaesdeclast xmm5, xmm1, [rax]
+        check(&[0xc4, 0xe2, 0x71, 0xdf, 0x28], NEITHER);
     }
 }

@@ -19,7 +19,7 @@
 use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule};
 
 use super::code::ENDBR64;
-use crate::uncovered::Linkage;
+use crate::recognise::Linkage;
 
 /// Bytes of an entry, and what its address is a multiple of.
 const ENTRY_BYTES: usize = 16;

@@ -5,16 +5,16 @@ use windlass_schema::Architecture::{Aarch64, X86_64};
 
 use super::*;
 
+mod against_cfi;
+
 const START: u64 = 0x1000;
 
 /// What is recognised of one section of code.
 fn found(architecture: Architecture, code: &[u8], starts: &Starts) -> Vec<Recognised> {
     let code = CodeBytes::new(vec![(START, code)]);
-    let mut found = Vec::new();
     let mut gaps = Vec::new();
     code.gaps([], |gap| gaps.push(gap));
-    recognise(architecture, &code, &gaps, starts, |one| found.push(one));
-    found
+    recognise(architecture, &code, &gaps, starts)
 }
 
 /// Each line of `expect` is `start..end kind rule`, in bytes from the section's start.
@@ -123,6 +123,10 @@ fn trampolines() {
     check(X86_64, &short, &called(200), &[&signal("1..8", 40)]);
     let other = [0x90, 0xb8, 0x0e, 0, 0, 0, 0x0f, 0x05];
     check(X86_64, &other, &called(200), &[]);
+    // mov r8d, 15; syscall: what number it has, eax says. And mov ax, 15; add [rax], al; syscall.
+    for prefix in [0x41, 0x66] {
+        check(X86_64, &[prefix, 0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05], &called(200), &[]);
+    }
     // nop; mov x8, 139; svc 0
     let arm = words(&[0xd503_201f, 0xd280_1168, 0xd400_0001]);
     check(Aarch64, &arm, &called(200), &[&signal("3..12", 312)]);
@@ -151,7 +155,10 @@ fn x86_64_functions_are_followed_to_their_end() {
 
 #[test]
 fn x86_64_functions_that_are_in_doubt_are_left() {
-    let alone = |code: &[u8]| check(X86_64, code, &symbols(&[(0, code.len() as u64)]), &[]);
+    let alone = |code: &[u8]| {
+        let starts = Starts { called: BTreeSet::from([START]), ..symbols(&[(0, code.len() as u64)]) };
+        check(X86_64, code, &starts, &[]);
+    };
     // pop rax, which was the return address; ret
     alone(&[0x58, 0xc3]);
     // push rbp; mov [rsp], rax; pop rbp; ret: not what was saved.
@@ -184,6 +191,45 @@ fn a_symbol_of_a_part_is_no_function() {
     check(X86_64, &code, &symbols(&[(0, 5), (17, 2)]), &both);
     let reversed: Vec<u8> = [0x90, 0xc3].into_iter().chain([0xeb, 0xfc]).collect();
     check(X86_64, &reversed, &symbols(&[(0, 2), (2, 2)]), &["0..4 function cfa=rsp+8 ra=*(cfa-8) rbp=same"]);
+}
+
+#[test]
+fn what_follows_a_call_that_may_not_return_proves_nothing() {
+    // f at 0: test edi, edi; je to the part's jump; sub rsp, 40; cmp edi, 7; je to the part; add rsp, 40; ret.
+    let mut code = vec![0x85, 0xff, 0x74, 40, 0x48, 0x83, 0xec, 40, 0x83, 0xff, 7, 0x74, 21];
+    code.extend([0x48, 0x83, 0xc4, 40, 0xc3]);
+    code.resize(32, 0xcc);
+    // note at 32, a function: ret. At 34, the part of f: mov edi, 3; call 32, which does not return here; jmp note.
+    code.extend([0xc3, 0xcc, 0xbf, 3, 0, 0, 0, 0xe8, 0xf4, 0xff, 0xff, 0xff, 0xeb, 0xf2]);
+    check(X86_64, &code, &symbols(&[(32, 1), (34, 12)]), &[&whole_row(32, 33)]);
+    // Nor does a return there, nor behind a system call that ends the process: mov eax, 60; syscall; ret
+    let exit = [0xb8, 60, 0, 0, 0, 0x0f, 0x05, 0xc3];
+    check(X86_64, &exit, &symbols(&[(0, 8)]), &[]);
+    check(X86_64, &[0xe8, 9, 0, 0, 0, 0xc3], &symbols(&[(0, 6)]), &[]);
+    // What is called is a function all the same; and another way to the return is a proof: je over the call.
+    check(X86_64, &exit, &called(0), &[&whole_row(0, 8)]);
+    let around = [0x74, 5, 0xe8, 9, 0, 0, 0, 0xc3];
+    check(X86_64, &around, &symbols(&[(0, 8)]), &[&whole_row(0, 8)]);
+}
+
+#[test]
+fn a_jump_by_a_table_may_lead_behind_a_call_that_does_not_return() {
+    // call +9; jmp rax. And je over the call.
+    check(X86_64, &[0xe8, 9, 0, 0, 0, 0xff, 0xe0], &called(0), &[]);
+    check(X86_64, &[0x74, 5, 0xe8, 9, 0, 0, 0, 0xff, 0xe0], &called(0), &[&whole_row(0, 9)]);
+    check(X86_64, &[0x74, 7, 0xe8, 9, 0, 0, 0, 0x90, 0xc3, 0xff, 0xe0], &called(0), &[]);
+    check(X86_64, &[0x90, 0xff, 0xe0], &called(0), &[&whole_row(0, 3)]);
+}
+
+#[test]
+fn where_another_frame_jumps_to_is_no_function() {
+    // f, unknown as it ends, at 0: push rbx; jne to 8. At 4, 7 and 8: nop; nop; ret.
+    let code = [0x53, 0x75, 5, 0x06, 0x90, 0x90, 0xc3, 0x90, 0x90, 0xc3];
+    let starts = Starts { called: [START, START + 4, START + 7].into(), ..symbols(&[(0, 4)]) };
+    check(X86_64, &code, &starts, &[&whole_row(4, 7)]);
+    // Without the push, it is the frame of a function.
+    let code = [0x90, 0x75, 5, 0x06, 0x90, 0x90, 0xc3, 0x90, 0x90, 0xc3];
+    check(X86_64, &code, &starts, &[&whole_row(4, 10)]);
 }
 
 #[test]
@@ -252,6 +298,27 @@ fn aarch64_process_entry_linkage_and_functions() {
     // ldp x29, x30, [sp], 16 does not undo it; and x29 for something else without saving it.
     check(Aarch64, &words(&[0xa9be_7bfd, 0xa8c1_7bfd, 0xd65f_03c0]), &called(0), &[]);
     check(Aarch64, &words(&[0xd280_001d, 0xd65f_03c0]), &called(0), &[]);
+}
+
+/// Code of which each byte would be a row, and of several functions: what is kept is in proportion to it.
+#[test]
+fn rows_are_kept_in_proportion_to_the_code() {
+    const FUNCTION_BYTES: usize = 16_001;
+    let mut code = Vec::new();
+    let mut starts = symbols(&[]);
+    for number in 0..8 {
+        let first = START + code.len() as u64;
+        // push rax; pop rax
+        code.extend([0x50, 0x58].repeat(FUNCTION_BYTES / 2));
+        code.push(0xc3);
+        let end = START + code.len() as u64;
+        for at in 0..6 {
+            starts.symbols.insert(first + 2 * at, end);
+            starts.called.extend((number % 2 == 0).then_some(first + 2 * at));
+        }
+    }
+    let rows = found(X86_64, &code, &starts).len();
+    assert!(FUNCTION_BYTES <= rows && rows < code.len() / 3, "{rows}");
 }
 
 #[test]

@@ -1,0 +1,126 @@
+//! What is recognised against what CFI says: all code of images that have CFI, as if they had none.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use windlass_schema::{BuildId, CfaRule, FramePointerRule, ImageAddress, Table};
+
+use super::*;
+use crate::compile::{compile, uncovered};
+use crate::elf::Image;
+
+/// How many bytes of code have a frame by both, and the places where the frames are not the same.
+#[derive(Debug, Default)]
+struct Compared {
+    same: u64,
+    different: Vec<String>,
+}
+
+/// Whether two rules find one frame in one way. By two registers, or where one says that the frame pointer is unchanged
+/// and the other where it is saved, they do not speak of the same: as much as they both say.
+fn agree(one: Rule, other: Rule) -> Option<bool> {
+    let (
+        Rule::Frame { cfa, return_address, frame_pointer },
+        Rule::Frame { cfa: other_cfa, return_address: other_address, frame_pointer: other_pointer },
+    ) = (one, other)
+    else {
+        return None;
+    };
+    let is_same = match (cfa, other_cfa) {
+        (CfaRule::Offset(one, offset), CfaRule::Offset(other, other_offset)) if one == other => {
+            offset == other_offset
+        }
+        (CfaRule::Plt { .. }, CfaRule::Plt { .. }) => cfa == other_cfa,
+        _ => return None,
+    };
+    let is_saved_elsewhere = match (frame_pointer, other_pointer) {
+        (FramePointerRule::AtCfa(one), FramePointerRule::AtCfa(other)) => one != other,
+        _ => false,
+    };
+    Some(is_same && return_address == other_address && !is_saved_elsewhere)
+}
+
+fn compared(elf: &[u8]) -> Compared {
+    let image = Image::parse(elf).unwrap();
+    let code = image.code_bytes();
+    let mut gaps = Vec::new();
+    code.gaps([], |gap| gaps.push(gap));
+    let starts = image.starts(&gaps);
+    let compiled = compile(elf, BuildId::new(b"WINDLASS").unwrap()).unwrap();
+    let table = Table::parse(&compiled.table).unwrap();
+    // Rows of the table that CFI does not say.
+    let without = uncovered(&image).recognised;
+    let mut compared = Compared::default();
+    for one in recognise(image.architecture, &code, &gaps, &starts) {
+        for address in one.range.clone() {
+            let behind = without.partition_point(|without| without.range.end <= address);
+            if without.get(behind).is_some_and(|without| without.range.contains(&address)) {
+                continue;
+            }
+            let stated = table.rule(ImageAddress::new(address));
+            match agree(one.rule, stated) {
+                Some(true) => compared.same += 1,
+                Some(false) => {
+                    compared.different.push(format!("{address:#x}: {}, CFI {stated}", one.rule));
+                }
+                None => {}
+            }
+        }
+    }
+    compared
+}
+
+/// At least `bytes` of the image at `path` are recognised as its CFI says, and none otherwise.
+#[track_caller]
+fn check(path: &Path, bytes: u64) {
+    let Ok(elf) = std::fs::read(path) else { return };
+    let Compared { same, different } = compared(&elf);
+    let first = &different[..different.len().min(20)];
+    assert!(different.is_empty(), "{}: {} bytes, as {first:#?}", path.display(), different.len());
+    assert!(same >= bytes, "{}: {same} bytes", path.display());
+}
+
+#[test]
+fn fixtures() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/elf");
+    for (name, bytes) in [("frames", 1), ("inlined", 1), ("small", 1)] {
+        let path = folder.join(name);
+        assert!(path.exists(), "{name}");
+        check(&path, bytes);
+    }
+}
+
+#[test]
+fn libraries_of_this_machine() {
+    for (name, bytes) in [("libc.so.6", 5000), ("libcrypto.so.3", 5000), ("libstdc++.so.6", 5000)] {
+        for folder in ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64"] {
+            check(&Path::new(folder).join(name), bytes);
+        }
+    }
+}
+
+/// LLVM's CFI is late by the instructions between `add rsp, 8` and a conditional jump: one byte in ten thousand.
+#[test]
+fn an_image_with_symbols() {
+    let Compared { same, different } = compared(&std::fs::read(std::env::current_exe().unwrap()).unwrap());
+    assert!(same > 5000 && different.len() as u64 * 1000 <= same, "{same} bytes, but not {different:#?}");
+}
+
+/// Symbols of parts that are jumped to with several frames, some behind a call that does not return.
+#[test]
+fn parts_of_functions() {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parts");
+    let image: PathBuf = std::env::temp_dir().join(format!("windlass-parts-{}", std::process::id()));
+    let options =
+        ["-O1", "-freorder-blocks-and-partition", "-foptimize-sibling-calls", "-fno-pic", "-no-pie"];
+    let built = Command::new("cc")
+        .args(options)
+        .args(["-fasynchronous-unwind-tables", "-nostdlib", "-o"])
+        .arg(&image)
+        .args(["parts.c", "called.c", "start.S"].map(|name| sources.join(name)))
+        .output();
+    if built.is_ok_and(|built| built.status.success()) {
+        check(&image, 50);
+        std::fs::remove_file(&image).unwrap();
+    }
+}
