@@ -7,13 +7,13 @@ use crate::page::{
     GROUP_BLOCKS, MAX_BLOCK_ENTRIES, NINTH_BITS, PageBytes as _, PageLayout, WIDE_COUNTS, WIDE_RECORDS,
 };
 use crate::record::Record;
-use crate::table::MAX_PAGE_BYTES;
+use crate::table::{MAX_PAGE_BYTES, MAX_RECORDS};
 
 /// Record numbers that nine bits tell apart.
 const NUMBERS: usize = 512;
 
-/// Checks the page at the start of `bytes`, given the dictionary's bytes; gives its size.
-pub(crate) fn check_page(bytes: &[u8], dictionary: &[u8]) -> Result<u32, &'static str> {
+/// Checks the page at the start of `bytes`, given what holds of the dictionary's records; gives its size.
+pub(crate) fn check_page(bytes: &[u8], limits: &Limits) -> Result<u32, &'static str> {
     let layout = PageLayout::read(&bytes);
     if layout.end > MAX_PAGE_BYTES {
         return Err("longer than a page may be");
@@ -30,9 +30,9 @@ pub(crate) fn check_page(bytes: &[u8], dictionary: &[u8]) -> Result<u32, &'stati
     }
     check_index(page, &layout)?;
     if forms == WIDE_RECORDS {
-        check_wide_records(page, &layout, dictionary)?;
+        check_wide_records(page, &layout, limits)?;
     } else {
-        check_records(page, &layout, dictionary)?;
+        check_records(page, &layout, limits)?;
     }
     Ok(layout.end)
 }
@@ -73,46 +73,73 @@ fn check_index(page: &[u8], layout: &PageLayout) -> Result<(), &'static str> {
 }
 
 /// Checks entries with dictionary numbers.
-fn check_wide_records(page: &[u8], layout: &PageLayout, dictionary: &[u8]) -> Result<(), &'static str> {
+fn check_wide_records(page: &[u8], layout: &PageLayout, limits: &Limits) -> Result<(), &'static str> {
     for (entry, low) in (0..).zip(low_bytes(page, layout)) {
-        check_record(layout.dictionary_number(&page, entry, entry), *low, dictionary)?;
+        limits.check(layout.dictionary_number(&page, entry, entry), *low)?;
     }
     Ok(())
 }
 
-/// Checks entries with the page's own numbers: each number once.
-fn check_records(page: &[u8], layout: &PageLayout, dictionary: &[u8]) -> Result<(), &'static str> {
-    // Of each number, the highest low byte of an entry that has it, plus one.
-    let mut highest = [0u16; NUMBERS];
-    for (entry, low) in (0..).zip(low_bytes(page, layout)) {
-        let number = layout.record_number(&page, entry, entry) as usize % NUMBERS;
-        highest[number] = highest[number].max(u16::from(*low) + 1);
-    }
-    let known = (layout.common + layout.locals) as usize;
-    if highest.iter().skip(known).any(|highest| *highest != 0) {
-        return Err("record number without a local");
-    }
-    for (number, highest) in (0..layout.common).zip(highest) {
-        if let Some(low) = highest.checked_sub(1) {
-            check_record(number, low as u8, dictionary)?;
-        }
+/// Checks entries with the page's own numbers.
+fn check_records(page: &[u8], layout: &PageLayout, limits: &Limits) -> Result<(), &'static str> {
+    // The highest low byte of each number's entries; below any for one that is no record's.
+    let mut highest = [-1i16; NUMBERS];
+    for (number, highest) in (0..layout.common).zip(&mut highest) {
+        *highest = limits.of(number).unwrap_or(-1);
     }
     for local in 0..layout.locals {
         let number = u32::from(page.half(layout.locals_at + 2 * local));
-        let highest = highest.get((layout.common + local) as usize).copied().unwrap_or(0);
-        check_record(number, highest.saturating_sub(1) as u8, dictionary)?;
+        let limit = limits.of(number).ok_or("record number beyond the dictionary")?;
+        if let Some(highest) = highest.get_mut((layout.common + local) as usize) {
+            *highest = limit;
+        }
+    }
+    let mut is_beyond = false;
+    for (entry, low) in (0..).zip(low_bytes(page, layout)) {
+        let number = layout.record_number(&page, entry, entry) as usize % NUMBERS;
+        is_beyond |= i16::from(*low) > highest[number];
+    }
+    if !is_beyond {
+        return Ok(());
+    }
+    // Something is wrong: what, is seen one by one.
+    for (entry, low) in (0..).zip(low_bytes(page, layout)) {
+        if layout.record_number(&page, entry, entry) >= layout.common + layout.locals {
+            return Err("record number without a local");
+        }
+        limits.check(layout.dictionary_number(&page, entry, entry), *low)?;
     }
     Ok(())
 }
 
-/// Checks that a record is in the dictionary, and that its changes stay in the block of an entry with this low byte.
-fn check_record(number: u32, low: u8, dictionary: &[u8]) -> Result<(), &'static str> {
-    let bytes = dictionary.get(8 * number as usize..).and_then(|rest| rest.first_chunk());
-    let Some(record) = bytes.map(|bytes| Record(u64::from_le_bytes(*bytes))) else {
-        return Err("record number beyond the dictionary");
-    };
-    if u32::from(low) + record.last_change() > 0xff {
-        return Err("a run that leaves its block");
+/// For each record, the highest low byte of an entry that has it: its changes have to stay in the entry's block.
+pub(crate) struct Limits {
+    highest: [u8; MAX_RECORDS as usize],
+    records: usize,
+}
+
+impl Limits {
+    /// Of a dictionary's bytes: of at most as many records as a table may have.
+    pub(crate) fn of_dictionary(dictionary: &[u8]) -> Self {
+        let mut limits = Self { highest: [0; MAX_RECORDS as usize], records: 0 };
+        for (bytes, highest) in dictionary.as_chunks().0.iter().zip(&mut limits.highest) {
+            *highest = (0xff - Record(u64::from_le_bytes(*bytes)).last_change()) as u8;
+            limits.records += 1;
+        }
+        limits
     }
-    Ok(())
+
+    /// That of a record; `None` if it is not in the dictionary.
+    fn of(&self, number: u32) -> Option<i16> {
+        self.highest[..self.records].get(number as usize).map(|highest| i16::from(*highest))
+    }
+
+    /// Checks an entry with this low byte.
+    fn check(&self, number: u32, low: u8) -> Result<(), &'static str> {
+        match self.of(number) {
+            None => Err("record number beyond the dictionary"),
+            Some(highest) if i16::from(low) > highest => Err("a run that leaves its block"),
+            Some(_) => Ok(()),
+        }
+    }
 }

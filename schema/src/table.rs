@@ -55,7 +55,7 @@
 use crate::architecture::Architecture;
 use crate::build_id::{BuildId, MAX_BUILD_ID_BYTES};
 use crate::page::{BLOCK_SHIFT, GROUP_BLOCKS, PAGE_SHIFT, PageLayout, search};
-use crate::page_check::check_page;
+use crate::page_check::{Limits, check_page};
 use crate::record::{MAX_RUN_BYTES, Record};
 use crate::rule::has_meaning;
 use crate::{ImageAddress, Rule};
@@ -174,9 +174,10 @@ impl<'a> Table<'a> {
                 return Err(TableError::Record(number));
             }
         }
+        let limits = Limits::of_dictionary(table.dictionary);
         let mut free = 0;
         for page in 0..table.page_count() {
-            free = table.check_page(page, free).map_err(|why| TableError::Page(page, why))?;
+            free = table.check_page(page, free, &limits).map_err(|why| TableError::Page(page, why))?;
         }
         Ok(table)
     }
@@ -234,7 +235,7 @@ impl<'a> Table<'a> {
 
     /// Checks the place of a page and the page. Pages before it take the page area up to offset `free`;
     /// gives the offset behind this one.
-    fn check_page(&self, number: u32, free: usize) -> Result<usize, &'static str> {
+    fn check_page(&self, number: u32, free: usize, limits: &Limits) -> Result<usize, &'static str> {
         let at = u32_at(self.directory, number as usize * 4);
         if at == NO_PAGE {
             return Ok(free);
@@ -246,7 +247,7 @@ impl<'a> Table<'a> {
         let Some(page) = self.pages.get(start..) else {
             return Err("outside the page area");
         };
-        let end = start + check_page(page, self.dictionary)? as usize;
+        let end = start + check_page(page, limits)? as usize;
         let behind = end.next_multiple_of(8);
         if self.pages[end..behind].iter().any(|byte| *byte != 0) {
             return Err("padded with something else than zeros");
