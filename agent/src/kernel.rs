@@ -11,7 +11,7 @@ mod chunk_maps;
 pub(crate) mod sideband;
 
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
@@ -113,12 +113,21 @@ impl From<ProgramError> for LoadError {
                     return Self::NotPermitted;
                 }
                 let log = verifier_log.to_string();
-                let last = log.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-                Self::Refused(format!("{io_error}: {last}"))
+                tracing::debug!("the verifier's log: {log}");
+                Self::Refused(format!("{io_error}: {}", refusal(&log)))
             }
             _ => Self::Refused(describe(&error)),
         }
     }
+}
+
+/// What the verifier objects to: the last line of its log, before that of its statistics (`print_verification_stats`
+/// in kernel/bpf/verifier.c).
+fn refusal(log: &str) -> &str {
+    const STATISTICS: [&str; 3] = ["verification time ", "stack depth ", "processed "];
+    let is_statistics = |line: &str| STATISTICS.iter().any(|start| line.starts_with(start));
+    let mut lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.rfind(|line| !is_statistics(line)).unwrap_or("the verifier does not say why")
 }
 
 /// An error with its sources on one line.
@@ -192,7 +201,13 @@ impl Kernel {
             .program_mut(names::PROGRAM)
             .ok_or_else(|| LoadError::Refused(format!("the object has no program {}", names::PROGRAM)))?;
         let program: &mut PerfEvent = program.try_into()?;
+        let start = Instant::now();
         program.load()?;
+        tracing::info!(
+            load_ms = start.elapsed().as_millis(),
+            verified_instructions = program.info().ok().and_then(|info| info.verified_instruction_count()),
+            "the kernel verified the BPF program"
+        );
         // Events before samples: what happens between the scan of /proc and the first sample is then known.
         let sideband = Sideband::open(&cpus)?;
         for cpu in cpus {
@@ -363,6 +378,14 @@ mod tests {
     fn check(errno: i32, frequency_hz: u32, max_rate: Option<u32>, naming: &str, not: &str) {
         let advice = sampling_advice(Some(errno), frequency_hz, max_rate);
         assert!(advice.contains(naming) && !advice.contains(not), "{advice}");
+    }
+
+    #[test]
+    fn the_objection_is_found_in_the_log() {
+        let log = "0: (b7) r0 = 0\nunknown func bpf_loop#181\nverification time 9 usec\n\
+                   stack depth 0+0+0\nprocessed 1 insns (limit 1000000)\n\n";
+        assert_eq!(refusal(log), "unknown func bpf_loop#181");
+        assert_eq!(refusal("processed 0 insns (limit 1000000)\n"), refusal(""));
     }
 
     #[test]

@@ -17,8 +17,9 @@ use windlass_agent_ebpf::walk::Walk;
 use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::StopReason;
 use windlass_schema::maps::{
-    Chunk, Counter, MAX_CHUNKS, MAX_KERNEL_FRAMES, MAX_MAPPING_SEGMENTS, MAX_PROCESSES, MAX_USER_FRAMES,
-    MappingSegment, ProcessEntry, SAMPLES_RING_BYTES, SampleBuffer, SampleHeader, SegmentKey,
+    CHUNK_BYTES, Chunk, Counter, MAX_CHUNKS, MAX_KERNEL_FRAMES, MAX_MAPPING_SEGMENTS, MAX_PROCESSES,
+    MAX_USER_FRAMES, MappingSegment, ProcessEntry, SAMPLES_RING_BYTES, SampleBuffer, SampleHeader,
+    SegmentKey,
 };
 
 #[btf_map]
@@ -33,8 +34,17 @@ static MAPPINGS: HashMap<
     { BPF_F_NO_PREALLOC as usize },
 > = HashMap::new();
 
+/// A [`Chunk`] as the type information of its map's values says it: as an array. The kernel puts only those maps
+/// into `CHUNKS` that are like the one it was made with, and before Linux 6.2 a map whose values are of a struct type
+/// is unlike one without type information, as user space makes them: `timer_off`, which `bpf_map_meta_equal`
+/// (kernel/bpf/map_in_map.c) compares, is -ENOENT of the former, and -EINVAL of the latter and of arrays
+/// (`btf_find_timer`, kernel/bpf/btf.c).
+type ChunkValue = [u64; CHUNK_BYTES as usize / 8];
+const _: () = assert!(size_of::<ChunkValue>() == size_of::<Chunk>());
+const _: () = assert!(align_of::<ChunkValue>() == align_of::<Chunk>());
+
 #[btf_map]
-static CHUNKS: ArrayOfMaps<Array<Chunk, 1>, { MAX_CHUNKS as usize }> = ArrayOfMaps::new();
+static CHUNKS: ArrayOfMaps<Array<ChunkValue, 1>, { MAX_CHUNKS as usize }> = ArrayOfMaps::new();
 
 #[btf_map]
 static SAMPLES: RingBuf<SampleHeader, { SAMPLES_RING_BYTES as usize }> = RingBuf::new();
@@ -58,7 +68,9 @@ struct Kernel;
 impl Tables for Kernel {
     #[inline(always)]
     fn chunk(&self, number: u32) -> Option<&Chunk> {
-        CHUNKS.get_value(number, &0)
+        let value: &ChunkValue = CHUNKS.get_value(number, &0)?;
+        // SAFETY: both are bytes of any value, of the same size and alignment.
+        Some(unsafe { &*addr_of!(*value).cast() })
     }
 
     #[inline(always)]
