@@ -29,7 +29,8 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
         ],
     ),
     ("windlass-workload", &[]),
-    ("xtask", &[]),
+    // Which stacks the bundled program has.
+    ("xtask", &["windlass-workload"]),
 ];
 /// The one that may depend on all.
 const TESTS: &str = "windlass-tests";

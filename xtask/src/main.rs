@@ -12,6 +12,7 @@ mod fuzz;
 mod licence;
 mod programs;
 mod suite;
+mod vm;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -63,6 +64,15 @@ enum Command {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// Runs the agent inside other kernels, in QEMU without KVM, and checks the stacks of the bundled workload
+    Vm {
+        /// Series of kernels, as `6.12`; packages of Debian are searched for the newest of each
+        #[arg(default_values_t = vm::DEFAULT_SERIES.map(str::to_owned))]
+        series: Vec<String>,
+        /// How long to sample in each
+        #[arg(long, default_value_t = 20)]
+        seconds: u32,
+    },
 }
 
 fn main() -> Result<()> {
@@ -80,5 +90,6 @@ fn main() -> Result<()> {
         Command::Fixtures { check: true } => fixtures::check(),
         Command::Fixtures { check: false } => fixtures::rebuild(),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
+        Command::Vm { series, seconds } => vm::run(&series, seconds, checkout::is_ci()),
     }
 }

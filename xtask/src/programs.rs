@@ -85,9 +85,9 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     run(apt().args(["install", "-y", "--no-install-recommends"]).args(packages))
 }
 
-/// Makes sure of every program of the tests, or says what will be skipped; fails where `required`.
-pub(crate) fn ensure(required: bool) -> Result<()> {
-    let lacking = || TEST_PROGRAMS.iter().filter(|program| find(program.name).is_none());
+/// Makes sure of `programs`, or says what will be skipped; fails where they are `required`. Whether all are there.
+pub(crate) fn ensure(programs: &[Program], required: bool) -> Result<bool> {
+    let lacking = || programs.iter().filter(|program| find(program.name).is_none());
     let mut packages: Vec<_> = lacking().flat_map(|program| program.package.split(' ')).collect();
     packages.dedup();
     if !packages.is_empty() && can_install() {
@@ -99,8 +99,9 @@ pub(crate) fn ensure(required: bool) -> Result<()> {
             program.name, program.package, program.used_by
         );
     }
-    if required && lacking().next().is_some() {
+    let complete = lacking().next().is_none();
+    if required && !complete {
         bail!("programs are missing, and nothing may be skipped here");
     }
-    Ok(())
+    Ok(complete)
 }
