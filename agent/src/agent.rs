@@ -20,7 +20,7 @@ use crate::choice::Choice;
 use crate::compression::Compression;
 use crate::copied::{AttachError, CopiedStacks};
 use crate::kallsyms::KernelImage;
-use crate::kernel::{Kernel, LoadError, Options};
+use crate::kernel::{DEFAULT_TABLE_BUDGET_BYTES, Kernel, LoadError, Options};
 use crate::metrics::Metrics;
 use crate::processes::Processes;
 use crate::resource::Resources;
@@ -69,6 +69,8 @@ pub struct Config {
     pub listen: Option<SocketAddr>,
     /// Bearer token for the service.
     pub token: Option<String>,
+    /// Most bytes of kernel memory for tables.
+    pub table_budget_bytes: u64,
     /// Most bytes of tables on disk.
     pub table_cache_bytes: u64,
     /// Most bytes of unsent profiles on disk.
@@ -93,6 +95,7 @@ impl Config {
             host_name: None,
             listen: None,
             token: None,
+            table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES,
             table_cache_bytes: DEFAULT_TABLE_CACHE_BYTES,
             spool_bytes: SPOOL_BUDGET_BYTES,
             warm_up: Duration::ZERO,
@@ -220,7 +223,10 @@ impl Agent {
         Self::spawn(config, |config| {
             Ok(match config.backend {
                 BackendChoice::Bpf => {
-                    let options = Options { frequency_hz: config.frequency_hz, ..Options::default() };
+                    let options = Options {
+                        frequency_hz: config.frequency_hz,
+                        table_budget_bytes: config.table_budget_bytes,
+                    };
                     Box::new(Kernel::load(&options)?)
                 }
                 BackendChoice::CopiedStacks { pid } => {

@@ -113,6 +113,13 @@ pub trait Backend: Send {
     /// Makes a table available to walks; the location goes into [`Mapping::image`].
     fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError>;
 
+    /// How many of the placed tables `candidates` would have to go, from the first on, for `table` to fit; `None` if
+    /// it would not even then.
+    fn to_remove(&self, table: &Table<'_>, candidates: &[Location]) -> Option<usize>;
+
+    /// Frees the places of tables that no process's mappings name any more. Returns when no walk reads them.
+    fn remove_tables(&mut self, tables: &[Location]) -> Result<(), PlaceError>;
+
     /// Replaces all that is known of a process's executable mappings. `mappings` is sorted by start.
     /// Returns what samples that are walked by them carry as [`Sample::generation`]: one more than the
     /// last time, whatever the process, and never 0.

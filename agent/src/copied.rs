@@ -16,14 +16,12 @@ use std::time::Duration;
 use windlass_agent_ebpf::memory::{StackMemory, Tables};
 use windlass_agent_ebpf::walk::Walk;
 use windlass_agent_ebpf::x86_64::Registers;
-use windlass_schema::maps::{
-    CHUNK_BYTES, Chunk, Location, MAX_CHUNKS, MappingSegment, ProcessEntry, SegmentKey,
-};
+use windlass_schema::maps::{Chunk, Location, MappingSegment, ProcessEntry, SegmentKey};
 use windlass_schema::record::{DWARF_RSP, REGISTERS};
 use windlass_schema::{StopReason, Table};
 
 use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
-use crate::chunks::ChunkSpace;
+use crate::chunks::{ChunkSpace, MOST_TABLE_BYTES, empty_chunk};
 use crate::kernel::sideband::{TimeOrder, event_of};
 use crate::kernel::{max_sample_rate, next_generation, sampling_advice, segments_of};
 use crate::perf_ring::{
@@ -122,7 +120,7 @@ impl CopiedStacks {
             rings: HashMap::new(),
             names: HashMap::new(),
             tables: LocalTables::default(),
-            space: ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES)),
+            space: ChunkSpace::new(MOST_TABLE_BYTES),
             processes: HashMap::new(),
             generation: 0,
             lost: 0,
@@ -267,11 +265,21 @@ impl Backend for CopiedStacks {
     fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError> {
         let placed = self.space.place(table)?;
         let chunks = &mut self.tables.chunks;
-        let Ok(()) = self.space.flush(|number, chunk, _| {
-            chunks.insert(number, Box::new(chunk.clone()));
+        let Ok(()) = self.space.flush(|write| {
+            write.apply(chunks.entry(write.number).or_insert_with(empty_chunk));
             Ok::<(), std::convert::Infallible>(())
         });
         Ok(placed.header)
+    }
+
+    fn to_remove(&self, table: &Table<'_>, candidates: &[Location]) -> Option<usize> {
+        self.space.to_free(table, candidates)
+    }
+
+    fn remove_tables(&mut self, tables: &[Location]) -> Result<(), PlaceError> {
+        // Walks run in this thread.
+        tables.iter().for_each(|table| self.space.free(*table));
+        Ok(())
     }
 
     fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {

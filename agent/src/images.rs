@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use windlass_schema::maps::{Location, no_table};
 use windlass_schema::{BuildId, StopReason};
 
+use crate::eviction::{IN_USE, PlacedTable};
 use crate::image::{Image, ImageError, identify};
 use crate::mapped_file::{FileKey, ImageSource, SourceError};
 
@@ -41,7 +42,27 @@ pub enum TableState {
         since: Instant,
     },
     /// It did not fit.
-    OverBudget,
+    OverBudget {
+        /// Since when.
+        since: Instant,
+    },
+    /// It had to go for another.
+    Evicted,
+}
+
+/// An image's table, and what it is worth.
+struct TableEntry {
+    state: TableState,
+    /// When a sample last went through the image.
+    sampled: Option<Instant>,
+    /// Whether it was said that there is no room for it.
+    refusal_said: bool,
+}
+
+impl TableEntry {
+    fn new(state: TableState) -> Self {
+        Self { state, sampled: None, refusal_said: false }
+    }
 }
 
 /// What identifying a file came to.
@@ -52,7 +73,7 @@ type Identified = Result<Arc<Image>, StopReason>;
 pub struct Images {
     files: HashMap<FileKey, Identified>,
     vdsos: Vec<(Arc<[u8]>, Identified)>,
-    tables: HashMap<BuildId, TableState>,
+    tables: HashMap<BuildId, TableEntry>,
     /// Paths of the files that were named as unreadable.
     named: HashSet<String>,
     /// Path and reason of those not yet handed on.
@@ -130,43 +151,77 @@ impl Images {
 
     /// What the mappings of this image hold in the kernel.
     pub fn location(&self, id: BuildId) -> Location {
-        match self.tables.get(&id) {
+        match self.tables.get(&id).map(|entry| &entry.state) {
             None | Some(TableState::Pending { .. }) => no_table::location(StopReason::TablePending),
             Some(TableState::Placed(location)) => *location,
             Some(TableState::Unavailable { .. }) => no_table::location(StopReason::TableUnavailable),
-            Some(TableState::OverBudget) => no_table::location(StopReason::TableBudget),
+            Some(TableState::OverBudget { .. } | TableState::Evicted) => {
+                no_table::location(StopReason::TableBudget)
+            }
         }
     }
 
     /// Notes a wish for the image's table, because samples touch it (`urgent`) or may. True if
     /// something is to be requested now.
     pub fn want_table(&mut self, id: BuildId, urgent: bool, now: Instant) -> bool {
-        let due = match self.tables.get(&id) {
-            None => true,
-            Some(TableState::Pending { urgent: already }) => urgent && !already,
-            Some(TableState::Unavailable { since }) => {
-                urgent && now.duration_since(*since) >= UNAVAILABLE_RETRY
-            }
-            Some(TableState::Placed(_) | TableState::OverBudget) => false,
+        let sampled = urgent.then_some(now);
+        let Some(entry) = self.tables.get_mut(&id) else {
+            self.tables.insert(id, TableEntry { sampled, ..TableEntry::new(TableState::Pending { urgent }) });
+            return true;
         };
+        entry.sampled = sampled.or(entry.sampled);
+        let due = urgent
+            && match entry.state {
+                TableState::Pending { urgent: already } => !already,
+                TableState::Unavailable { since } => now.duration_since(since) >= UNAVAILABLE_RETRY,
+                TableState::OverBudget { since } => now.duration_since(since) >= IN_USE,
+                TableState::Evicted => true,
+                TableState::Placed(_) => false,
+            };
         if due {
-            self.tables.insert(id, TableState::Pending { urgent });
+            entry.state = TableState::Pending { urgent };
         }
         due
     }
 
+    /// The placed tables.
+    pub(crate) fn placed_tables(&self) -> impl Iterator<Item = PlacedTable> {
+        self.tables.iter().filter_map(|(id, entry)| match entry.state {
+            TableState::Placed(location) => Some(PlacedTable { id: *id, location, sampled: entry.sampled }),
+            _ => None,
+        })
+    }
+
+    /// When a sample last went through the image.
+    pub(crate) fn last_sampled(&self, id: BuildId) -> Option<Instant> {
+        self.tables.get(&id)?.sampled
+    }
+
+    /// Notes that there is no room for a table. True at the first time: it is tried again and again.
+    pub(crate) fn note_refused(&mut self, id: BuildId, now: Instant) -> bool {
+        let state = TableState::OverBudget { since: now };
+        let entry = self.tables.entry(id).or_insert_with(|| TableEntry::new(state.clone()));
+        entry.state = state;
+        !std::mem::replace(&mut entry.refusal_said, true)
+    }
+
     /// Number of tables that were asked for and are not here yet.
     pub fn pending_tables(&self) -> usize {
-        self.tables.values().filter(|state| matches!(state, TableState::Pending { .. })).count()
+        self.tables.values().filter(|entry| matches!(entry.state, TableState::Pending { .. })).count()
     }
 
     /// Notes what came of a request; `None` if the image was gone before it could be sent, so that
     /// the next process that maps it asks again.
     pub fn set_table(&mut self, id: BuildId, state: Option<TableState>) {
-        match state {
-            Some(state) => self.tables.insert(id, state),
-            None => self.tables.remove(&id),
-        };
+        match (state, self.tables.get_mut(&id)) {
+            (Some(state), Some(entry)) => entry.state = state,
+            (Some(state), None) => {
+                self.tables.insert(id, TableEntry::new(state));
+            }
+            (None, _) => {
+                self.tables.remove(&id);
+            }
+        }
     }
 }
 
@@ -215,6 +270,24 @@ mod tests {
         assert_eq!(images.take_unreadable().len(), MAX_NAMED_UNREADABLE - 1);
         images.note_unreadable("/x", &denied());
         assert!(images.take_unreadable().is_empty());
+    }
+
+    #[test]
+    fn a_table_without_room_comes_again_when_there_may_be_some() {
+        let (mut images, now) = (Images::default(), Instant::now());
+        let id = "abcd".parse().unwrap();
+        let budget = no_table::location(StopReason::TableBudget);
+        images.want_table(id, true, now);
+        assert!(images.note_refused(id, now));
+        assert_eq!(images.location(id), budget);
+        assert!(!images.want_table(id, true, now), "nothing has changed since");
+        assert!(!images.want_table(id, false, now + IN_USE));
+        assert!(images.want_table(id, true, now + IN_USE));
+        assert!(!images.note_refused(id, now), "said once");
+        images.set_table(id, Some(TableState::Evicted));
+        assert_eq!(images.location(id), budget);
+        assert!(!images.want_table(id, false, now), "until a sample needs it");
+        assert!(images.want_table(id, true, now));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! say when some were lost.
 
 mod chunk_maps;
+mod map_sizes;
 pub(crate) mod sideband;
 
 use std::os::fd::AsRawFd;
@@ -18,18 +19,23 @@ use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, S
 use aya::programs::{PerfEvent, ProgramError};
 use aya::{Ebpf, EbpfLoader};
 use windlass_schema::maps::{
-    CHUNK_BYTES, Counter, MAX_CHUNKS, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry,
-    SEGMENT_MAPPINGS, SEGMENT_SLOTS, SampleHeader, SegmentKey, UNUSED_START, names,
+    Counter, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_MAPPINGS, SEGMENT_SLOTS,
+    SampleHeader, SegmentKey, UNUSED_START, names,
 };
 use windlass_schema::{StopReason, Table, maps::Location};
 
 use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
 use crate::chunks::ChunkSpace;
 pub use chunk_maps::ChunkMaps;
+use map_sizes::MapSizes;
 use sideband::Sideband;
 
 /// The program and its maps, as `cargo xtask build-ebpf` made them.
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!("../bpf/windlass.bpf.o");
+
+/// Most kernel memory for tables in bytes, unless said otherwise: every ELF file of a Debian developer's machine (23
+/// million rows) takes three quarters.
+pub const DEFAULT_TABLE_BUDGET_BYTES: u64 = 32 * 1024 * 1024;
 
 /// What to load.
 #[derive(Clone, Debug)]
@@ -41,9 +47,9 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 19 Hz; as many tables as the maps hold.
+    /// 19 Hz; tables up to the default budget.
     fn default() -> Self {
-        Self { frequency_hz: 19, table_budget_bytes: u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES) }
+        Self { frequency_hz: 19, table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES }
     }
 }
 
@@ -81,6 +87,8 @@ pub struct Kernel {
     samples: RingBuf<MapData>,
     chunk_maps: ChunkMaps,
     space: ChunkSpace,
+    /// Tables that nothing names any more, but walks may still read.
+    removed: Vec<Location>,
     sideband: Sideband,
     generation: u32,
 }
@@ -172,8 +180,13 @@ pub(crate) fn sampling_advice(errno: Option<i32>, frequency_hz: u32, max_rate: O
 }
 
 /// Loads the object's maps and program code into this process, with maps made in the kernel.
-pub(crate) fn load_object() -> Result<Ebpf, LoadError> {
-    EbpfLoader::new().load(OBJECT).map_err(|error| {
+pub(crate) fn load_object(sizes: MapSizes) -> Result<Ebpf, LoadError> {
+    let mut loader = EbpfLoader::new();
+    loader
+        .map_max_entries(names::PROCESSES, sizes.processes)
+        .map_max_entries(names::MAPPINGS, sizes.mapping_segments)
+        .map_max_entries(names::SAMPLES, sizes.samples_bytes);
+    loader.load(OBJECT).map_err(|error| {
         let text = describe(&error);
         if text.contains("Operation not permitted") || text.contains("Permission denied") {
             LoadError::NotPermitted
@@ -186,7 +199,7 @@ pub(crate) fn load_object() -> Result<Ebpf, LoadError> {
 impl Kernel {
     /// Loads the program and starts sampling every CPU.
     pub fn load(options: &Options) -> Result<Self, LoadError> {
-        let mut bpf = load_object()?;
+        let mut bpf = load_object(MapSizes::of_machine(options.frequency_hz))?;
         let missing = |name: &str| LoadError::Refused(format!("the object has no map {name}"));
         let mut take = |name: &str| bpf.take_map(name).ok_or_else(|| missing(name));
         let wrong = |error: aya::maps::MapError| LoadError::Refused(describe(&error));
@@ -231,6 +244,7 @@ impl Kernel {
             samples,
             chunk_maps,
             space: ChunkSpace::new(options.table_budget_bytes),
+            removed: Vec::new(),
             sideband,
             generation: 0,
         })
@@ -238,6 +252,11 @@ impl Kernel {
 
     fn counter(&self, counter: Counter) -> u64 {
         self.counters.get(&(counter as u32), 0).map_or(0, |values| values.iter().sum())
+    }
+
+    /// Entries of the program's maps: processes, and segments of their mappings.
+    pub fn process_entries(&self) -> (usize, usize) {
+        (self.processes.keys().flatten().count(), self.mappings.keys().flatten().count())
     }
 
     /// Samples taken since the start.
@@ -249,8 +268,23 @@ impl Kernel {
 impl Backend for Kernel {
     fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError> {
         let placed = self.space.place(table)?;
-        self.chunk_maps.flush(&mut self.space).map_err(|error| PlaceError::Kernel(describe(&error)))?;
+        if let Err(error) = self.chunk_maps.flush(&mut self.space) {
+            self.space.free(placed.header);
+            return Err(PlaceError::Kernel(describe(&error)));
+        }
         Ok(placed.header)
+    }
+
+    fn to_remove(&self, table: &Table<'_>, candidates: &[Location]) -> Option<usize> {
+        self.space.to_free(table, candidates)
+    }
+
+    fn remove_tables(&mut self, tables: &[Location]) -> Result<(), PlaceError> {
+        // Should the wait fail, they keep their places until it succeeds for others.
+        self.removed.extend_from_slice(tables);
+        self.chunk_maps.wait_for_walks().map_err(|error| PlaceError::Kernel(describe(&error)))?;
+        self.removed.drain(..).for_each(|table| self.space.free(table));
+        Ok(())
     }
 
     fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {

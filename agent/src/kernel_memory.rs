@@ -3,9 +3,8 @@
 use std::convert::Infallible;
 
 use windlass_schema::Table;
-use windlass_schema::maps::{CHUNK_BYTES, MAX_CHUNKS};
 
-use crate::chunks::ChunkSpace;
+use crate::chunks::{ChunkSpace, MOST_TABLE_BYTES};
 use crate::kernel::ChunkMaps;
 
 /// Kernel memory of a set of tables.
@@ -22,13 +21,10 @@ pub struct Charge {
     pub measured: bool,
 }
 
-/// Size of the kernel's `struct bpf_array` without its elements, on Linux 6.x.
-const ARRAY_MAP_BYTES: u64 = 320;
-
 /// Loads all `tables` into maps as the agent does and reads what the kernel charges for them.
 pub fn charge<'a>(tables: impl Iterator<Item = &'a [u8]>) -> Charge {
     let mut maps = ChunkMaps::create().ok();
-    let mut space = ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES));
+    let mut space = ChunkSpace::new(MOST_TABLE_BYTES);
     let mut not_placed = Vec::new();
     let per_table = tables
         .enumerate()
@@ -44,7 +40,7 @@ pub fn charge<'a>(tables: impl Iterator<Item = &'a [u8]>) -> Charge {
                     }
                 }
                 None => {
-                    let Ok(()) = space.flush(|_, _, _| Ok::<(), Infallible>(()));
+                    let Ok(()) = space.flush(|_| Ok::<(), Infallible>(()));
                 }
             }
             match placed {
@@ -56,11 +52,13 @@ pub fn charge<'a>(tables: impl Iterator<Item = &'a [u8]>) -> Charge {
             }
         })
         .collect();
-    let computed = ARRAY_MAP_BYTES
-        + 8 * u64::from(MAX_CHUNKS)
-        + space.used_bytes() / u64::from(CHUNK_BYTES) * (ARRAY_MAP_BYTES + u64::from(CHUNK_BYTES));
     let measured = maps.and_then(|maps| maps.memlock_bytes().ok());
-    Charge { bytes: measured.unwrap_or(computed), per_table, not_placed, measured: measured.is_some() }
+    Charge {
+        bytes: measured.unwrap_or(space.used_bytes()),
+        per_table,
+        not_placed,
+        measured: measured.is_some(),
+    }
 }
 
 #[cfg(test)]

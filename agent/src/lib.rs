@@ -16,7 +16,7 @@
 //! - [`kallsyms`]: the kernel's own addresses
 //! - [`metrics`], `status`: what it says of itself; [`privilege`]: what it may not do
 //! - [`service`]: what is asked of the service
-//! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory
+//! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory; `eviction`: which of them go for others
 
 pub mod agent;
 pub mod backend;
@@ -25,6 +25,7 @@ pub mod choice;
 pub mod chunks;
 pub mod compression;
 pub mod copied;
+mod eviction;
 pub mod image;
 pub mod images;
 pub mod kallsyms;

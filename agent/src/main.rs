@@ -12,10 +12,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use windlass_agent::agent::{DEFAULT_FREQUENCY_HZ, DEFAULT_SHIP_INTERVAL};
 use windlass_agent::choice::{Choice, Rule};
+use windlass_agent::chunks::MOST_TABLE_BYTES;
 use windlass_agent::compression::Compression;
-use windlass_agent::kernel::LoadError;
+use windlass_agent::kernel::{DEFAULT_TABLE_BUDGET_BYTES, LoadError};
 use windlass_agent::privilege::Privilege;
 use windlass_agent::{Agent, Config, StartError, Summary};
+
+const MIB: u64 = 1024 * 1024;
 
 /// Samples the stacks of every process of this host, and ships addresses to a windlassd.
 #[derive(Parser)]
@@ -46,6 +49,15 @@ struct Arguments {
         hide_default_value = true
     )]
     cache_dir: PathBuf,
+    /// Most kernel memory for unwind tables, in MiB; those that samples needed least lately go first
+    #[arg(
+        long,
+        env = "WINDLASS_KERNEL_MEMORY",
+        value_name = "MIB",
+        default_value_t = DEFAULT_TABLE_BUDGET_BYTES / MIB,
+        value_parser = clap::value_parser!(u64).range(1..=MOST_TABLE_BYTES.div_ceil(MIB))
+    )]
+    kernel_memory: u64,
     /// Only this process and its descendants
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
@@ -119,6 +131,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     config.listen = arguments.listen;
     config.compression = arguments.compression;
     config.host_name = arguments.host_name;
+    config.table_budget_bytes = arguments.kernel_memory * MIB;
     config.ship_interval = Duration::from_secs(arguments.ship_interval);
     if let Some(file) = arguments.token_file {
         let token = std::fs::read_to_string(&file)

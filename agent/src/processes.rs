@@ -11,6 +11,8 @@
 //! older one, gets no mapping at all. When a process maps something over what it had, its list is withdrawn
 //! from the backend until it is read again.
 
+mod table_room;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -181,7 +183,9 @@ impl Processes {
                 process.stated = Some(Generations { first, last });
             }
             Err(error) => {
+                // What it had may name tables whose places are about to be others'.
                 process.stated = None;
+                backend.remove_process(tgid);
                 tracing::warn!(tgid, error = format!("{error:#}"), "mappings of the process are not set");
             }
         }
@@ -382,10 +386,13 @@ impl Processes {
         let (state, placement) = match &result.outcome {
             TableOutcome::ImageGone(_) => (None, Placement::Postponed),
             TableOutcome::Unavailable(reason) => unavailable(reason.clone()),
-            TableOutcome::Table(file) => match backend.place_table(&file.table()) {
+            TableOutcome::Table(file) => match self.place_with_room(result.id, &file.table(), backend, now) {
                 Ok(location) => (Some(TableState::Placed(location)), Placement::Placed),
                 Err(error @ PlaceError::Budget { .. }) => {
-                    (Some(TableState::OverBudget), Placement::Unavailable(error.to_string()))
+                    return match self.images.note_refused(result.id, now) {
+                        true => Placement::Unavailable(error.to_string()),
+                        false => Placement::Postponed,
+                    };
                 }
                 Err(error @ PlaceError::Kernel(_)) => unavailable(error.to_string()),
             },

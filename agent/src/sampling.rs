@@ -190,7 +190,7 @@ impl Sampling {
                     self.note_unavailable(result.path.to_string(), reason);
                 }
                 Placement::Postponed => {
-                    tracing::debug!(path = %result.path, id = %result.id, "image is gone");
+                    tracing::debug!(path = %result.path, id = %result.id, "image is gone, or there is still no room");
                 }
             }
             changed.insert(result.id);

@@ -16,11 +16,11 @@ use std::process::Command;
 use object::elf::PF_X;
 use object::{Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _};
 use windlass_agent::backend::PlacedMapping;
-use windlass_agent::chunks::ChunkSpace;
+use windlass_agent::chunks::{ChunkSpace, MOST_TABLE_BYTES};
 use windlass_agent::kernel::segments_of;
 use windlass_agent_ebpf::aarch64::{Registers, step};
 use windlass_agent_ebpf::walk::Walk;
-use windlass_schema::maps::{CHUNK_BYTES, MAX_CHUNKS, MAX_USER_FRAMES, Mapping, ProcessEntry, SegmentKey};
+use windlass_schema::maps::{MAX_USER_FRAMES, Mapping, ProcessEntry, SegmentKey};
 use windlass_schema::{BuildId, Register, Rule, StopReason, Table};
 use windlass_tests::program::{checkout, program, run, text};
 use windlass_tests::skip::skip;
@@ -168,7 +168,7 @@ fn mapped(bytes: &[u8], elf: &object::File<'_>) -> (PlainMaps, ProcessEntry) {
     // A table holds its build-ID but does not depend on it.
     let build_id = BuildId::new(&[0xab; 20]).expect("20 bytes are a build-ID");
     let table = compile(bytes, build_id).expect("an aarch64 image").table;
-    let mut space = ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES));
+    let mut space = ChunkSpace::new(MOST_TABLE_BYTES);
     let image = space.place(&Table::parse(&table).expect("a compiled table")).expect("one image fits").header;
     let mut maps = PlainMaps::default();
     maps.flush(&mut space);

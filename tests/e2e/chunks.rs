@@ -9,13 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use windlass_agent::backend::PlaceError;
-use windlass_agent::chunks::{ChunkSpace, Placed};
+use windlass_agent::chunks::{
+    CHUNK_MAP_BYTES, ChunkSpace, MOST_TABLE_BYTES, OUTER_MAP_BYTES, Placed, empty_chunk,
+};
 use windlass_agent::kernel_memory::charge;
 use windlass_agent_ebpf::memory::Tables;
 use windlass_agent_ebpf::search::{image_header, record_at};
 use windlass_schema::maps::{
-    CHUNK_BYTES, Chunk, DIRECTORY_SEGMENT_PAGES, GRANULE_BYTES, ImageHeader, Location, MAX_CHUNKS,
-    MappingSegment, SegmentKey,
+    CHUNK_BYTES, Chunk, DIRECTORY_SEGMENT_PAGES, GRANULE_BYTES, ImageHeader, Location, MappingSegment,
+    SegmentKey,
 };
 use windlass_schema::page::PAGE_SHIFT;
 use windlass_schema::{BuildId, ImageAddress, Table};
@@ -25,8 +27,10 @@ use windlass_unwind_compiler::compile;
 
 /// Random addresses looked up in each image.
 const RANDOM_LOOKUPS: u32 = 20_000;
+/// Tables that come or go, one in each step.
+const STEPS: u32 = 300;
 /// Most by which the computed kernel memory may differ from the measured.
-const CHARGE_TOLERANCE: f64 = 0.01;
+pub(crate) const CHARGE_TOLERANCE: f64 = 0.01;
 
 /// What the kernel's maps would hold, in this process's memory.
 #[derive(Default)]
@@ -46,10 +50,10 @@ impl Tables for PlainMaps {
 }
 
 impl PlainMaps {
-    /// Takes over what changed in `space`. A chunk that was said to be final must not change again.
+    /// Takes over what changed in `space`.
     pub(crate) fn flush(&mut self, space: &mut ChunkSpace) {
-        let Ok(()) = space.flush(|number, chunk, _| {
-            self.chunks.insert(number, Box::new(chunk.clone()));
+        let Ok(()) = space.flush(|write| {
+            write.apply(self.chunks.entry(write.number).or_insert_with(empty_chunk));
             Ok::<(), std::convert::Infallible>(())
         });
     }
@@ -75,7 +79,7 @@ fn table_of(elf: &[u8]) -> Vec<u8> {
 }
 
 /// Fixtures, the workload, and libraries of the machine: images of a few rows and of tens of thousands.
-fn images() -> &'static [(String, Vec<u8>)] {
+pub(crate) fn images() -> &'static [(String, Vec<u8>)] {
     static IMAGES: OnceLock<Vec<(String, Vec<u8>)>> = OnceLock::new();
     IMAGES.get_or_init(compile_images)
 }
@@ -104,14 +108,14 @@ fn compile_images() -> Vec<(String, Vec<u8>)> {
 }
 
 /// A table in the chunks.
-struct InChunks<'a> {
-    name: &'a str,
-    table: Table<'a>,
-    placed: Placed,
+pub(crate) struct InChunks<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) table: Table<'a>,
+    pub(crate) placed: Placed,
 }
 
 impl InChunks<'_> {
-    fn header(&self, maps: &PlainMaps) -> ImageHeader {
+    pub(crate) fn header(&self, maps: &PlainMaps) -> ImageHeader {
         image_header(maps, self.placed.header).unwrap_or_else(|| panic!("{} has no header", self.name))
     }
 
@@ -123,7 +127,7 @@ impl InChunks<'_> {
     }
 
     /// Looks up every row at its first and its last address, and random addresses in and around the image.
-    fn check_every_row(&self, maps: &PlainMaps, random_lookups: u32) -> u64 {
+    pub(crate) fn check_every_row(&self, maps: &PlainMaps, random_lookups: u32) -> u64 {
         let header = self.header(maps);
         let mut rows = 0;
         for (start, record) in self.table.rows() {
@@ -195,7 +199,7 @@ fn place<'a>(space: &mut ChunkSpace, images: &'a [(String, Vec<u8>)], budget: u6
 #[test]
 fn every_row_of_every_image_is_found_in_shared_chunks() {
     let images = images();
-    let budget = u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES);
+    let budget = MOST_TABLE_BYTES;
     let mut space = ChunkSpace::new(budget);
     let mut maps = PlainMaps::default();
     // Flushed after each, as the agent does: a chunk is written, filled further, and written again.
@@ -211,13 +215,23 @@ fn every_row_of_every_image_is_found_in_shared_chunks() {
     assert!(images_of_chunk.values().any(|images| images.len() > 1), "no chunk is shared");
 }
 
-/// Each piece has its content and a place of its own inside one chunk, and all are accounted for. Returns
-/// the images that each chunk holds pieces of.
+/// As [`check_pieces`], of tables none of which was ever freed: no chunk is empty.
 fn check_layout<'a>(
     maps: &PlainMaps,
     space: &ChunkSpace,
     placed: &[InChunks<'a>],
 ) -> HashMap<u32, BTreeSet<&'a str>> {
+    let images_of_chunk = check_pieces(maps, placed);
+    assert_eq!(maps.chunks.len() as u32, space.chunks());
+    let numbers = 0..maps.chunks.len() as u32;
+    assert!(numbers.clone().all(|number| maps.chunk(number).is_some()), "chunks are numbered without gaps");
+    assert!(numbers.clone().eq(images_of_chunk.keys().copied().collect::<BTreeSet<_>>()), "an empty chunk");
+    images_of_chunk
+}
+
+/// Each piece has its content and a place of its own inside one chunk, and all are accounted for. Returns
+/// the images that each chunk holds pieces of.
+fn check_pieces<'a>(maps: &PlainMaps, placed: &[InChunks<'a>]) -> HashMap<u32, BTreeSet<&'a str>> {
     let mut taken = Vec::new();
     let mut images_of_chunk: HashMap<u32, BTreeSet<&str>> = HashMap::new();
     for image in placed {
@@ -251,10 +265,6 @@ fn check_layout<'a>(
     for pair in taken.windows(2) {
         assert!(pair[0].0 < pair[1].0 || pair[0].2 <= pair[1].1, "pieces overlap: {pair:?}");
     }
-    assert_eq!(maps.chunks.len() as u64 * u64::from(CHUNK_BYTES), space.used_bytes());
-    let numbers = 0..maps.chunks.len() as u32;
-    assert!(numbers.clone().all(|number| maps.chunk(number).is_some()), "chunks are numbered without gaps");
-    assert!(numbers.clone().eq(images_of_chunk.keys().copied().collect::<BTreeSet<_>>()), "an empty chunk");
     images_of_chunk
 }
 
@@ -270,8 +280,8 @@ fn a_budget_too_small_costs_only_what_does_not_fit() {
     let (mut refused_some, mut refused_none) = (false, false);
     for chunks in (0..12).chain((12..enough).step_by(7)).chain([enough]) {
         // Bytes that do not make a whole chunk allow nothing more.
-        let mut space = ChunkSpace::new(chunks * u64::from(CHUNK_BYTES) + u64::from(CHUNK_BYTES) - 1);
-        let budget = chunks * u64::from(CHUNK_BYTES);
+        let budget = OUTER_MAP_BYTES + chunks * CHUNK_MAP_BYTES + CHUNK_MAP_BYTES - 1;
+        let mut space = ChunkSpace::new(budget);
         let placed = place(&mut space, &images, budget);
         let mut maps = PlainMaps::default();
         maps.flush(&mut space);
@@ -286,6 +296,34 @@ fn a_budget_too_small_costs_only_what_does_not_fit() {
         refused_none |= placed.len() == images.len();
     }
     assert!(refused_some && refused_none, "{refused_some} {refused_none}");
+}
+
+/// Whatever comes and goes, in whatever order: what is there is whole, and lies where nothing else does.
+#[test]
+fn tables_that_come_and_go_leave_the_others_whole() {
+    let images = images();
+    let all: u64 = images.iter().map(|(_, file)| file.len() as u64).sum();
+    let budget = OUTER_MAP_BYTES + (all / 2 / u64::from(CHUNK_BYTES) + 1) * CHUNK_MAP_BYTES;
+    let (mut space, mut maps) = (ChunkSpace::new(budget), PlainMaps::default());
+    let (mut live, mut refused): (Vec<InChunks<'_>>, u32) = (Vec::new(), 0);
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for _ in 0..STEPS {
+        let image = &images[random.below(images.len() as u64) as usize];
+        match live.iter().position(|other| other.name == image.0) {
+            Some(at) => space.free(live.swap_remove(at).placed.header),
+            None => {
+                let placed = place(&mut space, std::slice::from_ref(image), budget);
+                refused += u32::from(placed.is_empty());
+                live.extend(placed);
+            }
+        }
+        maps.flush(&mut space);
+        check_pieces(&maps, &live);
+    }
+    assert!(refused > 0 && refused < STEPS / 2, "{refused} refused");
+    for image in &live {
+        image.check_every_row(&maps, 0);
+    }
 }
 
 /// What the agent computes where it may not make BPF maps is what the kernel charges where it may.

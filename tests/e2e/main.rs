@@ -8,6 +8,7 @@ mod chunks;
 mod corpus;
 mod debuginfod;
 mod go_walks;
+mod kernel_maps;
 mod live;
 mod quickstart;
 mod readme;

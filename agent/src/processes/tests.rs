@@ -5,8 +5,10 @@ use std::process::{Child, Command};
 use super::*;
 use crate::backend::PlacedMapping;
 use crate::choice::Choice;
-use windlass_schema::Table;
-use windlass_schema::maps::{EXACT_ADDRESS, Location};
+use crate::eviction::IN_USE;
+use windlass_schema::maps::{EXACT_ADDRESS, Location, no_table};
+use windlass_schema::table_writer::{TableHeader, write_table};
+use windlass_schema::{Architecture, ImageAddress, ProcessAddress, Table, TableFile};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -16,11 +18,32 @@ struct Told {
     generation: u32,
     set: Vec<u32>,
     processes: HashMap<u32, Vec<PlacedMapping>>,
+    /// Places of tables, and which are taken.
+    places: Vec<bool>,
 }
 
 impl Backend for Told {
     fn place_table(&mut self, _table: &Table<'_>) -> Result<Location, PlaceError> {
-        Ok(Location::new(0, 8))
+        match self.places.iter().position(|taken| !taken) {
+            Some(place) => {
+                self.places[place] = true;
+                Ok(Location::new(place as u32, 8))
+            }
+            None => Err(PlaceError::Budget { used_bytes: 1, budget_bytes: 1, wanted_bytes: 1 }),
+        }
+    }
+
+    fn to_remove(&self, _table: &Table<'_>, candidates: &[Location]) -> Option<usize> {
+        (!candidates.is_empty()).then_some(1)
+    }
+
+    fn remove_tables(&mut self, tables: &[Location]) -> Result<(), PlaceError> {
+        for table in tables {
+            let named = self.processes.values().flatten().any(|placed| placed.mapping.image == *table);
+            assert!(!named, "walks may still go by {table:?}");
+            self.places[table.chunk() as usize] = false;
+        }
+        Ok(())
     }
 
     fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {
@@ -156,6 +179,78 @@ fn a_table_that_is_placed_leaves_samples_their_mappings() {
     assert_eq!(of_process(&processes), Some(images));
     assert!(processes.mappings_of(&sample(tgid, told.generation, monotonic_ns())).is_some());
     assert!(processes.mappings_of(&sample(tgid, told.generation + 1, monotonic_ns())).is_none());
+}
+
+/// An empty table of an image.
+fn table(id: BuildId) -> TableResult {
+    let base = ImageAddress::new(0);
+    let header = TableHeader { architecture: Architecture::X86_64, build_id: id, base, rows: 0 };
+    let file = TableFile::parse(write_table(&header, &[], &[])).unwrap();
+    TableResult { id, path: "".into(), outcome: TableOutcome::Table(file) }
+}
+
+#[test]
+fn a_table_goes_when_no_mapping_names_it_and_comes_again_when_a_sample_wants_it() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let tgid = child.id();
+    let mut told = Told { places: vec![false], ..Told::default() };
+    let mut processes = processes(tgid, now);
+    processes.scan_all(&mut told);
+    let images: Vec<_> = told.processes[&tgid]
+        .iter()
+        .filter_map(|placed| {
+            let address = placed.start;
+            let mapping = find(&processes.known[&tgid].mappings, ProcessAddress::new(address))?;
+            Some((address, mapping.module.id?.build_id()))
+        })
+        .collect();
+    let [(first, first_id), (second, second_id)] = images[..2] else { unreachable!("a slice of two") };
+    let image_of = |told: &Told, address| {
+        told.processes[&tgid].iter().find(|placed| placed.start == address).unwrap().mapping.image
+    };
+    let touch = |processes: &mut Processes, address, stop, now| {
+        let taken = Sample { user: vec![address | EXACT_ADDRESS], stop, ..sample(tgid, 1, 1) };
+        let wishes = processes.touch(&taken, now);
+        wishes.into_iter().filter(|wish| wish.urgent).map(|wish| wish.id).collect::<Vec<_>>()
+    };
+    let place = |processes: &mut Processes, told: &mut Told, id, now| {
+        let placement = processes.place(&table(id), told, now);
+        processes.set_again(&HashSet::from([id]), told);
+        placement
+    };
+    let (pending, budget) = (StopReason::TablePending, StopReason::TableBudget);
+    assert_eq!(touch(&mut processes, first, pending, now), [first_id]);
+    assert_eq!(place(&mut processes, &mut told, first_id, now), Placement::Placed);
+    assert_eq!(image_of(&told, first), Location::new(0, 8));
+
+    // A moment later the first is in use; when it is not, it makes room.
+    let refused = |placement| matches!(placement, Placement::Unavailable(_));
+    assert_eq!(touch(&mut processes, second, pending, now), [second_id]);
+    assert!(refused(place(&mut processes, &mut told, second_id, now)));
+    assert_eq!(image_of(&told, second), no_table::location(budget));
+    assert_eq!(touch(&mut processes, second, budget, now), []);
+    let now = now + IN_USE;
+    assert_eq!(touch(&mut processes, second, budget, now), [second_id]);
+    assert_eq!(place(&mut processes, &mut told, second_id, now), Placement::Placed);
+    assert_eq!(image_of(&told, second), Location::new(0, 8));
+    assert_eq!(image_of(&told, first), no_table::location(budget));
+
+    assert_eq!(touch(&mut processes, first, budget, now), [first_id], "it is wanted at once");
+    assert!(refused(place(&mut processes, &mut told, first_id, now)), "and refused: the other is in use");
+    assert_eq!(touch(&mut processes, first, budget, now + IN_USE), [first_id]);
+    let again = place(&mut processes, &mut told, first_id, now + IN_USE - MS);
+    assert_eq!(again, Placement::Postponed, "which is said once");
+    let now = now + 2 * IN_USE;
+    assert_eq!(touch(&mut processes, first, budget, now), [first_id]);
+    assert_eq!(place(&mut processes, &mut told, first_id, now), Placement::Placed);
+
+    // Without the process, its table goes for any, and nothing remembers it.
+    drop(child);
+    let now = now + IN_USE;
+    processes.expire(&mut told, now);
+    processes.expire(&mut told, now + EXIT_GRACE);
+    assert_eq!(place(&mut processes, &mut told, second_id, now), Placement::Placed);
+    assert_eq!(processes.images.location(first_id), no_table::location(pending));
 }
 
 #[test]

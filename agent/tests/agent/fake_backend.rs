@@ -55,6 +55,14 @@ impl Backend for FakeBackend {
         Ok(Location::new(0, 8 * tables.len() as u32))
     }
 
+    fn to_remove(&self, _table: &Table<'_>, _candidates: &[Location]) -> Option<usize> {
+        None
+    }
+
+    fn remove_tables(&mut self, _tables: &[Location]) -> Result<(), PlaceError> {
+        Ok(())
+    }
+
     fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {
         assert!(mappings.is_sorted_by_key(|mapping| mapping.start));
         let state = &mut *self.state.lock().unwrap();

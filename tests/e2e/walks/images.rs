@@ -8,12 +8,12 @@ use std::sync::{Arc, LazyLock, Mutex};
 use framehop::x86_64::{CacheX86_64, UnwinderX86_64};
 use framehop::{ExplicitModuleSectionInfo, Module, Unwinder as _};
 use object::{Object as _, ObjectSection as _, ReadRef as _};
-use windlass_agent::chunks::ChunkSpace;
+use windlass_agent::chunks::{ChunkSpace, MOST_TABLE_BYTES};
 use windlass_agent::images::{Images, TableState};
 use windlass_agent::kernel::segments_of;
 use windlass_agent::mapped_file::ImageSource;
 use windlass_agent::process::{Content, ExecutableMapping, find, plan, read_mappings};
-use windlass_schema::maps::{CHUNK_BYTES, MAX_CHUNKS, ProcessEntry, SegmentKey};
+use windlass_schema::maps::{ProcessEntry, SegmentKey};
 use windlass_schema::{BuildId, ImageAddress, LoadBias, ProcessAddress, Table};
 use windlass_unwind_compiler::compile;
 
@@ -96,7 +96,7 @@ impl ProcessImages {
         let source = executable_lines(pid);
         let mut images = Images::default();
         let mappings = read_mappings(pid as u32, &mut images).expect("mappings of a child");
-        let mut space = ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES));
+        let mut space = ChunkSpace::new(MOST_TABLE_BYTES);
         let (mut maps, mut cfis, mut framehop) =
             (PlainMaps::default(), HashMap::new(), UnwinderX86_64::new());
         for mapping in &mappings {

@@ -6,10 +6,9 @@
 //! program runs that could still see what was in their place (`maybe_wait_bpf_programs`, `kernel/bpf/syscall.c`).
 
 use anyhow::Result;
-use windlass_agent::chunks::ChunkSpace;
+use windlass_agent::chunks::{ChunkSpace, MOST_TABLE_BYTES};
 use windlass_agent::kernel::ChunkMaps;
 use windlass_schema::Table;
-use windlass_schema::maps::{CHUNK_BYTES, MAX_CHUNKS};
 
 use crate::best::{Best, RUNS};
 use crate::measured::Measured;
@@ -76,9 +75,9 @@ fn measure(largest: &Measured, wire: &[u8]) -> Result<Steps> {
         let table = steps.unpack.time(|| from_wire(wire))?;
         anyhow::ensure!(table == largest.compiled.table, "the wire form gives another table");
         let checked = steps.check.time(|| Table::parse(&table))?;
-        let mut space = ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES));
+        let mut space = ChunkSpace::new(MOST_TABLE_BYTES);
         steps.place.time(|| space.place(&checked).map(drop))?;
-        steps.chunks = (space.used_bytes() / u64::from(CHUNK_BYTES)) as usize;
+        steps.chunks = space.chunks() as usize;
         match (ChunkMaps::create(), &mut steps.write) {
             (Ok(mut maps), Some(best)) => best.time(|| maps.flush(&mut space))?,
             _ => steps.write = None,

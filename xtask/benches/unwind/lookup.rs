@@ -10,10 +10,10 @@ use anyhow::{Context as _, Result, ensure};
 use framehop::x86_64::{CacheX86_64, UnwindRegsX86_64, UnwinderX86_64};
 use framehop::{ExplicitModuleSectionInfo, FrameAddress, Module, Unwinder as _};
 use gimli::{EhFrame, EhFrameHdr, LittleEndian, ParsedEhFrameHdr, UnwindContext, UnwindSection as _};
-use windlass_agent::chunks::ChunkSpace;
+use windlass_agent::chunks::{ChunkSpace, MOST_TABLE_BYTES, empty_chunk};
 use windlass_agent_ebpf::memory::Tables;
 use windlass_agent_ebpf::search::{image_header, record_at};
-use windlass_schema::maps::{CHUNK_BYTES, Chunk, ImageHeader, MAX_CHUNKS, MappingSegment, SegmentKey};
+use windlass_schema::maps::{Chunk, ImageHeader, MappingSegment, SegmentKey};
 use windlass_schema::{ImageAddress, Record, Table};
 
 use crate::best::{Best, RUNS};
@@ -44,13 +44,13 @@ impl Tables for Chunks {
 
 impl Chunks {
     fn of(table: &Table<'_>) -> Result<(Self, ImageHeader)> {
-        let mut space = ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES));
+        let mut space = ChunkSpace::new(MOST_TABLE_BYTES);
         let placed = space.place(table)?;
         let mut chunks = Self::default();
-        let Ok(()) = space.flush(|number, chunk, _| {
-            let number = number as usize;
+        let Ok(()) = space.flush(|write| {
+            let number = write.number as usize;
             chunks.0.resize_with(chunks.0.len().max(number + 1), || None);
-            chunks.0[number] = Some(Box::new(chunk.clone()));
+            write.apply(chunks.0[number].get_or_insert_with(empty_chunk));
             Ok::<(), Infallible>(())
         });
         let header = image_header(&chunks, placed.header).context("the placed table has no header")?;

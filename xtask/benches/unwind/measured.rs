@@ -7,9 +7,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result};
-use windlass_agent::chunks::ChunkSpace;
+use windlass_agent::chunks::{ChunkSpace, MOST_TABLE_BYTES};
 use windlass_schema::Table;
-use windlass_schema::maps::{CHUNK_BYTES, MAX_CHUNKS};
 use windlass_unwind_compiler::{CompileError, Compiled, Verification, compile, verify};
 
 use crate::best::{Best, RUNS};
@@ -54,7 +53,7 @@ impl Measured {
 
     /// Bytes of chunks that the table takes: pages, dictionary, directory and header, each rounded up.
     pub(crate) fn kernel_bytes(&self) -> Result<u64> {
-        let mut space = ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES));
+        let mut space = ChunkSpace::new(MOST_TABLE_BYTES);
         Ok(space.place(&Table::parse(&self.compiled.table)?)?.bytes)
     }
 
