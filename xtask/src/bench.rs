@@ -5,11 +5,18 @@
 
 use anyhow::{Context, Result};
 
-use crate::checkout::{cargo, line_of, output, root};
+use crate::checkout::{cargo, line_of, output, root, run as run_command};
+use crate::ebpf;
 
 /// The sections there are; each is a benchmark of this crate, which prints its tables as Markdown, with headings
 /// below the section's.
-pub(crate) const NAMES: [&str; 1] = ["unwind"];
+pub(crate) const NAMES: [&str; 2] = ["agent", "unwind"];
+
+/// Tells the benchmark of the agent where the object is whose programs time the walk.
+const TIMING_OBJECT: &str = "WINDLASS_BENCH_TIMING_OBJECT";
+
+/// The programs that it starts.
+const PROGRAMS: &str = "--package windlass-agent --package windlass-debuginfod --bins";
 
 /// Where the tables go.
 const PAGE: &str = "docs/benchmarks.md";
@@ -19,7 +26,12 @@ const PEERS: [&str; 3] = ["framehop", "gimli", "zstd"];
 
 /// Measures one section and writes it.
 pub(crate) fn run(name: &str) -> Result<()> {
-    let tables = output(&mut cargo(&format!("bench --quiet --locked --package xtask --bench {name}")))?;
+    let mut bench = cargo(&format!("bench --quiet --locked --package xtask --bench {name}"));
+    if name == "agent" {
+        run_command(&mut cargo(&format!("build --quiet --release --locked {PROGRAMS}")))?;
+        bench.env(TIMING_OBJECT, ebpf::build_timing()?);
+    }
+    let tables = output(&mut bench)?;
     print!("{tables}");
     let path = root().join(PAGE);
     std::fs::create_dir_all(root().join("docs"))?;

@@ -55,7 +55,7 @@ struct Toolchain {
 
 /// Builds, and puts the object in its place.
 pub(crate) fn update() -> Result<()> {
-    let built = build(&Toolchain::ensure()?)?;
+    let built = build(&Toolchain::ensure()?, &[])?;
     let object = root().join(OBJECT);
     std::fs::create_dir_all(object.parent().expect("OBJECT names a folder"))?;
     std::fs::write(&object, &built).with_context(|| format!("write {}", object.display()))?;
@@ -63,9 +63,17 @@ pub(crate) fn update() -> Result<()> {
     Ok(())
 }
 
+/// Builds the object with the programs that time the walk; where it lies.
+pub(crate) fn build_timing() -> Result<PathBuf> {
+    let built = build(&Toolchain::ensure()?, &["--features", "timing"])?;
+    let object = root().join("target/bpf/timing.bpf.o");
+    std::fs::write(&object, built).with_context(|| format!("write {}", object.display()))?;
+    Ok(object)
+}
+
 /// Builds, and compares with the object that is there. Returns why the bytes could not be compared, if so.
 pub(crate) fn check() -> Result<Option<String>> {
-    let built = build(&Toolchain::ensure()?)?;
+    let built = build(&Toolchain::ensure()?, &[])?;
     let committed = std::fs::read(root().join(OBJECT)).with_context(|| format!("read {OBJECT}"))?;
     if built == committed {
         println!("{OBJECT} is what the sources give: {} bytes", built.len());
@@ -96,7 +104,7 @@ fn compiler_of(object: &[u8]) -> String {
 }
 
 /// Compiles and links; the object's bytes depend on the sources and the toolchain only.
-fn build(toolchain: &Toolchain) -> Result<Vec<u8>> {
+fn build(toolchain: &Toolchain, options: &[&str]) -> Result<Vec<u8>> {
     let target_folder = root().join("target/bpf");
     // bpf-linker searches a folder for a file whose name starts with libLLVM; a folder of its own
     // keeps it from another LLVM beside the right one.
@@ -124,6 +132,7 @@ fn build(toolchain: &Toolchain) -> Result<Vec<u8>> {
         .args(["build", "--quiet", "--release", "--locked", "--package", "windlass-bpf"])
         .args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"])
         .arg(&target_folder)
+        .args(options)
         .env("RUSTC", &toolchain.rustc)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))

@@ -41,6 +41,9 @@ enum Command {
         /// Build elsewhere and compare with the committed object
         #[arg(long)]
         check: bool,
+        /// Build the object with the programs that time the walk into target/bpf/timing.bpf.o
+        #[arg(long, conflicts_with = "check")]
+        timing: bool,
     },
     /// Checks the licences of all dependencies against deny.toml
     Licences,
@@ -78,13 +81,14 @@ enum Command {
 fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Test { ci, fast } => suite::run(ci || checkout::is_ci(), fast),
-        Command::BuildEbpf { check: true } => {
+        Command::BuildEbpf { timing: true, .. } => ebpf::build_timing().map(drop),
+        Command::BuildEbpf { check: true, .. } => {
             if let Some(reason) = ebpf::check()? {
                 println!("{reason}");
             }
             Ok(())
         }
-        Command::BuildEbpf { check: false } => ebpf::update(),
+        Command::BuildEbpf { check: false, .. } => ebpf::update(),
         Command::Licences => licence::check(),
         Command::Bench { name } => bench::run(&name),
         Command::Fixtures { check: true } => fixtures::check(),

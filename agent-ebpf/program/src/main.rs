@@ -10,6 +10,8 @@
 
 #[cfg(target_arch = "bpf")]
 mod program;
+#[cfg(all(target_arch = "bpf", feature = "timing"))]
+mod timing;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

@@ -23,8 +23,12 @@ use windlass_schema::maps::{
 };
 
 #[btf_map]
-static PROCESSES: HashMap<u32, ProcessEntry, { MAX_PROCESSES as usize }, { BPF_F_NO_PREALLOC as usize }> =
-    HashMap::new();
+pub(crate) static PROCESSES: HashMap<
+    u32,
+    ProcessEntry,
+    { MAX_PROCESSES as usize },
+    { BPF_F_NO_PREALLOC as usize },
+> = HashMap::new();
 
 #[btf_map]
 static MAPPINGS: HashMap<
@@ -50,20 +54,20 @@ static CHUNKS: ArrayOfMaps<Array<ChunkValue, 1>, { MAX_CHUNKS as usize }> = Arra
 static SAMPLES: RingBuf<SampleHeader, { SAMPLES_RING_BYTES as usize }> = RingBuf::new();
 
 #[btf_map]
-static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+pub(crate) static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
 
 /// What one sample needs while it is made.
 #[repr(C)]
-struct Scratch {
-    walk: Walk<Registers>,
+pub(crate) struct Scratch {
+    pub(crate) walk: Walk<Registers>,
     sample: SampleBuffer,
 }
 
 /// The maps and the current thread's memory.
-struct Kernel;
+pub(crate) struct Kernel;
 
 impl Tables for Kernel {
     #[inline(always)]
@@ -192,13 +196,22 @@ fn copy_registers(from: &pt_regs, into: &mut Registers) {
 /// Walks the user stack; the reason why it ended.
 #[inline(always)]
 fn walk_user(data: *mut bpf_perf_event_data, scratch: *mut Scratch, tgid: u32) -> StopReason {
-    // SAFETY: the slot is this CPU's own; `turn` reborrows it while nothing here holds a reference.
+    // SAFETY: the slot is this CPU's own.
     unsafe {
         (*scratch).walk.restart(tgid);
         (*scratch).sample.header.generation = 0;
-        if let Err(reason) = user_registers(data, &mut (*scratch).walk.registers) {
-            return reason;
+        match user_registers(data, &mut (*scratch).walk.registers) {
+            Ok(()) => walk_from_registers(scratch, tgid),
+            Err(reason) => reason,
         }
+    }
+}
+
+/// Walks from the registers that are in place; the reason why the walk ended.
+#[inline(always)]
+pub(crate) fn walk_from_registers(scratch: *mut Scratch, tgid: u32) -> StopReason {
+    // SAFETY: the slot is this CPU's own; `turn` reborrows it while nothing here holds a reference.
+    unsafe {
         let Some(process) = PROCESSES.get(tgid) else {
             // Known or not, where the thread stands is worth reporting.
             (*scratch).sample.addresses[0] = (*scratch).walk.address();

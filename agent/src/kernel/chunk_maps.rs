@@ -51,7 +51,8 @@ impl ChunkMaps {
         Self::from_map(map)
     }
 
-    pub(super) fn from_map(mut outer: Map) -> Result<Self, LoadError> {
+    /// The chunk maps of a loaded object, by its map [`names::CHUNKS`].
+    pub fn from_map(mut outer: Map) -> Result<Self, LoadError> {
         outer_of(&mut outer).map_err(|error| LoadError::Refused(describe(&error)))?;
         allow_descriptors(u64::from(MAX_CHUNKS) + OTHER_DESCRIPTORS);
         Ok(Self { outer, chunks: HashMap::new(), fresh: Vec::new(), buffer: empty_chunk() })

@@ -1,0 +1,121 @@
+//! Programs to profile, one on each core.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context as _, Result};
+
+/// The program with stacks of a known depth.
+const DEEP: &str = include_str!("deep.c");
+/// Bytes that fit into any first-level cache, and bytes that fit into no cache of a core's own.
+const FEW_BYTES: &str = "4096";
+const MANY_BYTES: &str = "33554432";
+/// The program of 57 frames when it ends soon, as its threads are called.
+pub(crate) const SHORT_NAME: &str = "windlass-short";
+
+/// A kind of program.
+#[derive(Clone, Debug)]
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
+    path: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl Program {
+    fn new(name: &'static str, path: PathBuf, arguments: &[&str]) -> Self {
+        Self { name, path, arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect() }
+    }
+
+    /// The bundled workload, an interpreter if there is one, stacks of 57 frames with the caches to themselves and with
+    /// caches that are full of something else.
+    pub(crate) fn all(folder: &Path) -> Result<Vec<Self>> {
+        let workload = windlass_workload::write_executable(folder).context("write the workload")?;
+        let deep = compile_deep(folder, "windlass-deep", "sha1")?;
+        let mut all = vec![
+            Self::new("fixtures/workload", workload, &["1000"]),
+            Self::new("57 frames", deep.clone(), &["57", FEW_BYTES]),
+            Self::new("57 frames, 32 MiB read at random", deep, &["57", MANY_BYTES]),
+        ];
+        let python = PathBuf::from("/usr/bin/python3");
+        if python.exists() {
+            let script = "def f(n): return 1 if n == 0 else f(n - 1) + sum(range(100))\nwhile True: f(20)";
+            all.insert(1, Self::new("python3", python, &["-c", script]));
+        }
+        Ok(all)
+    }
+
+    /// Programs like those of 57 frames, each an image of its own.
+    pub(crate) fn images(folder: &Path, count: u8) -> Result<Vec<Self>> {
+        let one = |number: u8| {
+            let path = compile_deep(
+                folder,
+                &format!("windlass-new-{number}"),
+                &format!("0xb0{number:02x}{:036x}", 1),
+            )?;
+            Ok(Self::new("57 frames", path, &["57", FEW_BYTES]))
+        };
+        (0..count).map(one).collect()
+    }
+
+    /// A shell for each core that starts the program of 57 frames again and again, each for a tenth of a second.
+    pub(crate) fn short(folder: &Path) -> Result<Self> {
+        compile_deep(folder, SHORT_NAME, "sha1")?;
+        let script = folder.join("again.sh");
+        std::fs::write(&script, format!("cd \"${{0%/*}}\"; while :; do ./{SHORT_NAME} 57 4096 100; done"))?;
+        Ok(Self::new("0.1 s", PathBuf::from("/bin/sh"), &[&script.display().to_string()]))
+    }
+
+    /// One of it alone.
+    pub(crate) fn start_one(&self) -> Result<Running> {
+        Ok(Running(vec![self.spawn()?]))
+    }
+
+    fn spawn(&self) -> Result<Child> {
+        let mut command = Command::new(&self.path);
+        command.args(&self.arguments).stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().with_context(|| format!("start {}", self.path.display()))
+    }
+
+    /// One on each core; dropping them ends them.
+    pub(crate) fn start(&self) -> Result<Running> {
+        let cores = std::thread::available_parallelism()?.get();
+        (0..cores).map(|_| self.spawn()).collect::<Result<_>>().map(Running)
+    }
+
+    /// What the kernel calls its threads, as far as it keeps names.
+    pub(crate) fn command_name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().chars().take(15).collect()
+    }
+}
+
+/// Compiles the program under a name.
+fn compile_deep(folder: &Path, name: &str, build_id: &str) -> Result<PathBuf> {
+    let (source, path) = (folder.join("deep.c"), folder.join(name));
+    std::fs::write(&source, DEEP)?;
+    let mut compile = Command::new("cc");
+    compile.args(["-O2", "-fomit-frame-pointer", "-fno-optimize-sibling-calls"]);
+    compile.arg(format!("-Wl,--build-id={build_id}")).arg("-o");
+    let status = compile.arg(&path).arg(&source).status().context("run cc")?;
+    anyhow::ensure!(status.success(), "cc: {status}");
+    Ok(path)
+}
+
+/// Programs that run; dropping them ends them.
+pub(crate) struct Running(Vec<Child>);
+
+impl Running {
+    /// The first of them.
+    pub(crate) fn pid(&self) -> u32 {
+        self.0[0].id()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // Both fail only when it has ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

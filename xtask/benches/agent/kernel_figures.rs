@@ -1,0 +1,75 @@
+//! What the kernel says of a program and of a process: time, memory.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use aya::programs::loaded_programs;
+
+/// Makes the kernel take the time of BPF programs (`kernel.bpf_stats_enabled`, Documentation/admin-guide/sysctl/kernel.rst).
+const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+/// Times of BPF programs are taken; dropping it puts back what was there.
+pub(crate) struct BpfStats {
+    before: String,
+}
+
+impl BpfStats {
+    pub(crate) fn enable() -> Result<Self> {
+        let before = std::fs::read_to_string(STATS).with_context(|| format!("read {STATS}"))?;
+        std::fs::write(STATS, "1").with_context(|| format!("write {STATS}"))?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for BpfStats {
+    fn drop(&mut self) {
+        // Nothing better could be done.
+        let _ = std::fs::write(STATS, &self.before);
+    }
+}
+
+/// Time and runs of the program of this name that a process holds, since it was loaded. Another agent's may run beside it.
+pub(crate) fn program_time(pid: u32, name: &str) -> Result<(Duration, u64)> {
+    let held = held_programs(pid)?;
+    let program = loaded_programs()
+        // One that goes away meanwhile is an error of its own.
+        .filter_map(Result::ok)
+        .find(|program| held.contains(&program.id()) && program.name_as_str() == Some(name))
+        .with_context(|| format!("process {pid} holds no program {name}"))?;
+    Ok((program.run_time(), program.run_count()))
+}
+
+/// Identifiers of the programs to which a process holds descriptors (`bpf_prog_show_fdinfo`, kernel/bpf/syscall.c).
+fn held_programs(pid: u32) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    for descriptor in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // A descriptor may be closed meanwhile.
+        let Ok(text) = std::fs::read_to_string(descriptor?.path()) else { continue };
+        ids.extend(text.lines().find_map(|line| line.strip_prefix("prog_id:")?.trim().parse::<u32>().ok()));
+    }
+    Ok(ids)
+}
+
+/// Time on a CPU of a process's threads: what `utime` and `stime` of its `stat` are scaled to, but in nanoseconds instead of
+/// hundredths of a second, of which a small agent uses two or three (`schedstat`, Documentation/scheduler/sched-stats.rst).
+pub(crate) fn process_time(pid: u32) -> Result<Duration> {
+    let mut sum = Duration::ZERO;
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread may end meanwhile.
+        let Ok(text) = std::fs::read_to_string(thread?.path().join("schedstat")) else { continue };
+        let ns = text.split_whitespace().next().and_then(|word| word.parse().ok());
+        sum += Duration::from_nanos(ns.context("schedstat without a time")?);
+    }
+    Ok(sum)
+}
+
+/// `VmRSS` of a process in bytes, and the highest it was.
+pub(crate) fn process_memory(pid: u32) -> Result<(u64, u64)> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kib = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    let (now, peak) = kib("VmRSS:").zip(kib("VmHWM:")).context("status without memory")?;
+    Ok((now * 1024, peak * 1024))
+}

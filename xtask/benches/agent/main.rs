@@ -1,0 +1,43 @@
+//! What the agent costs: its walk in the kernel, its program, its process.
+//!
+//! # Why this shape
+//! Profilers state "under 1%" of a machine that nobody sees. Here each figure is measured on the machine that prints it:
+//! the walk alone with what it is made of beside it, the whole program on programs that run, the agent beside `perf record`.
+//! One module answers one question and prints one Markdown table. Arguments choose tables:
+//! `cargo bench --package xtask --bench agent -- walk`; the object with the timing programs is built by
+//! `cargo xtask bench agent`.
+//!
+//! - [`walk`]: nanoseconds a frame, by [`timing`] programs over the tables of this process ([`own_tables`])
+//! - [`live`]: time a sample and share of a core, on [`busy`] programs, of the programs as [`installed`]; [`kernel_figures`]
+//! - [`new_processes`]: the first complete stack of one, samples of short ones, by an agent in this process ([`watching`])
+
+mod busy;
+mod installed;
+mod kernel_figures;
+mod live;
+mod new_processes;
+mod own_tables;
+mod timing;
+mod walk;
+mod watching;
+
+use anyhow::Result;
+
+fn main() -> Result<()> {
+    // Cargo itself passes `--bench`.
+    let chosen: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let wants = |name: &str| chosen.is_empty() || chosen.iter().any(|word| word == name);
+    let tables: [(&str, fn() -> Result<()>); 5] = [
+        ("walk", walk::print),
+        ("live", live::print),
+        ("perf", live::print_perf),
+        ("short", new_processes::print_short),
+        ("first", new_processes::print_first),
+    ];
+    for (name, print) in tables {
+        if wants(name) {
+            print()?;
+        }
+    }
+    Ok(())
+}
