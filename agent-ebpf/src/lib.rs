@@ -8,6 +8,8 @@
 //!
 //! - [`memory`]: what a walk reads from: a stack, and the tables' chunks
 //! - [`search`]: address -> mapping -> page -> record
+//! - [`recent`]: address -> record, where a walk has been before
+//! - [`stack_window`]: the stack, read for several frames at once
 //! - [`machine`]: what a walk needs of an instruction set
 //! - [`x86_64`], [`aarch64`]: the registers of each; record and registers -> the caller's registers
 //! - [`walk`]: one frame after the other, until there is a reason to stop
@@ -17,6 +19,8 @@
 pub mod aarch64;
 pub mod machine;
 pub mod memory;
+pub mod recent;
 pub mod search;
+pub mod stack_window;
 pub mod walk;
 pub mod x86_64;

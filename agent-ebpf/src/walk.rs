@@ -3,14 +3,15 @@
 use windlass_schema::maps::{
     EXACT_ADDRESS, ImageHeader, Location, MAX_USER_FRAMES, ProcessEntry, SegmentKey,
 };
-use windlass_schema::{ImageAddress, LoadBias, ProcessAddress, ReturnAddress, StopReason};
+use windlass_schema::record::kind;
+use windlass_schema::{ImageAddress, LoadBias, ProcessAddress, Record, ReturnAddress, StopReason};
 
 use crate::machine::Machine;
 use crate::memory::{StackMemory, Tables};
 use crate::search::{image_header, record_at, segment_of, slot_of};
 
 /// A walk under way. Consecutive frames are often in one image, so the mapping and the image
-/// header of the last frame are kept.
+/// header of the last frame whose record was looked up are kept.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Walk<R> {
@@ -78,11 +79,18 @@ impl<R: Machine> Walk<R> {
         } else {
             ReturnAddress::new(counter).lookup_address()
         };
-        if !(self.start <= address.get() && address.get() < self.end) {
-            self.enter_mapping(tables, address)?;
-        }
-        let image_address: ImageAddress = address.to_image(LoadBias::new(self.bias));
-        let record = record_at(tables, &self.image, image_address)?;
+        let generation = self.process.generation;
+        let record = match tables.remembered(generation, address) {
+            Some(record) => record,
+            None => {
+                let record = self.look_up(tables, address)?;
+                // What is not a frame's rule ends the walk or needs its mapping, which is found on the way to the record.
+                if !matches!(record.kind(), kind::NO_CFI | kind::UNSUPPORTED) {
+                    tables.remember(generation, address, record);
+                }
+                record
+            }
+        };
         match self.registers.step(record, memory) {
             Err(StopReason::UnsupportedRule) => {
                 self.unsupported = record.aux();
@@ -90,6 +98,16 @@ impl<R: Machine> Walk<R> {
             }
             stepped => stepped,
         }
+    }
+
+    /// The record that holds at `address`.
+    #[inline(always)]
+    fn look_up<T: Tables>(&mut self, tables: &T, address: ProcessAddress) -> Result<Record, StopReason> {
+        if !(self.start <= address.get() && address.get() < self.end) {
+            self.enter_mapping(tables, address)?;
+        }
+        let image_address: ImageAddress = address.to_image(LoadBias::new(self.bias));
+        record_at(tables, &self.image, image_address)
     }
 
     /// Finds the mapping that holds `address`, and its image.

@@ -7,6 +7,7 @@
 //!                                                  directories, dictionaries, pages, packed
 //! SAMPLES    ring buffer                        <- SampleHeader, then addresses
 //! SCRATCH    per-CPU array                         one sample under construction
+//! RECENT     per-CPU array                         records that recent walks found
 //! COUNTERS   per-CPU array Counter              -> u64
 //! ```
 //! Everything is plain old data without padding; integers are in the byte order of the machine.

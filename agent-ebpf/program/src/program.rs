@@ -1,6 +1,7 @@
 //! The program and its maps.
 
 use core::ffi::c_void;
+use core::mem::MaybeUninit;
 use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, bpf_perf_event_data, pt_regs, task_struct};
@@ -13,14 +14,16 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::{btf_map, perf_event};
 use aya_ebpf::programs::PerfEventContext;
 use windlass_agent_ebpf::memory::{StackMemory, Tables};
+use windlass_agent_ebpf::recent::RecentRecords;
+use windlass_agent_ebpf::stack_window::StackWindow;
 use windlass_agent_ebpf::walk::Walk;
 use windlass_agent_ebpf::x86_64::Registers;
-use windlass_schema::StopReason;
 use windlass_schema::maps::{
     CHUNK_BYTES, Chunk, Counter, MAX_CHUNKS, MAX_KERNEL_FRAMES, MAX_MAPPING_SEGMENTS, MAX_PROCESSES,
     MAX_USER_FRAMES, MappingSegment, ProcessEntry, SAMPLES_RING_BYTES, SampleBuffer, SampleHeader,
     SegmentKey,
 };
+use windlass_schema::{ProcessAddress, Record, StopReason};
 
 #[btf_map]
 pub(crate) static PROCESSES: HashMap<
@@ -57,48 +60,106 @@ static SAMPLES: RingBuf<SampleHeader, { SAMPLES_RING_BYTES as usize }> = RingBuf
 pub(crate) static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 
 #[btf_map]
+pub(crate) static RECENT: PerCpuArray<RecentRecords, 1> = PerCpuArray::new();
+
+#[btf_map]
 static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
 
 /// What one sample needs while it is made.
 #[repr(C)]
 pub(crate) struct Scratch {
     pub(crate) walk: Walk<Registers>,
+    stack: StackWindow,
     sample: SampleBuffer,
 }
 
-/// The maps and the current thread's memory.
-pub(crate) struct Kernel;
+/// The maps and the current thread's memory; what is of this CPU alone was looked up once.
+pub(crate) struct Kernel {
+    recent: *mut RecentRecords,
+    stack: *mut StackWindow,
+}
+
+/// What the turns of a walk work on.
+#[repr(C)]
+struct Turns {
+    scratch: *mut Scratch,
+    recent: *mut RecentRecords,
+}
+
+/// The chunk with this number.
+#[inline(always)]
+pub(crate) fn chunk(number: u32) -> Option<&'static Chunk> {
+    let value: &ChunkValue = CHUNKS.get_value(number, &0)?;
+    // SAFETY: both are bytes of any value, of the same size and alignment.
+    Some(unsafe { &*addr_of!(*value).cast() })
+}
+
+/// A segment of a process's mappings.
+#[inline(always)]
+pub(crate) fn segment(key: SegmentKey) -> Option<&'static MappingSegment> {
+    // SAFETY: user space replaces a segment whole and with a new generation, which the walk checks.
+    unsafe { MAPPINGS.get(key) }
+}
 
 impl Tables for Kernel {
     #[inline(always)]
     fn chunk(&self, number: u32) -> Option<&Chunk> {
-        let value: &ChunkValue = CHUNKS.get_value(number, &0)?;
-        // SAFETY: both are bytes of any value, of the same size and alignment.
-        Some(unsafe { &*addr_of!(*value).cast() })
+        chunk(number)
     }
 
     #[inline(always)]
     fn segment(&self, key: SegmentKey) -> Option<&MappingSegment> {
-        // SAFETY: user space replaces a segment whole and with a new generation, which the walk checks.
-        unsafe { MAPPINGS.get(key) }
+        segment(key)
+    }
+
+    #[inline(always)]
+    fn remembered(&self, generation: u32, address: ProcessAddress) -> Option<Record> {
+        // SAFETY: the value is this CPU's own, and nothing holds a reference to it beyond a call.
+        unsafe { (*self.recent).get(generation, address) }
+    }
+
+    #[inline(always)]
+    fn remember(&self, generation: u32, address: ProcessAddress, record: Record) {
+        // SAFETY: as in `remembered`.
+        unsafe { (*self.recent).put(generation, address, record) };
     }
 }
 
-/// Reads `T` from user memory.
+/// Reads `N` words of user memory.
 #[inline(always)]
-fn read_user<T: Copy>(address: u64, zero: T) -> Option<T> {
-    let mut value = zero;
-    // SAFETY: the destination is `size_of::<T>()` bytes of this frame; any source address is allowed.
-    let failed = unsafe {
-        bpf_probe_read_user(addr_of_mut!(value).cast(), size_of::<T>() as u32, address as *const c_void)
-    };
-    if failed == 0 { Some(value) } else { None }
+fn read_user<const N: usize>(address: u64) -> Option<[u64; N]> {
+    let mut words = MaybeUninit::<[u64; N]>::uninit();
+    // SAFETY: the helper fills the words, with zeros if it fails.
+    unsafe { if read_user_at(address, &raw mut words) { Some(words.assume_init()) } else { None } }
+}
+
+/// Reads as many bytes of user memory as a value has; false if they cannot be read to the last, and then the value is zero.
+///
+/// # Safety
+/// `into` can be written to, and any bytes are a `T`.
+#[inline(always)]
+unsafe fn read_user_at<T>(address: u64, into: *mut T) -> bool {
+    // SAFETY: the destination has the size that is said. Any source address is allowed.
+    unsafe { bpf_probe_read_user(into.cast(), size_of::<T>() as u32, address as *const c_void) == 0 }
 }
 
 impl StackMemory for Kernel {
     #[inline(always)]
     fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
-        read_user(address, [0; N])
+        read_user(address)
+    }
+
+    #[inline(always)]
+    fn frame_words<const N: usize>(&self, address: u64, frame_bytes: u64) -> Option<[u64; N]> {
+        // SAFETY: the value is this CPU's own, and nothing else holds a reference to it.
+        let stack = unsafe { &mut *self.stack };
+        match stack.words(address, frame_bytes, |from, into| {
+            // SAFETY: any bytes are words.
+            unsafe { read_user_at(from, into) }
+        }) {
+            Some(words) => Some(words),
+            None => read_user(address),
+        }
     }
 
     #[inline(always)]
@@ -116,20 +177,24 @@ fn count(counter: Counter) {
 }
 
 /// One turn of the walk: records a frame and steps to its caller.
-unsafe extern "C" fn turn(_number: u64, _context: *mut c_void) -> i64 {
-    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return 1 };
-    // SAFETY: the slot is this CPU's own, and the kernel runs one of these programs on a CPU at a time.
-    let scratch = unsafe { &mut *scratch };
-    let frame = scratch.walk.frames as usize;
+unsafe extern "C" fn turn(_number: u64, context: *mut c_void) -> i64 {
+    // SAFETY: the context is what `walk_from_registers` made. The values are this CPU's own, and the kernel runs one of
+    // these programs on a CPU at a time.
+    let (Scratch { walk, stack, sample }, recent) = unsafe {
+        let turns = &*context.cast::<Turns>();
+        (&mut *turns.scratch, turns.recent)
+    };
+    let kernel = Kernel { recent, stack };
+    let frame = walk.frames as usize;
     if frame >= MAX_USER_FRAMES {
         return 1;
     }
-    scratch.sample.addresses[frame] = scratch.walk.address();
-    scratch.walk.frames = frame as u32 + 1;
-    match scratch.walk.advance(&Kernel, &Kernel) {
+    sample.addresses[frame] = walk.address();
+    walk.frames = frame as u32 + 1;
+    match walk.advance(&kernel, &kernel) {
         Ok(()) => 0,
         Err(reason) => {
-            scratch.sample.header.stop = reason as u8;
+            sample.header.stop = reason as u8;
             1
         }
     }
@@ -221,7 +286,11 @@ pub(crate) fn walk_from_registers(scratch: *mut Scratch, tgid: u32) -> StopReaso
         (*scratch).walk.process = *process;
         (*scratch).sample.header.generation = (*scratch).walk.process.generation;
         (*scratch).sample.header.stop = StopReason::FrameLimit as u8;
-        bpf_loop(MAX_USER_FRAMES as u32, turn as *const () as *mut c_void, core::ptr::null_mut(), 0);
+        let Some(recent) = RECENT.get_ptr_mut(0) else { return StopReason::TableCorrupt };
+        // Of another walk.
+        (*scratch).stack.clear();
+        let mut turns = Turns { scratch, recent };
+        bpf_loop(MAX_USER_FRAMES as u32, turn as *const () as *mut c_void, (&raw mut turns).cast(), 0);
         // The agent may have replaced the mappings meanwhile; then some frame may be of the old ones.
         match PROCESSES.get(tgid) {
             Some(now) if now.generation == (*scratch).walk.process.generation => {}

@@ -13,11 +13,11 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::macros::{btf_map, raw_tracepoint};
 use aya_ebpf::programs::RawTracePointContext;
-use windlass_agent_ebpf::memory::Tables;
+use windlass_agent_ebpf::recent::SLOTS;
 use windlass_schema::maps::SegmentKey;
 use windlass_schema::record::{DWARF_RBP, DWARF_RSP};
 
-use crate::program::{Kernel, PROCESSES, SCRATCH, walk_from_registers};
+use crate::program::{PROCESSES, RECENT, SCRATCH, chunk, segment, walk_from_registers};
 
 /// Nanoseconds, frames, code of the reason to stop.
 #[btf_map]
@@ -51,6 +51,23 @@ fn windlass_time_walk(context: RawTracePointContext) -> i32 {
         put(1, u64::from((*scratch).walk.frames));
         put(2, stop as u64);
     }
+    0
+}
+
+/// Forgets one record.
+unsafe extern "C" fn forget(number: u64, _context: *mut c_void) -> i64 {
+    if let Some(recent) = RECENT.get_ptr_mut(0) {
+        // SAFETY: the value is this CPU's own.
+        unsafe { (*recent).forget(number as usize) };
+    }
+    0
+}
+
+/// Forgets every record, so that the next walk looks up each.
+#[raw_tracepoint]
+fn windlass_forget(_context: RawTracePointContext) -> i32 {
+    // SAFETY: helpers are called as their documentation asks.
+    unsafe { bpf_loop(SLOTS as u32, forget as *const () as *mut c_void, core::ptr::null_mut(), 0) };
     0
 }
 
@@ -104,11 +121,11 @@ primitive!(windlass_time_read_16, read_16, |operands| read::<2>(operands.address
 primitive!(windlass_time_read_64, read_64, |operands| read::<8>(operands.address));
 primitive!(windlass_time_read_256, read_256, |operands| read::<32>(operands.address));
 primitive!(windlass_time_scratch, scratch_turn, |_operands| i64::from(SCRATCH.get_ptr_mut(0).is_none()));
-primitive!(windlass_time_chunk, chunk_turn, |operands| { i64::from(Kernel.chunk(operands.chunk).is_none()) });
+primitive!(windlass_time_chunk, chunk_turn, |operands| { i64::from(chunk(operands.chunk).is_none()) });
 // SAFETY: the entry is not read.
 primitive!(windlass_time_process, process_turn, |operands| unsafe {
     i64::from(PROCESSES.get(operands.tgid).is_none())
 });
 primitive!(windlass_time_segment, segment_turn, |operands| {
-    i64::from(Kernel.segment(SegmentKey { tgid: operands.tgid, segment: 0 }).is_none())
+    i64::from(segment(SegmentKey { tgid: operands.tgid, segment: 0 }).is_none())
 });

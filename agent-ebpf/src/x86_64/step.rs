@@ -30,6 +30,15 @@ fn word<M: StackMemory>(memory: &M, address: u64) -> Result<u64, StopReason> {
     }
 }
 
+/// A word that a frame of so many bytes saved.
+#[inline(always)]
+fn saved_word<M: StackMemory>(memory: &M, address: u64, frame_bytes: u64) -> Result<u64, StopReason> {
+    match memory.frame_words::<1>(address, frame_bytes) {
+        Some([word]) => Ok(word),
+        None => Err(memory.unreadable(address)),
+    }
+}
+
 #[inline(always)]
 fn offset(base: u64, offset: i64) -> u64 {
     base.wrapping_add(offset as u64)
@@ -84,6 +93,7 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
     if cfa <= rsp && record.kind() < kind::GO_STACK {
         return Err(StopReason::NoAdvance);
     }
+    let frame_bytes = cfa.wrapping_sub(rsp);
     let mut known = FRAME_REGISTERS & registers.known | 1 << DWARF_RSP;
     let mut rbp = registers.general[DWARF_RBP as usize];
     let rip;
@@ -92,22 +102,17 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
         && f == -16
         && record.return_address() == return_address::AT_CFA
     {
-        let Some([saved, address]) = memory.words(cfa.wrapping_sub(16)) else {
+        let Some([saved, address]) = memory.frame_words(cfa.wrapping_sub(16), frame_bytes) else {
             return Err(memory.unreadable(cfa.wrapping_sub(16)));
         };
         known |= 1 << DWARF_RBP;
         (rbp, rip) = (saved, address);
     } else {
-        rip = match record.return_address() {
-            return_address::AT_CFA => word(memory, cfa.wrapping_sub(8))?,
-            return_address::REGISTER => registers.get(record.aux() >> 4)?,
-            return_address::ABOVE_FP => word(memory, offset(cfa, f + 8))?,
-            _ => word(memory, offset(cfa, 8 * i64::from(record.aux() as i8)))?,
-        };
+        // What was saved lies below the return address: in the order of addresses, one window may hold both.
         match record.frame_pointer() {
             frame_pointer::SAME => {}
             frame_pointer::AT_CFA => {
-                rbp = word(memory, offset(cfa, f))?;
+                rbp = saved_word(memory, offset(cfa, f), frame_bytes)?;
                 known |= 1 << DWARF_RBP;
             }
             frame_pointer::AT_FP => {
@@ -122,6 +127,12 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
             }
             _ => known &= !(1 << DWARF_RBP),
         }
+        rip = match record.return_address() {
+            return_address::AT_CFA => saved_word(memory, cfa.wrapping_sub(8), frame_bytes)?,
+            return_address::REGISTER => registers.get(record.aux() >> 4)?,
+            return_address::ABOVE_FP => word(memory, offset(cfa, f + 8))?,
+            _ => word(memory, offset(cfa, 8 * i64::from(record.aux() as i8)))?,
+        };
     }
     if rip == 0 {
         return Err(StopReason::ZeroReturnAddress);

@@ -81,11 +81,6 @@ impl Program {
         let cores = std::thread::available_parallelism()?.get();
         (0..cores).map(|_| self.spawn()).collect::<Result<_>>().map(Running)
     }
-
-    /// What the kernel calls its threads, as far as it keeps names.
-    pub(crate) fn command_name(&self) -> String {
-        self.path.file_name().unwrap_or_default().to_string_lossy().chars().take(15).collect()
-    }
 }
 
 /// Compiles the program under a name.
@@ -104,9 +99,8 @@ fn compile_deep(folder: &Path, name: &str, build_id: &str) -> Result<PathBuf> {
 pub(crate) struct Running(Vec<Child>);
 
 impl Running {
-    /// The first of them.
-    pub(crate) fn pid(&self) -> u32 {
-        self.0[0].id()
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        self.0.iter().map(Child::id).collect()
     }
 }
 

@@ -50,17 +50,17 @@ fn held_programs(pid: u32) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
-/// Time on a CPU of a process's threads: what `utime` and `stime` of its `stat` are scaled to, but in nanoseconds instead of
-/// hundredths of a second, of which a small agent uses two or three (`schedstat`, Documentation/scheduler/sched-stats.rst).
+/// User and system time of a process, of threads that have ended too, by its CPU-time clock: `utime` and `stime` of
+/// `/proc/PID/stat` are in hundredths of a second, of which a small agent uses two or three.
 pub(crate) fn process_time(pid: u32) -> Result<Duration> {
-    let mut sum = Duration::ZERO;
-    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread may end meanwhile.
-        let Ok(text) = std::fs::read_to_string(thread?.path().join("schedstat")) else { continue };
-        let ns = text.split_whitespace().next().and_then(|word| word.parse().ok());
-        sum += Duration::from_nanos(ns.context("schedstat without a time")?);
-    }
-    Ok(sum)
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: both calls fill what they are given.
+    let failed = unsafe {
+        libc::clock_getcpuclockid(pid as libc::pid_t, &raw mut clock) != 0
+            || libc::clock_gettime(clock, &raw mut time) != 0
+    };
+    anyhow::ensure!(!failed, "process {pid} has no CPU-time clock");
+    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
 /// `VmRSS` of a process in bytes, and the highest it was.

@@ -55,7 +55,7 @@ pub(crate) fn print() -> Result<()> {
     }
     println!(
         "\nOver {} s after {} s to settle. BPF time: `run_time_ns` over `run_cnt` of the program, everything in it. Share: \
-         time on a CPU of the agent's process, which ships what it samples.\n",
+         user and system time of the agent's process, which ships what it samples.\n",
         MEASURE.as_secs(),
         SETTLE.as_secs()
     );
@@ -90,7 +90,7 @@ pub(crate) fn print_perf() -> Result<()> {
         "| one on each core | CPU, share of a core | written | samples | complete |\n|---|---:|---:|---:|---:|"
     );
     for program in Program::all(folder.path())? {
-        let _running = program.start()?;
+        let running = program.start()?;
         std::thread::sleep(Duration::from_secs(1));
         let data = folder.path().join("perf.data");
         let before = children_time();
@@ -104,8 +104,9 @@ pub(crate) fn print_perf() -> Result<()> {
         anyhow::ensure!(status.success(), "perf record: {status}");
         let cpu = children_time() - before;
         let bytes = std::fs::metadata(&data)?.len();
-        drop(_running);
-        let (samples, complete) = complete_stacks(&data, &program.command_name())?;
+        let pids = running.pids();
+        drop(running);
+        let (samples, complete) = complete_stacks(&data, &pids)?;
         println!(
             "| {} | {:.2} % | {:.1} MB | {samples} | {:.1} % |",
             program.name,
@@ -135,10 +136,11 @@ fn children_time() -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
-/// Stacks of a command in perf's data, and those of them that are complete.
-fn complete_stacks(data: &Path, command_name: &str) -> Result<(u64, u64)> {
+/// Stacks of some processes in perf's data, and those of them that are complete.
+fn complete_stacks(data: &Path, pids: &[u32]) -> Result<(u64, u64)> {
     let mut script = Command::new("perf");
-    script.args(["script", "-F", "comm,ip,sym", "--comms", command_name, "-i"]).arg(data);
+    let pids = pids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    script.args(["script", "-F", "comm,ip,sym", "--pid", &pids, "-i"]).arg(data);
     let output = script.stderr(Stdio::null()).output().context("run perf script")?;
     let text = String::from_utf8_lossy(&output.stdout);
     // A stack is a line with the command's name, a line for each frame, an empty line.

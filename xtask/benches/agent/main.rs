@@ -27,8 +27,8 @@ fn main() -> Result<()> {
     // Cargo itself passes `--bench`.
     let chosen: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let wants = |name: &str| chosen.is_empty() || chosen.iter().any(|word| word == name);
-    let tables: [(&str, fn() -> Result<()>); 5] = [
-        ("walk", walk::print),
+    let tables = [
+        ("walk", walk::print as fn() -> Result<()>),
         ("live", live::print),
         ("perf", live::print_perf),
         ("short", new_processes::print_short),

@@ -55,7 +55,7 @@ fn first_complete(service: &Service, cache: &Path, programs: &[Program]) -> Resu
         let start = monotonic_ns();
         let running = program.start_one()?;
         let is_sought = |sample: &Sample| {
-            sample.tgid == running.pid() && sample.stop.is_complete() && sample.user.len() > 50
+            running.pids().contains(&sample.tgid) && sample.stop.is_complete() && sample.user.len() > 50
         };
         let sample = next(&samples, is_sought).context("no complete stack")?;
         all.push(Duration::from_nanos(sample.time_ns.saturating_sub(start)));

@@ -14,14 +14,14 @@ use windlass_schema::StopReason;
 use crate::own_tables::OwnTables;
 use crate::timing::{Measured, Timing};
 
-/// Frames of the stacks that are walked: a shallow one, a usual one, that of the deep workload, a very deep one.
+/// Frames of the stacks that are walked: a shallow one (no fewer than a Rust program starts with), a usual one, that of the deep workload, a very deep one.
 const FRAMES: [u64; 4] = [8, 32, 57, 128];
 /// Walks of each stack.
 const RUNS: usize = 3000;
 /// Turns of a primitive's loop, and runs of the loop.
 const TURNS: u64 = 4096;
 const LOOPS: usize = 200;
-/// What is not worth a line of its own: the programs, and what they do.
+/// What a walk is made of: programs, and what a turn of their loop does.
 const PRIMITIVES: [(&str, &str); 8] = [
     ("windlass_time_read_8", "bpf_probe_read_user, 8 bytes"),
     ("windlass_time_read_16", "bpf_probe_read_user, 16 bytes"),
@@ -35,6 +35,8 @@ const PRIMITIVES: [(&str, &str); 8] = [
 /// A loop without anything in it.
 const TURN: &str = "windlass_time_turn";
 const WALK: &str = "windlass_time_walk";
+/// Forgets the records that walks remember.
+const FORGET: &str = "windlass_forget";
 
 /// Registers of the frame from which a walk starts.
 #[derive(Clone, Copy)]
@@ -51,14 +53,19 @@ pub(crate) fn print() -> Result<()> {
     let mut timing = Timing::load()?;
     let _tables = OwnTables::place(&mut timing.bpf)?;
     let turn = per_turn(&mut timing, TURN)?;
-    let clock = TimesNs::of(&mut timing, || Ok((TURN, vec![0])))?;
+    let no_turns: Result<Vec<u64>> = (0..RUNS).map(|_| Ok(timing.run(TURN, &[0])?.ns)).collect();
+    let clock = TimesNs::new(no_turns?);
     println!("### Walk in the kernel\n");
-    println!("| stack | frames | ns a walk, best | median | ns a frame, best | median | without 8 frames' |");
+    println!("| stack | frames | ns a walk, best | median | ns a frame, best | median | each further |");
     println!("|---|---:|---:|---:|---:|---:|---:|");
-    for (name, descend) in [("one function", recurse as Descend), ("qsort and its callback", sort)] {
+    for (name, descend, forgets) in [
+        ("one function", recurse as Descend, false),
+        ("qsort and its callback", sort, false),
+        ("the same, each record looked up once", sort, true),
+    ] {
         let mut first = None;
         for frames in FRAMES {
-            let (times, frames) = walks(&mut timing, descend, frames)?;
+            let (times, frames) = walks(&mut timing, descend, frames, forgets)?;
             let (best, median) = (times.best - clock.best, times.median - clock.best);
             let first = first.get_or_insert((frames, median));
             let slope = match frames - first.0 {
@@ -78,8 +85,8 @@ pub(crate) fn print() -> Result<()> {
     }
     println!(
         "\nThe walk of the sampling program, with what it does before and after, on a stack of this process that is in the \
-         caches; {RUNS} runs of each, less what two readings of the clock take ({:.0} ns). Primitives: loops of {TURNS} \
-         turns, best of {LOOPS}, less the empty turn.\n",
+         caches, of records that a walk before has looked up unless it says otherwise; {RUNS} runs of each, less what two \
+         readings of the clock take ({:.0} ns). Primitives: loops of {TURNS} turns, best of {LOOPS}, less the empty turn.\n",
         clock.best
     );
     Ok(())
@@ -92,15 +99,6 @@ struct TimesNs {
 }
 
 impl TimesNs {
-    fn of(timing: &mut Timing, run: impl Fn() -> Result<(&'static str, Vec<u64>)>) -> Result<Self> {
-        let mut all = Vec::with_capacity(RUNS);
-        let (program, arguments) = run()?;
-        for _ in 0..RUNS {
-            all.push(timing.run(program, &arguments)?.ns);
-        }
-        Ok(Self::new(all))
-    }
-
     fn new(mut all: Vec<u64>) -> Self {
         all.sort_unstable();
         Self { best: all[0] as f64, median: all[all.len() / 2] as f64 }
@@ -121,14 +119,15 @@ fn per_turn(timing: &mut Timing, program: &str) -> Result<f64> {
 type Descend = fn(u64, Bottom<'_>) -> u64;
 
 /// Times of walks of a stack that `descend` makes, of about so many frames, and how many they are.
-fn walks(timing: &mut Timing, descend: Descend, frames: u64) -> Result<(TimesNs, u64)> {
+fn walks(timing: &mut Timing, descend: Descend, frames: u64, forgets: bool) -> Result<(TimesNs, u64)> {
     let (none, one) = (walk_once(timing, descend, 0)?.frames, walk_once(timing, descend, 1)?.frames);
     let levels = frames.saturating_sub(none).div_ceil(one - none);
     let mut all = Ok(Vec::with_capacity(RUNS));
     let mut seen = 0;
     descend(levels, &mut |start| {
         for _ in 0..RUNS {
-            match (run_walk(timing, start), &mut all) {
+            let forgotten = if forgets { timing.run(FORGET, &[]).map(drop) } else { Ok(()) };
+            match (forgotten.and_then(|()| run_walk(timing, start)), &mut all) {
                 (Ok(measured), Ok(all)) => {
                     seen = measured.frames;
                     all.push(measured.ns);
