@@ -128,9 +128,8 @@ pub trait Backend: Send {
     /// Forgets a process: walks of it stop with [`StopReason::ProcessUnknown`].
     fn remove_process(&mut self, tgid: u32);
 
-    /// Hands all waiting events to `sink`; waits up to `timeout` for the first. Process events come in
-    /// the order of their times; a sample comes after all process events that are older, or in the
-    /// same call.
+    /// Hands all waiting events to `sink`; waits up to `timeout` for the first that cannot wait. Events come in the
+    /// order of their times; a sample may come late, but after all process events that are older.
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()>;
 
     /// Samples that were taken but lost on the way here (ring buffer full), since the start.

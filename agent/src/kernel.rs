@@ -335,14 +335,12 @@ impl Backend for Kernel {
                 return Err(error.into());
             }
         }
-        // Samples are taken out first, so that all process events older than one of them are drained after
-        // it; and handed on last, so that these are known by then.
+        // Samples are taken out first, so that all process events older than one of them are drained after it.
         let mut samples = Vec::new();
         while let Some(item) = self.samples.next() {
             samples.extend(decode_sample(&item));
         }
-        self.sideband.drain(sink);
-        samples.into_iter().for_each(|sample| sink(Event::Sample(sample)));
+        self.sideband.drain(samples, sink);
         Ok(())
     }
 

@@ -28,7 +28,8 @@ use crate::tables::Tables;
 
 /// Shortest warm-up: within it each CPU has a sample or several, and the images that those touch are asked for.
 const SHORTEST_WARM_UP: Duration = Duration::from_millis(200);
-/// Longest wait for events: within it a table that arrived is placed, and a stop is noticed.
+/// Longest wait for events: within it samples that wake nobody are read, a table that arrived is placed, and a stop is
+/// noticed.
 const LONGEST_WAIT: Duration = Duration::from_millis(100);
 /// Distinct samples in a batch, at which it is shipped early: some 10 MiB.
 const MAX_BATCH_SAMPLES: usize = 50_000;
@@ -109,23 +110,27 @@ impl Sampling {
         }
         let now = Instant::now();
         self.metrics.turned(now);
-        for event in &events {
-            self.processes.note(event, &mut *self.backend, now);
+        let mut without_mappings = Vec::new();
+        for event in events {
+            self.processes.note(&event, &mut *self.backend, now);
             match event {
-                Event::Forked { tgid, parent, .. } => self.resources.forked(*tgid, *parent, now),
-                Event::Exec { tgid } => self.resources.exec(*tgid),
-                Event::Sample(_) | Event::Mapped { .. } | Event::Exited { .. } | Event::Lost => {}
+                // What is known of its process holds now, but a later event may change that.
+                Event::Sample(sample) if self.processes.mappings_of(&sample).is_some() => {
+                    self.record(&sample, now)
+                }
+                Event::Sample(sample) => without_mappings.push(sample),
+                Event::Forked { tgid, parent, .. } => self.resources.forked(tgid, parent, now),
+                Event::Exec { tgid } => self.resources.exec(tgid),
+                Event::Mapped { .. } | Event::Exited { .. } | Event::Lost => {}
             }
         }
-        // Before the samples: the first sample of a process is what has it read.
+        // Before the other samples: the first sample of a process is what has it read.
         self.processes.scan_due(&mut *self.backend, now);
         for wish in self.processes.prefetch(now) {
             self.tables.request(wish);
         }
-        for event in events {
-            if let Event::Sample(sample) = event {
-                self.record(&sample, now);
-            }
+        for sample in without_mappings {
+            self.record(&sample, now);
         }
         self.place_tables(now);
         self.processes.expire(&mut *self.backend, now);

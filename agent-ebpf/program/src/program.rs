@@ -4,12 +4,15 @@ use core::ffi::c_void;
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, addr_of_mut};
 
-use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, bpf_perf_event_data, pt_regs, task_struct};
+use aya_ebpf::bindings::{
+    BPF_F_NO_PREALLOC, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE,
+    bpf_perf_event_data, pt_regs, task_struct,
+};
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, RingBuf};
 use aya_ebpf::helpers::generated::{
     bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_get_smp_processor_id,
     bpf_get_stack, bpf_ktime_get_ns, bpf_loop, bpf_probe_read_kernel, bpf_probe_read_user,
-    bpf_ringbuf_output, bpf_task_pt_regs,
+    bpf_ringbuf_output, bpf_ringbuf_query, bpf_task_pt_regs,
 };
 use aya_ebpf::macros::{btf_map, perf_event};
 use aya_ebpf::programs::PerfEventContext;
@@ -303,6 +306,24 @@ pub(crate) fn walk_from_registers(scratch: *mut Scratch, tgid: u32) -> StopReaso
     }
 }
 
+/// Whether the agent is woken for a sample. To wake it takes several times as long as a walk, most of all in virtual machines
+/// (the interrupt that `irq_work_queue` raises, kernel/bpf/ringbuf.c), and it looks ten times a second by itself. So
+/// only a sample wakes it of which a later one is better if it acts on this one, or that finds a quarter of the ring full.
+#[inline(always)]
+fn wake_flags(stop: StopReason) -> u64 {
+    let wants_agent =
+        matches!(stop, StopReason::ProcessUnknown | StopReason::NoMapping | StopReason::TablePending);
+    let ring = addr_of!(SAMPLES).cast_mut().cast();
+    // SAFETY: the map is a ring buffer.
+    let [waiting_bytes, ring_bytes] =
+        [BPF_RB_AVAIL_DATA, BPF_RB_RING_SIZE].map(|what| unsafe { bpf_ringbuf_query(ring, u64::from(what)) });
+    u64::from(if wants_agent || waiting_bytes > ring_bytes / 4 {
+        BPF_RB_FORCE_WAKEUP
+    } else {
+        BPF_RB_NO_WAKEUP
+    })
+}
+
 /// Takes one sample. The program's name in the object is `windlass_sample`.
 #[perf_event]
 fn windlass_sample(context: PerfEventContext) -> u32 {
@@ -344,7 +365,7 @@ fn windlass_sample(context: PerfEventContext) -> u32 {
             addr_of!(SAMPLES).cast_mut().cast(),
             addr_of_mut!((*scratch).sample).cast(),
             bytes as u64,
-            0,
+            wake_flags(stop),
         ) != 0
         {
             count(Counter::RingFull);

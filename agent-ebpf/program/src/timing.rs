@@ -121,7 +121,7 @@ primitive!(windlass_time_read_16, read_16, |operands| read::<2>(operands.address
 primitive!(windlass_time_read_64, read_64, |operands| read::<8>(operands.address));
 primitive!(windlass_time_read_256, read_256, |operands| read::<32>(operands.address));
 primitive!(windlass_time_scratch, scratch_turn, |_operands| i64::from(SCRATCH.get_ptr_mut(0).is_none()));
-primitive!(windlass_time_chunk, chunk_turn, |operands| { i64::from(chunk(operands.chunk).is_none()) });
+primitive!(windlass_time_chunk, chunk_turn, |operands| i64::from(chunk(operands.chunk).is_none()));
 // SAFETY: the entry is not read.
 primitive!(windlass_time_process, process_turn, |operands| unsafe {
     i64::from(PROCESSES.get(operands.tgid).is_none())

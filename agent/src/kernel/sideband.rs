@@ -12,7 +12,7 @@
 
 use std::os::fd::RawFd;
 
-use crate::backend::Event;
+use crate::backend::{Event, Sample};
 use crate::perf_ring::{
     PerfEventAttr, PerfRing, PerfScope, RingRecord, SIDEBAND_TIME_FROM_END, monotonic_ns,
     record as record_kind,
@@ -76,10 +76,13 @@ impl Sideband {
         self.rings.iter().map(PerfRing::descriptor)
     }
 
-    /// Hands out the events up to now, in the order of their times.
-    pub(super) fn drain(&mut self, sink: &mut dyn FnMut(Event)) {
+    /// Hands out the events up to now, and samples that were taken out before, in the order of their times.
+    pub(super) fn drain(&mut self, samples: Vec<Sample>, sink: &mut dyn FnMut(Event)) {
         let until_ns = monotonic_ns();
         let waiting = &mut self.waiting;
+        for sample in samples {
+            waiting.push(sample.time_ns, Event::Sample(sample));
+        }
         for ring in &mut self.rings {
             ring.drain(|record| {
                 if let Some((time_ns, event)) = event_of(&record, SIDEBAND_TIME_FROM_END) {
@@ -210,8 +213,8 @@ mod tests {
             Event::Exited { tgid } if tgid == child.id() => kinds.push("exited"),
             _ => {}
         };
-        sideband.drain(&mut note);
-        sideband.drain(&mut note);
+        sideband.drain(Vec::new(), &mut note);
+        sideband.drain(Vec::new(), &mut note);
         kinds.dedup();
         assert_eq!(kinds, ["forked", "exec", "mapped", "exited"]);
     }
