@@ -7,7 +7,8 @@
 //! `cargo bench --package xtask --bench agent -- walk`; the object with the timing programs is built by
 //! `cargo xtask bench agent`.
 //!
-//! - [`walk`]: nanoseconds a frame, by [`timing`] programs over the tables of this process ([`own_tables`])
+//! - [`walk`]: nanoseconds a frame, by [`timing`] programs over the tables of this process ([`process_tables`])
+//! - [`sample`]: time of the whole program for samples of one program
 //! - [`live`]: time a sample and share of a core, on [`busy`] programs, of the programs as [`installed`]; [`kernel_figures`]
 //! - [`new_processes`]: the first complete stack of one, samples of short ones, by an agent in this process ([`watching`])
 
@@ -16,7 +17,8 @@ mod installed;
 mod kernel_figures;
 mod live;
 mod new_processes;
-mod own_tables;
+mod process_tables;
+mod sample;
 mod timing;
 mod walk;
 mod watching;
@@ -29,6 +31,7 @@ fn main() -> Result<()> {
     let wants = |name: &str| chosen.is_empty() || chosen.iter().any(|word| word == name);
     let tables = [
         ("walk", walk::print as fn() -> Result<()>),
+        ("sample", sample::print),
         ("live", live::print),
         ("perf", live::print_perf),
         ("short", new_processes::print_short),

@@ -24,11 +24,16 @@ pub(crate) struct Measured {
     pub(crate) stop: u64,
 }
 
+/// The object's maps, made in the kernel, and its programs, not yet loaded.
+pub(crate) fn load_object() -> Result<Ebpf> {
+    let path = std::env::var_os(OBJECT).with_context(|| format!("{OBJECT} does not name an object"))?;
+    let object = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    Ok(EbpfLoader::new().load(&object)?)
+}
+
 impl Timing {
     pub(crate) fn load() -> Result<Self> {
-        let path = std::env::var_os(OBJECT).with_context(|| format!("{OBJECT} does not name an object"))?;
-        let object = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-        let mut bpf = EbpfLoader::new().load(&object)?;
+        let mut bpf = load_object()?;
         for (name, program) in bpf.programs_mut() {
             if let Ok(program) = <&mut RawTracePoint>::try_from(program) {
                 program.load().with_context(|| format!("load {name}"))?;

@@ -11,7 +11,7 @@ use std::hint::black_box;
 use anyhow::{Context as _, Result};
 use windlass_schema::StopReason;
 
-use crate::own_tables::OwnTables;
+use crate::process_tables::ProcessTables;
 use crate::timing::{Measured, Timing};
 
 /// Frames of the stacks that are walked: a shallow one (no fewer than a Rust program starts with), a usual one, that of the deep workload, a very deep one.
@@ -51,7 +51,7 @@ type Bottom<'a> = &'a mut dyn FnMut(Start);
 
 pub(crate) fn print() -> Result<()> {
     let mut timing = Timing::load()?;
-    let _tables = OwnTables::place(&mut timing.bpf)?;
+    let _tables = ProcessTables::place(&mut timing.bpf, std::process::id())?;
     let turn = per_turn(&mut timing, TURN)?;
     let no_turns: Result<Vec<u64>> = (0..RUNS).map(|_| Ok(timing.run(TURN, &[0])?.ns)).collect();
     let clock = TimesNs::new(no_turns?);

@@ -24,6 +24,14 @@ impl Backend for Watching {
         self.kernel.place_table(table)
     }
 
+    fn to_remove(&self, table: &Table<'_>, candidates: &[Location]) -> Option<usize> {
+        self.kernel.to_remove(table, candidates)
+    }
+
+    fn remove_tables(&mut self, tables: &[Location]) -> Result<(), PlaceError> {
+        self.kernel.remove_tables(tables)
+    }
+
     fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> Result<u32> {
         self.kernel.set_process(tgid, mappings)
     }

@@ -1,4 +1,4 @@
-//! The tables of this process in the maps of the timing programs, placed as the agent does it.
+//! The tables of one process in the maps of a loaded object, placed as the agent does it.
 
 use std::collections::HashMap;
 
@@ -25,19 +25,19 @@ unsafe impl aya::Pod for Plain<SegmentKey> {}
 // SAFETY: integers without padding.
 unsafe impl aya::Pod for Plain<MappingSegment> {}
 
-/// The generation of this process's mappings: any but 0.
+/// The generation of the process's mappings: any but 0.
 const GENERATION: u32 = 1;
 
 /// Keeps the maps of chunks, which may be written again, open.
-pub(crate) struct OwnTables {
+pub(crate) struct ProcessTables {
     _chunks: ChunkMaps,
 }
 
-impl OwnTables {
-    /// Compiles and places the tables of everything that this process maps, and states its mappings.
-    pub(crate) fn place(bpf: &mut Ebpf) -> Result<Self> {
+impl ProcessTables {
+    /// Compiles and places the tables of everything that a process maps, and states its mappings.
+    pub(crate) fn place(bpf: &mut Ebpf, tgid: u32) -> Result<Self> {
         let mut images = Images::default();
-        let mappings = read_mappings(std::process::id(), &mut images)?;
+        let mappings = read_mappings(tgid, &mut images)?;
         let mut space = ChunkSpace::new(u64::from(MAX_CHUNKS) * u64::from(CHUNK_BYTES));
         let mut placed = HashMap::new();
         for mapping in &mappings {
@@ -54,7 +54,6 @@ impl OwnTables {
         let mut chunks = ChunkMaps::from_map(map(bpf, names::CHUNKS)?)?;
         chunks.flush(&mut space)?;
         let (entry, segments) = segments_of(&plan(&mappings, &images), GENERATION);
-        let tgid = std::process::id();
         let mut of_process: aya::maps::HashMap<MapData, Plain<SegmentKey>, Plain<MappingSegment>> =
             map(bpf, names::MAPPINGS)?.try_into()?;
         for (number, segment) in segments.into_iter().enumerate() {
