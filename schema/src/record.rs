@@ -28,7 +28,7 @@
 //! Fields that a kind does not use are 0: f without a frame-pointer rule that has one, byte 1 where the last table below has
 //! nothing, bytes 2 to 7 and both rules of kinds 9 to 11 (byte 1 of 11 is the code of one of `UnsupportedReason`).
 //!
-//! The CFA of a frame lies above its stack pointer (on aarch64 it may be equal, if the return address is in a register), but for
+//! The CFA of a frame lies above its stack pointer (or is equal to it, if the return address is in a register), but for
 //! the last two kinds, which lead to another stack. That is for a walk to check: a table may say otherwise.
 //!
 //! The stack pointer is rsp or sp, the frame pointer rbp or x29. Kinds 4, 5, 7, 8, 12

@@ -89,8 +89,10 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
     let rsp = registers.general[DWARF_RSP as usize];
     let cfa = canonical_frame_address(registers, record, memory)?;
     // A call pushes its return address, so the caller's stack pointer lies above the callee's, but for
-    // a caller on another stack.
-    if cfa <= rsp && record.kind() < kind::GO_STACK {
+    // a caller on another stack, and where the callee has popped the address into a register. No caller knows
+    // such a register, so that a step like that is not followed by another.
+    let is_popped = record.return_address() == return_address::REGISTER;
+    if (cfa < rsp || cfa == rsp && !is_popped) && record.kind() < kind::GO_STACK {
         return Err(StopReason::NoAdvance);
     }
     let frame_bytes = cfa.wrapping_sub(rsp);
@@ -243,6 +245,7 @@ mod tests {
         check(frame(CfaRule::Offset(r10, 8), AT_CFA, SAME), Ok((BASE + 72, rbp, 108)));
         let rdi = ReturnAddressRule::Register(x86(5));
         check(frame(CfaRule::Offset(Register::RSP, 8), rdi, SAME), Ok((BASE + 24, rbp, 0x4242)));
+        check(frame(CfaRule::Offset(Register::RSP, 0), rdi, SAME), Ok((BASE + 16, rbp, 0x4242)));
         for (return_address, f, rip) in [(-24, FramePointerRule::AtCfa(-32), 105), (-32, SAME, 104)] {
             let rbp = if f == SAME { rbp } else { 104 };
             let rule = frame(CfaRule::Offset(Register::RSP, 48), ReturnAddressRule::AtCfa(return_address), f);
@@ -310,7 +313,21 @@ mod tests {
     fn a_frame_must_advance_and_be_readable() {
         check(frame(CfaRule::Offset(Register::RSP, 0), AT_CFA, SAME), Err(StopReason::NoAdvance));
         check(frame(CfaRule::Offset(Register::RSP, -8), AT_CFA, SAME), Err(StopReason::NoAdvance));
+        let rdi = ReturnAddressRule::Register(x86(5));
+        check(frame(CfaRule::Offset(Register::RSP, -8), rdi, SAME), Err(StopReason::NoAdvance));
         check(frame(CfaRule::Offset(Register::RSP, 0x10000), AT_CFA, SAME), Err(StopReason::StackRead));
+    }
+
+    /// glibc's vfork holds its return address in rdi, with nothing on the stack.
+    #[test]
+    fn a_return_address_in_a_register_is_that_of_one_frame() {
+        let rdi = ReturnAddressRule::Register(x86(5));
+        let popped = frame(CfaRule::Offset(Register::RSP, 0), rdi, SAME).to_record();
+        let mut after = registers();
+        step(&mut after, popped, &Stack).unwrap();
+        let caller = after;
+        assert_eq!(step(&mut after, popped, &Stack), Err(StopReason::RegisterUnknown));
+        assert_eq!(after, caller);
     }
 
     #[test]
