@@ -12,11 +12,13 @@
 //! - [`stack_window`]: the stack, read for several frames at once
 //! - [`machine`]: what a walk needs of an instruction set
 //! - [`x86_64`], [`aarch64`]: the registers of each; record and registers -> the caller's registers
+//! - [`frame_pointer`]: the same where there is no record
 //! - [`walk`]: one frame after the other, until there is a reason to stop
 
 #![cfg_attr(not(test), no_std)]
 
 pub mod aarch64;
+pub mod frame_pointer;
 pub mod machine;
 pub mod memory;
 pub mod recent;

@@ -6,10 +6,11 @@
 
 use windlass_schema::{Record, StopReason};
 
+use crate::frame_pointer::FramePointers;
 use crate::memory::StackMemory;
 
 /// The registers of one frame.
-pub trait Machine {
+pub trait Machine: FramePointers {
     /// The program counter: an instruction's address if [exact](Self::is_exact), else a return address.
     fn program_counter(&self) -> u64;
 

@@ -1,11 +1,13 @@
 //! A walk: frame after frame until there is a reason to stop.
 
 use windlass_schema::maps::{
-    EXACT_ADDRESS, ImageHeader, Location, MAX_USER_FRAMES, ProcessEntry, SegmentKey,
+    EXACT_ADDRESS, ImageHeader, Location, MAX_USER_FRAMES, Mapping, ProcessEntry, SegmentKey, no_table,
 };
-use windlass_schema::record::kind;
-use windlass_schema::{ImageAddress, LoadBias, ProcessAddress, Record, ReturnAddress, StopReason};
+use windlass_schema::{
+    ImageAddress, LoadBias, ProcessAddress, Record, ReturnAddress, StopReason, UnsupportedReason,
+};
 
+use crate::frame_pointer::{CodeWithoutTable, Search};
 use crate::machine::Machine;
 use crate::memory::{StackMemory, Tables};
 use crate::search::{image_header, record_at, segment_of, slot_of};
@@ -29,7 +31,18 @@ pub struct Walk<R> {
     end: u64,
     bias: u64,
     image: ImageHeader,
+    /// What the mapping is, if it has no table: the code of its reason. 0 if it has one.
+    without_table: u64,
+    /// 1 if all functions of the code searched keep frame pointers, else 0.
+    keeps_frame_pointers: u64,
+    search: Search,
 }
+
+/// What stands for memory of a JIT compiler.
+const JIT: u64 = StopReason::Jit as u64;
+const _: () = assert!(JIT != 0 && StopReason::FramePointer as u64 != 0);
+/// The record of code that can be walked by frame pointers.
+const FRAME_POINTERS_ONLY: Record = Record::unsupported(UnsupportedReason::FramePointersOnly);
 
 impl<R: Machine> Walk<R> {
     /// A walk from these registers.
@@ -49,6 +62,9 @@ impl<R: Machine> Walk<R> {
                 dictionary: Location::NOWHERE,
                 directory: [Location::NOWHERE; 8],
             },
+            without_table: 0,
+            keeps_frame_pointers: 0,
+            search: Search::START,
         }
     }
 
@@ -60,6 +76,14 @@ impl<R: Machine> Walk<R> {
         self.unsupported = 0;
         self.start = 0;
         self.end = 0;
+        self.search = Search::START;
+    }
+
+    /// Whether the registers are those of a frame that is to be recorded. Otherwise the last turn found out
+    /// something about the frame recorded before it.
+    #[inline(always)]
+    pub fn is_at_frame(&self) -> bool {
+        self.search.phase == Search::NONE
     }
 
     /// The frame's address as a sample holds it.
@@ -70,9 +94,29 @@ impl<R: Machine> Walk<R> {
         self.registers.program_counter() & !EXACT_ADDRESS | exact
     }
 
-    /// Steps from the frame just recorded to its caller.
+    /// Steps from the frame just recorded to its caller, or a turn nearer to it.
     #[inline(always)]
     pub fn advance<T: Tables, M: StackMemory>(&mut self, tables: &T, memory: &M) -> Result<(), StopReason> {
+        if self.is_at_frame() {
+            let record = self.record(tables)?;
+            let is_only = record.0 == FRAME_POINTERS_ONLY.0;
+            if !is_only && record.0 != Record::NO_CFI.0 {
+                return match self.registers.step(record, memory) {
+                    Err(StopReason::UnsupportedRule) => {
+                        self.unsupported = record.aux();
+                        Err(StopReason::UnsupportedRule)
+                    }
+                    stepped => stepped,
+                };
+            }
+            self.keeps_frame_pointers = is_only as u64;
+        }
+        self.look_for_caller(tables, memory)
+    }
+
+    /// The record of the frame just recorded.
+    #[inline(always)]
+    fn record<T: Tables>(&mut self, tables: &T) -> Result<Record, StopReason> {
         let counter = self.registers.program_counter();
         let address = if self.registers.is_exact() {
             ProcessAddress::new(counter)
@@ -91,13 +135,7 @@ impl<R: Machine> Walk<R> {
                 record
             }
         };
-        match self.registers.step(record, memory) {
-            Err(StopReason::UnsupportedRule) => {
-                self.unsupported = record.aux();
-                Err(StopReason::UnsupportedRule)
-            }
-            stepped => stepped,
-        }
+        Ok(record)
     }
 
     /// The record that holds at `address`.
@@ -106,32 +144,92 @@ impl<R: Machine> Walk<R> {
         if !(self.start <= address.get() && address.get() < self.end) {
             self.enter_mapping(tables, address)?;
         }
+        if self.without_table != 0 {
+            return Ok(if self.without_table == JIT { Record::NO_CFI } else { FRAME_POINTERS_ONLY });
+        }
         let image_address: ImageAddress = address.to_image(LoadBias::new(self.bias));
         record_at(tables, &self.image, image_address)
+    }
+
+    /// One turn of going on by frame pointers.
+    #[inline(always)]
+    fn look_for_caller<T: Tables, M: StackMemory>(
+        &mut self,
+        tables: &T,
+        memory: &M,
+    ) -> Result<(), StopReason> {
+        let keeps_frame_pointers = self.keeps_frame_pointers != 0;
+        let unproved = match (keeps_frame_pointers, self.without_table) {
+            (true, _) => StopReason::FramePointer,
+            (false, 0) => StopReason::NoCfi,
+            (false, _) => StopReason::Jit,
+        };
+        let code = CodeWithoutTable { start: self.start, keeps_frame_pointers, unproved };
+        let Some(candidate) = self.registers.look_for_caller(&mut self.search, &code, memory)? else {
+            return Ok(());
+        };
+        let is_return_address = self.is_executable(tables, candidate.address.wrapping_sub(1))?
+            && R::follows_call(candidate.address, memory).ok_or(StopReason::FramePointer)?;
+        if is_return_address != candidate.is_caller {
+            return Err(StopReason::FramePointer);
+        }
+        if candidate.is_caller {
+            self.search.phase = Search::NONE;
+            self.registers.return_to(&candidate);
+        }
+        Ok(())
+    }
+
+    /// Whether there is executable memory at `address`.
+    #[inline(always)]
+    fn is_executable<T: Tables>(&self, tables: &T, address: u64) -> Result<bool, StopReason> {
+        if self.start <= address && address < self.end {
+            return Ok(true);
+        }
+        match self.find_mapping(tables, address) {
+            Ok(_) => Ok(true),
+            Err(StopReason::NoMapping) => Ok(false),
+            Err(reason) => Err(reason),
+        }
+    }
+
+    /// The mapping at `address`, and where it starts.
+    #[inline(always)]
+    fn find_mapping<'t, T: Tables>(
+        &self,
+        tables: &'t T,
+        address: u64,
+    ) -> Result<(u64, &'t Mapping), StopReason> {
+        if address >> 63 != 0 {
+            return Err(StopReason::NoMapping);
+        }
+        let segment = segment_of(&self.process, address).ok_or(StopReason::NoMapping)?;
+        let key = SegmentKey { tgid: self.tgid, segment };
+        let segment = tables.segment(key).ok_or(StopReason::MappingsChanged)?;
+        let slot = slot_of(segment, address).ok_or(StopReason::NoMapping)?;
+        let mapping = &segment.mappings[slot];
+        if mapping.generation != self.process.generation {
+            return Err(StopReason::MappingsChanged);
+        }
+        if address >= mapping.end {
+            return Err(StopReason::NoMapping);
+        }
+        Ok((segment.starts[slot], mapping))
     }
 
     /// Finds the mapping that holds `address`, and its image.
     #[inline(always)]
     fn enter_mapping<T: Tables>(&mut self, tables: &T, address: ProcessAddress) -> Result<(), StopReason> {
-        if address.get() >> 63 != 0 {
-            return Err(StopReason::NoMapping);
+        let (start, mapping) = self.find_mapping(tables, address.get())?;
+        match no_table::reason(mapping.image) {
+            None => {
+                self.image = image_header(tables, mapping.image).ok_or(StopReason::TableCorrupt)?;
+                self.without_table = 0;
+            }
+            Some(reason @ (StopReason::Jit | StopReason::FramePointer)) => self.without_table = reason as u64,
+            Some(reason) => return Err(reason),
         }
-        let segment = segment_of(&self.process, address.get()).ok_or(StopReason::NoMapping)?;
-        let key = SegmentKey { tgid: self.tgid, segment };
-        let segment = tables.segment(key).ok_or(StopReason::MappingsChanged)?;
-        let slot = slot_of(segment, address.get()).ok_or(StopReason::NoMapping)?;
-        let mapping = &segment.mappings[slot];
-        if mapping.generation != self.process.generation {
-            return Err(StopReason::MappingsChanged);
-        }
-        if address.get() >= mapping.end {
-            return Err(StopReason::NoMapping);
-        }
-        if let Some(reason) = windlass_schema::maps::no_table::reason(mapping.image) {
-            return Err(reason);
-        }
-        self.image = image_header(tables, mapping.image).ok_or(StopReason::TableCorrupt)?;
-        self.start = segment.starts[slot];
+        self.start = start;
         self.end = mapping.end;
         self.bias = mapping.bias;
         Ok(())
@@ -145,13 +243,17 @@ impl<R: Machine> Walk<R> {
         memory: &M,
         mut record: impl FnMut(u64),
     ) -> StopReason {
-        for _ in 0..MAX_USER_FRAMES {
-            record(self.address());
-            self.frames += 1;
+        loop {
+            if self.is_at_frame() {
+                if self.frames as usize == MAX_USER_FRAMES {
+                    return StopReason::FrameLimit;
+                }
+                record(self.address());
+                self.frames += 1;
+            }
             if let Err(reason) = self.advance(tables, memory) {
                 return reason;
             }
         }
-        StopReason::FrameLimit
     }
 }

@@ -1,5 +1,6 @@
 //! The walk on x86-64.
 
+mod frame_pointer;
 mod registers;
 mod step;
 

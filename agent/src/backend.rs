@@ -67,6 +67,8 @@ pub enum Event {
         start: u64,
         /// Its length in bytes.
         length: u64,
+        /// Whether it is of a file.
+        of_file: bool,
         /// When: `CLOCK_MONOTONIC` in nanoseconds.
         time_ns: u64,
     },

@@ -379,12 +379,12 @@ mod tests {
         let now_ns = monotonic_ns();
         let mut found = None;
         let sink = &mut |event| match event {
-            Event::Mapped { tgid, start, length, time_ns } if start == mapped.as_ptr() as u64 => {
-                found = Some((tgid, length, now_ns.abs_diff(time_ns) < 1_000_000_000));
+            Event::Mapped { tgid, start, length, of_file, time_ns } if start == mapped.as_ptr() as u64 => {
+                found = Some((tgid, length, of_file, now_ns.abs_diff(time_ns) < 1_000_000_000));
             }
             _ => {}
         };
         sampler.poll(Duration::ZERO, sink).unwrap();
-        assert_eq!(found, Some((pid, 8192, true)));
+        assert_eq!(found, Some((pid, 8192, true, true)));
     }
 }

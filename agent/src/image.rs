@@ -7,12 +7,16 @@
 //! which reads the few kilobytes needed. A file is never mapped into memory: one truncated under a
 //! mapping would end the agent with SIGBUS.
 
+use std::ops::Range;
+
 use object::LittleEndian as LE;
 use object::elf;
 use object::read::ReadRef;
 use object::read::elf::{FileHeader as _, NoteIterator, ProgramHeader as _, SectionHeader as _};
 use windlass_schema::Architecture;
 use windlass_schema::{BuildId, FileOffset, LoadBias, ProcessAddress, file_id};
+
+use crate::frame_pointers::frame_pointer_code;
 
 /// Header of the files read here: 64-bit, little-endian.
 pub(crate) type FileHeader = elf::FileHeader64<LE>;
@@ -54,6 +58,8 @@ pub struct Image {
     pub id: ImageId,
     /// Its instruction set.
     pub architecture: Architecture,
+    /// Image addresses of code that has no CFI and keeps frame pointers.
+    pub frame_pointer_code: Vec<Range<u64>>,
     segments: Vec<LoadSegment>,
 }
 
@@ -89,7 +95,7 @@ impl From<object::read::Error> for ImageError {
     }
 }
 
-/// Reads the identity and the load segments of the image `elf`.
+/// Reads the identity and the load segments of the image `elf`, and what is known of its code without CFI.
 pub fn identify<'data, R: ReadRef<'data>>(elf: R) -> Result<Image, ImageError> {
     let header = file_header(elf)?;
     let architecture = match header.e_machine(LE) {
@@ -112,7 +118,11 @@ pub fn identify<'data, R: ReadRef<'data>>(elf: R) -> Result<Image, ImageError> {
         Some(id) => ImageId::Gnu(id),
         None => ImageId::FileHash(file_hash(elf)?),
     };
-    Ok(Image { id, architecture, segments })
+    let frame_pointer_code = match architecture {
+        Architecture::X86_64 => frame_pointer_code(program_headers, elf),
+        Architecture::Aarch64 => Vec::new(),
+    };
+    Ok(Image { id, architecture, frame_pointer_code, segments })
 }
 
 impl Image {
@@ -270,7 +280,7 @@ mod tests {
             })
             .collect();
         let id = ImageId::Gnu("abcd".parse().unwrap());
-        Image { id, architecture: Architecture::X86_64, segments }
+        Image { id, architecture: Architecture::X86_64, frame_pointer_code: Vec::new(), segments }
     }
 
     #[track_caller]

@@ -9,7 +9,7 @@
 //! - [`processes`]: which processes there are; [`selection`], [`choice`],
 //!   [`scan_schedule`]
 //! - [`process`]: what one maps; [`proc_maps`], [`mapped_file`]
-//! - [`images`] and [`image`]: what is mapped
+//! - [`images`] and [`image`]: what is mapped; `frame_pointers`: which of it can be walked without a table
 //! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`]
 //! - [`otlp`], [`shipper`], [`spool`], [`compression`]: how samples become profiles and reach the service
 //! - [`resource`], [`cgroup`]: of which service, container and pod they are
@@ -26,6 +26,7 @@ pub mod chunks;
 pub mod compression;
 pub mod copied;
 mod eviction;
+mod frame_pointers;
 pub mod image;
 pub mod images;
 pub mod kallsyms;

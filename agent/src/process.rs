@@ -7,8 +7,8 @@
 
 use std::sync::Arc;
 
-use windlass_schema::maps::{EXACT_ADDRESS, Mapping, PROCESS_SEGMENTS, SEGMENT_MAPPINGS, no_table};
-use windlass_schema::{FileOffset, LoadBias, ProcessAddress, ReturnAddress, StopReason};
+use windlass_schema::maps::{EXACT_ADDRESS, Location, Mapping, PROCESS_SEGMENTS, SEGMENT_MAPPINGS, no_table};
+use windlass_schema::{FileOffset, ImageAddress, LoadBias, ProcessAddress, ReturnAddress, StopReason};
 
 use crate::backend::PlacedMapping;
 use crate::image::Image;
@@ -106,13 +106,14 @@ pub fn are_same(left: &[ExecutableMapping], right: &[ExecutableMapping]) -> bool
     left.len() == right.len() && left.iter().zip(right).all(is_same)
 }
 
-/// Whether executable memory that now appears at `start` and is `length` bytes long replaces any of `mappings`
-/// from which frames get a name. Those of anonymous memory stay bare addresses and end the walk either
-/// way, and just-in-time compilers change them all the time.
-pub fn is_replaced(mappings: &[ExecutableMapping], start: u64, length: u64) -> bool {
+/// Whether executable memory that now appears at `start` and is `length` bytes long replaces any of `mappings`, so
+/// that its addresses mean something else than before. Anonymous memory in the place of other such memory does not, and
+/// just-in-time compilers change theirs all the time.
+pub fn is_replaced(mappings: &[ExecutableMapping], start: u64, length: u64, of_file: bool) -> bool {
     let end = start.saturating_add(length);
     let behind = mappings.partition_point(|mapping| mapping.start < end);
-    mappings[..behind].iter().rev().take_while(|mapping| mapping.end > start).any(has_name)
+    let mut replaced = mappings[..behind].iter().rev().take_while(|mapping| mapping.end > start);
+    replaced.any(|mapping| of_file || has_name(mapping))
 }
 
 /// Whether a profile shows addresses in a mapping as addresses of a file.
@@ -176,7 +177,12 @@ pub fn plan(mappings: &[ExecutableMapping], images: &Images) -> Vec<PlacedMappin
     let is_image = |mapping: &&ExecutableMapping| matches!(mapping.content, Content::Image { .. });
     let spare = MAX_PLACED_MAPPINGS.saturating_sub(mappings.iter().filter(is_image).count());
     let mut others = 0;
-    mappings
+    // A compiler whose functions keep frame pointers in the image makes such at run time.
+    let keeps_frame_pointers = mappings.iter().any(|mapping| match &mapping.content {
+        Content::Image { image, .. } => !image.frame_pointer_code.is_empty(),
+        Content::NoTable(_) => false,
+    });
+    let mut placed: Vec<_> = mappings
         .iter()
         .filter(|mapping| {
             is_image(mapping) || {
@@ -184,18 +190,45 @@ pub fn plan(mappings: &[ExecutableMapping], images: &Images) -> Vec<PlacedMappin
                 others <= spare
             }
         })
-        .take(MAX_PLACED_MAPPINGS)
-        .map(|mapping| {
-            let (image, bias) = match &mapping.content {
-                Content::Image { image, bias, .. } => (images.location(image.id.build_id()), bias.get()),
-                Content::NoTable(reason) => (no_table::location(*reason), 0),
-            };
-            PlacedMapping {
-                start: mapping.start,
-                mapping: Mapping { end: mapping.end, bias, image, generation: 0 },
+        .flat_map(|mapping| match &mapping.content {
+            Content::Image { image, bias, .. } => {
+                parts(mapping, image, *bias, images.location(image.id.build_id()))
+            }
+            Content::NoTable(StopReason::Jit) if keeps_frame_pointers => {
+                vec![part(mapping.start, mapping.end, 0, no_table::FRAME_POINTERS)]
+            }
+            Content::NoTable(reason) => {
+                vec![part(mapping.start, mapping.end, 0, no_table::location(*reason))]
             }
         })
-        .collect()
+        .collect();
+    placed.truncate(MAX_PLACED_MAPPINGS);
+    placed
+}
+
+fn part(start: u64, end: u64, bias: u64, image: Location) -> PlacedMapping {
+    PlacedMapping { start, mapping: Mapping { end, bias, image, generation: 0 } }
+}
+
+/// The mapping of an image whose table is at `location`; what of it keeps frame pointers and has no CFI apart.
+fn parts(
+    mapping: &ExecutableMapping,
+    image: &Image,
+    bias: LoadBias,
+    location: Location,
+) -> Vec<PlacedMapping> {
+    let (mut parts, mut at) = (Vec::new(), mapping.start);
+    let to_process = |address: u64| ImageAddress::new(address).to_process(bias).get();
+    for range in &image.frame_pointer_code {
+        let (start, end) = (to_process(range.start).max(at), to_process(range.end).min(mapping.end));
+        if start < end {
+            parts.extend((at < start).then(|| part(at, start, bias.get(), location)));
+            parts.push(part(start, end, bias.get(), no_table::FRAME_POINTERS));
+            at = end;
+        }
+    }
+    parts.extend((at < mapping.end).then(|| part(at, mapping.end, bias.get(), location)));
+    parts
 }
 
 /// The mapping that holds a process address.
@@ -230,7 +263,6 @@ pub fn frame(mappings: &[ExecutableMapping], address: ProcessAddress) -> Frame<'
 mod tests {
     use super::*;
     use crate::images::TableState;
-    use windlass_schema::maps::Location;
 
     #[test]
     fn own_process() {
@@ -301,6 +333,8 @@ mod tests {
             mapping
         };
         let mappings = [mapping(0x1000, "/a"), mapping(0x3000, ""), mapping(0x5000, "/b")];
+        assert!(is_replaced(&mappings, 0x3800, 1, true), "code of a file in the place of a compiler's");
+        assert!(!is_replaced(&mappings, 0x4000, 0x1000, true));
         for (start, length, replaces) in [
             (0, 0x1000, false),
             (0, 0x1001, true),
@@ -313,13 +347,62 @@ mod tests {
             (0, u64::MAX, true),
             (0x5800, u64::MAX, true),
         ] {
-            assert_eq!(is_replaced(&mappings, start, length), replaces, "{start:#x} {length:#x}");
+            assert_eq!(is_replaced(&mappings, start, length, false), replaces, "{start:#x} {length:#x}");
         }
         assert!(are_same(&mappings, &mappings.clone()));
         let mut others = mappings.clone();
         others[2] = mapping(0x5000, "/c");
         assert!(!are_same(&mappings, &others), "another file at the same address");
         assert!(!are_same(&mappings, &mappings[..2]));
+    }
+
+    /// Process addresses and what is placed for them, of mappings of this process's own program.
+    #[test]
+    fn code_with_frame_pointers_is_placed_apart() {
+        let mut images = Images::default();
+        let own = read_mappings(std::process::id(), &mut images).unwrap();
+        let mapping = own.iter().find(|mapping| matches!(mapping.content, Content::Image { .. })).unwrap();
+        let Content::Image { image, bias, source } = &mapping.content else { unreachable!() };
+        let address = |process| ProcessAddress::new(process).to_image(*bias).get();
+        let (start, end) = (mapping.start, mapping.end);
+        let pending = no_table::location(StopReason::TablePending);
+        let apart = no_table::FRAME_POINTERS;
+        let jit = MapsEntry {
+            start: 0x1000,
+            end: 0x2000,
+            file_offset: 0,
+            device: (0, 0),
+            inode: 0,
+            backing: Backing::Anonymous,
+        };
+        for (ranges, of_jit, expect) in [
+            (vec![], no_table::location(StopReason::Jit), vec![(start, end, pending)]),
+            (
+                vec![start + 16..end - 16],
+                apart,
+                vec![(start, start + 16, pending), (start + 16, end - 16, apart), (end - 16, end, pending)],
+            ),
+            (
+                vec![start - 16..start + 16],
+                apart,
+                vec![(start, start + 16, apart), (start + 16, end, pending)],
+            ),
+            (vec![start..end + 16], apart, vec![(start, end, apart)]),
+            (vec![end..end + 16], apart, vec![(start, end, pending)]),
+        ] {
+            let frame_pointer_code =
+                ranges.iter().map(|range| address(range.start)..address(range.end)).collect();
+            let mut image = (**image).clone();
+            image.frame_pointer_code = frame_pointer_code;
+            let content = Content::Image { image: Arc::new(image), bias: *bias, source: source.clone() };
+            let mapping = ExecutableMapping { content, ..mapping.clone() };
+            let plan = plan(&[without_table(&jit, StopReason::Jit), mapping], &images);
+            let placed: Vec<_> =
+                plan.iter().map(|placed| (placed.start, placed.mapping.end, placed.mapping.image)).collect();
+            assert_eq!(placed[0], (0x1000, 0x2000, of_jit), "{ranges:x?}");
+            assert_eq!(placed[1..], expect, "{ranges:x?}");
+            assert!(plan[1..].iter().all(|placed| placed.mapping.bias == bias.get()));
+        }
     }
 
     #[test]

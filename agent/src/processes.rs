@@ -192,10 +192,10 @@ impl Processes {
     }
 
     /// A process mapped executable memory.
-    fn note_mapped(&mut self, tgid: u32, start: u64, length: u64, time_ns: u64) -> Mapped {
+    fn note_mapped(&mut self, tgid: u32, start: u64, length: u64, of_file: bool, time_ns: u64) -> Mapped {
         match self.known.get_mut(&tgid) {
             Some(process) if time_ns <= process.read_ns => Mapped::Known,
-            Some(process) if process.withdrawn || is_replaced(&process.mappings, start, length) => {
+            Some(process) if process.withdrawn || is_replaced(&process.mappings, start, length, of_file) => {
                 process.withdrawn = true;
                 process.stated = None;
                 Mapped::Over
@@ -221,8 +221,8 @@ impl Processes {
                     self.schedule.exec(*tgid, now);
                 }
             }
-            Event::Mapped { tgid, start, length, time_ns } => {
-                match self.note_mapped(*tgid, *start, *length, *time_ns) {
+            Event::Mapped { tgid, start, length, of_file, time_ns } => {
+                match self.note_mapped(*tgid, *start, *length, *of_file, *time_ns) {
                     Mapped::Known => {}
                     Mapped::Beside => self.want_scan(*tgid, now),
                     Mapped::Over => {

@@ -110,12 +110,16 @@ pub struct ImageHeader {
 }
 
 /// What stands in [`Mapping::image`] of a mapping whose image has no table in the chunks: locations
-/// in chunk `MAX_CHUNKS`, which never exists, whose offset is a stop reason's code.
+/// in chunk `MAX_CHUNKS`, which never exists, whose offset is a stop reason's code. Walks go on by frame pointers where that
+/// is `Jit` or `FramePointer`.
 pub mod no_table {
     use super::{CHUNK_GRANULES_SHIFT, Location, MAX_CHUNKS};
     use crate::StopReason;
 
     const BASE: u32 = MAX_CHUNKS << CHUNK_GRANULES_SHIFT;
+
+    /// The location of code that has no table and keeps frame pointers throughout.
+    pub const FRAME_POINTERS: Location = location(StopReason::FramePointer);
 
     /// The location that says why there is no table.
     pub const fn location(reason: StopReason) -> Location {
@@ -134,6 +138,7 @@ pub mod no_table {
             code if code == StopReason::TableBudget as u32 => StopReason::TableBudget,
             code if code == StopReason::Jit as u32 => StopReason::Jit,
             code if code == StopReason::NoCfi as u32 => StopReason::NoCfi,
+            code if code == StopReason::FramePointer as u32 => StopReason::FramePointer,
             _ => StopReason::TableUnavailable,
         })
     }

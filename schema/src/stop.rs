@@ -54,9 +54,9 @@ stop_reasons! {
     TableUnavailable = 5, "table_unavailable";
     /// The image's table did not fit into the agent's byte budget.
     TableBudget = 6, "table_budget";
-    /// Anonymous executable memory: code that a JIT compiler wrote.
+    /// Anonymous executable memory: code that a JIT compiler wrote. Nothing proves that it keeps frame pointers.
     Jit = 7, "jit";
-    /// The address is inside an image, but no CFI covers it.
+    /// The address is inside an image, but no CFI covers it, and nothing proves that the code keeps frame pointers.
     NoCfi = 8, "no_cfi";
     /// CFI covers the address with a rule that the table marks unsupported.
     UnsupportedRule = 9, "unsupported_rule";
@@ -78,6 +78,8 @@ stop_reasons! {
     RegistersUnavailable = 17, "registers_unavailable";
     /// The return address is zero, though CFI promised a caller.
     ZeroReturnAddress = 18, "zero_return_address";
+    /// The code keeps frame pointers, but here none leads to a caller for certain.
+    FramePointer = 19, "frame_pointer";
 }
 
 /// A code that names no [`StopReason`].

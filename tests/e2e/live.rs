@@ -40,11 +40,19 @@ pub(crate) async fn profile_workload(backend: impl FnOnce(u32) -> BackendChoice)
     service.put(build_id, ArtefactKind::Executable, ELF.to_vec()).await;
 
     let mut workload = Workload::start(service.folder());
+    let stacks = profile_process(&service, workload.pid(), backend(workload.pid())).await;
+    assert!(workload.is_running(), "the workload ended by itself");
+    service.stop().await;
+    stacks
+}
+
+/// The stacks of a process, sampled while it runs and named by the service.
+pub(crate) async fn profile_process(service: &TestService, pid: u32, backend: BackendChoice) -> Vec<Stack> {
     let mut config = Config::new(service.url(), service.folder().join("tables"));
     config.frequency_hz = FREQUENCY_HZ;
     config.ship_interval = SHIP_INTERVAL;
-    config.only_pid = Some(workload.pid());
-    config.backend = backend(workload.pid());
+    config.only_pid = Some(pid);
+    config.backend = backend;
     let agent = tokio::task::spawn_blocking(move || Agent::start(config))
         .await
         .expect("the agent's start does not panic")
@@ -56,13 +64,9 @@ pub(crate) async fn profile_workload(backend: impl FnOnce(u32) -> BackendChoice)
         .await
         .expect("the agent's end does not panic")
         .expect("the agent ends");
-    assert!(workload.is_running(), "the workload ended by itself");
-
     let profile = service.profile_since(from).await;
-    let pid = i64::from(workload.pid());
-    let stacks: Vec<_> = stacks(&profile).into_iter().filter(|stack| stack.pid == pid).collect();
-    assert!(total(&stacks) >= MIN_SAMPLES, "{} samples of the workload; {summary:?}", total(&stacks));
-    service.stop().await;
+    let stacks: Vec<_> = stacks(&profile).into_iter().filter(|stack| stack.pid == i64::from(pid)).collect();
+    assert!(total(&stacks) >= MIN_SAMPLES, "{} samples of the process; {summary:?}", total(&stacks));
     stacks
 }
 

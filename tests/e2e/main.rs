@@ -10,6 +10,7 @@ mod debuginfod;
 mod go_walks;
 mod kernel_maps;
 mod live;
+mod mixed_stacks;
 mod quickstart;
 mod readme;
 mod rule_walks;

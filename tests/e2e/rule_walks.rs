@@ -80,7 +80,7 @@ const STOPPED: &[&[&str]] = &[
 /// The same for stacks that end before `enter`, and why.
 const CUT: &[(&[&str], StopReason)] = &[
     (&["return_undefined"], StopReason::EndOfStack),
-    (&["uncovered"], StopReason::NoCfi),
+    (&["uncovered"], StopReason::FramePointer),
     (&["cfa_unsupported"], StopReason::UnsupportedRule),
     (&["rbp_in_register"], StopReason::UnsupportedRule),
     (&["rbp_at_rsp"], StopReason::UnsupportedRule),

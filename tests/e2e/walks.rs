@@ -14,7 +14,7 @@ pub(crate) mod debugger;
 mod images;
 pub(crate) mod tracee;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -48,6 +48,8 @@ const DEEP: usize = 95;
 const EPILOGUE_INSTRUCTIONS: usize = 2;
 /// Most instructions that a program may take from `main` to its end. The fixture takes about 4,000.
 const MAX_INSTRUCTIONS: usize = 100_000;
+/// Frames of the deepest stack of `jit.c` that are its own: three for each level.
+pub(crate) const JIT_FRAMES: usize = 60;
 /// How often the workload is shown to gdb.
 const GDB_MOMENTS: usize = 2;
 
@@ -123,21 +125,21 @@ fn machine_program(test: &str, name: &str) -> Option<std::path::PathBuf> {
     if system.is_file() { Some(system) } else { program(test, name) }
 }
 
-/// Follows a program from `main` to its end, one instruction after the other. Besides the other proofs,
+/// Follows a program from a function to its end, one instruction after the other. Besides the other proofs,
 /// every frame must be one that a call, or a signal, left on the stack.
-fn follow_every_instruction(path: &Path) -> Tally {
+fn follow_every_instruction(path: &Path, from: &str) -> Tally {
     let name = format!("/{}", path.file_name().expect("a file").to_string_lossy());
     let mut tracee = Tracee::start_stopped(&mut Command::new(path));
     let pid = tracee.pid();
     let elf = std::fs::read(path).expect("a program");
     let elf = object::File::parse(&elf[..]).expect("ELF");
-    let main = elf.symbols().find(|symbol| symbol.name() == Ok("main")).expect("a function main");
+    let first = elf.symbols().find(|symbol| symbol.name() == Ok(from)).expect("a function of the program");
     let (bias, _) = ProcessImages::read(pid).program(&name).expect("a process maps its program");
-    let mut registers = tracee.run_to(ImageAddress::new(main.address()).to_process(bias).get());
+    let mut registers = tracee.run_to(ImageAddress::new(first.address()).to_process(bias).get());
     // The loader is done by now, all libraries are mapped.
     let mut comparison = Comparison::new(pid, &name);
-    let at_main = comparison.check(pid, tracee.memory(), registers);
-    let mut truth = CallStack::of(&at_main.frames);
+    let at_first = comparison.check(pid, tracee.memory(), registers);
+    let mut truth = CallStack::of(&at_first.frames);
     for _ in 0..MAX_INSTRUCTIONS {
         let signal = tracee.has_signal(pid);
         let Some(after) = tracee.step(pid) else { return comparison.tally };
@@ -161,7 +163,7 @@ fn follow_every_instruction(path: &Path) -> Tally {
 /// a signal handler on a stack of its own.
 #[test]
 fn every_instruction_of_hard_frames() {
-    let tally = follow_every_instruction(&fixture("frames"));
+    let tally = follow_every_instruction(&fixture("frames"), "main");
     assert_rightly_cut(&tally);
     // The handler returns through a signal frame, and the over-aligned frame's CFA is in memory.
     assert!(tally.beyond_framehop > 100, "{} steps", tally.beyond_framehop);
@@ -184,8 +186,29 @@ fn every_instruction_of_hard_frames_with_frame_pointers() {
     );
     std::fs::write(&source, nested).expect("write a source");
     run(Command::new(compiler).args(["-O2", "-fno-omit-frame-pointer", "-o"]).args([&path, &source]), &[0]);
-    let tally = follow_every_instruction(&path);
+    let tally = follow_every_instruction(&path, "main");
     assert_rightly_cut(&tally);
+}
+
+/// Every instruction of code in anonymous memory that has frame pointers and nothing else, of the C that it calls, and of
+/// the C that calls it.
+#[test]
+fn every_instruction_of_code_without_an_image() {
+    let test = "walks::every_instruction_of_code_without_an_image";
+    let Some(compiler) = program(test, "cc") else { return };
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let path = build_jit(&compiler, folder.path());
+    let tally = follow_every_instruction(&path, "descend");
+    assert_rightly_cut(&tally);
+    assert!(tally.deepest > JIT_FRAMES, "the deepest stack has {} frames", tally.deepest);
+}
+
+/// Builds the program whose stacks alternate between C and code in anonymous memory.
+pub(crate) fn build_jit(compiler: &Path, folder: &Path) -> PathBuf {
+    let (path, source) = (folder.join("jit"), checkout().join("tests/programs/jit.c"));
+    let mut command = Command::new(compiler);
+    run(command.args(["-O2", "-fomit-frame-pointer", "-Wl,--build-id", "-o"]).args([&path, &source]), &[0]);
+    path
 }
 
 /// A walk may be cut short in the loader's lazy binding, whose CFA is in a register that walks do not keep (rbx), and

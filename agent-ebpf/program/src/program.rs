@@ -16,6 +16,7 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::macros::{btf_map, perf_event};
 use aya_ebpf::programs::PerfEventContext;
+use windlass_agent_ebpf::frame_pointer::MAX_SEARCH_TURNS;
 use windlass_agent_ebpf::memory::{StackMemory, Tables};
 use windlass_agent_ebpf::recent::RecentRecords;
 use windlass_agent_ebpf::stack_window::StackWindow;
@@ -179,6 +180,9 @@ fn count(counter: Counter) {
     }
 }
 
+/// Most turns of a walk: each makes a step, or is one of a search between two of them.
+const MAX_TURNS: u32 = (MAX_USER_FRAMES + MAX_SEARCH_TURNS) as u32;
+
 /// One turn of the walk: records a frame and steps to its caller.
 unsafe extern "C" fn turn(_number: u64, context: *mut c_void) -> i64 {
     // SAFETY: the context is what `walk_from_registers` made. The values are this CPU's own, and the kernel runs one of
@@ -188,12 +192,14 @@ unsafe extern "C" fn turn(_number: u64, context: *mut c_void) -> i64 {
         (&mut *turns.scratch, turns.recent)
     };
     let kernel = Kernel { recent, stack };
-    let frame = walk.frames as usize;
-    if frame >= MAX_USER_FRAMES {
-        return 1;
+    if walk.is_at_frame() {
+        let frame = walk.frames as usize;
+        if frame >= MAX_USER_FRAMES {
+            return 1;
+        }
+        sample.addresses[frame] = walk.address();
+        walk.frames = frame as u32 + 1;
     }
-    sample.addresses[frame] = walk.address();
-    walk.frames = frame as u32 + 1;
     match walk.advance(&kernel, &kernel) {
         Ok(()) => 0,
         Err(reason) => {
@@ -293,7 +299,7 @@ pub(crate) fn walk_from_registers(scratch: *mut Scratch, tgid: u32) -> StopReaso
         // Of another walk.
         (*scratch).stack.clear();
         let mut turns = Turns { scratch, recent };
-        bpf_loop(MAX_USER_FRAMES as u32, turn as *const () as *mut c_void, (&raw mut turns).cast(), 0);
+        bpf_loop(MAX_TURNS, turn as *const () as *mut c_void, (&raw mut turns).cast(), 0);
         // The agent may have replaced the mappings meanwhile; then some frame may be of the old ones.
         match PROCESSES.get(tgid) {
             Some(now) if now.generation == (*scratch).walk.process.generation => {}

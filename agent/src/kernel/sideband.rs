@@ -27,6 +27,9 @@ const RING_PAGES: usize = 16;
 /// `PERF_RECORD_MISC_COMM_EXEC`: the name changed because of an exec.
 const MISC_COMM_EXEC: u16 = 1 << 13;
 
+/// Offset of the inode in the body of a `PERF_RECORD_MMAP2`: 0 for memory that is of no file.
+const MMAP2_INODE: usize = 40;
+
 /// The events of all CPUs.
 pub(super) struct Sideband {
     rings: Vec<PerfRing>,
@@ -103,7 +106,7 @@ impl Sideband {
 pub(crate) fn event_of(record: &RingRecord<'_>, time_from_end: usize) -> Option<(u64, Event)> {
     let (body, trailer) = record.body.split_at_checked(record.body.len().checked_sub(time_from_end)?)?;
     let time_ns = double_at(trailer, 0)?;
-    // COMM: pid, tid, name. MMAP2: pid, tid, address, length, ... EXIT and FORK: pid, ppid, tid, ptid, time.
+    // COMM: pid, tid, name. MMAP2: pid, tid, address, length, offset, device, inode, ... EXIT and FORK: pid, ppid, tid, ptid, time.
     let word = |index: usize| {
         let bytes = body.get(4 * index..4 * index + 4)?;
         Some(u32::from_ne_bytes(bytes.try_into().expect("4 bytes")))
@@ -115,6 +118,7 @@ pub(crate) fn event_of(record: &RingRecord<'_>, time_from_end: usize) -> Option<
             tgid: word(0)?,
             start: double_at(body, 8)?,
             length: double_at(body, 16)?,
+            of_file: double_at(body, MMAP2_INODE)? != 0,
             time_ns,
         },
         // A thread's exit or start is no process's.
@@ -155,8 +159,16 @@ mod tests {
     fn records() {
         check(record_kind::COMM, 0, &[7, 7], None);
         check(record_kind::COMM, MISC_COMM_EXEC, &[7, 7], Some(Event::Exec { tgid: 7 }));
-        let mapped = Event::Mapped { tgid: 7, start: 0x1_0000_2000, length: 0x3000, time_ns: TIME_NS };
-        check(record_kind::MMAP2, 2, &[7, 9, 0x2000, 1, 0x3000, 0, 0, 0], Some(mapped));
+        let mapped = |of_file| Event::Mapped {
+            tgid: 7,
+            start: 0x1_0000_2000,
+            length: 0x3000,
+            of_file,
+            time_ns: TIME_NS,
+        };
+        let words = |inode| [7, 9, 0x2000, 1, 0x3000, 0, 0, 0, 0xfe, 0, inode, 0, 0, 0];
+        check(record_kind::MMAP2, 2, &words(4711), Some(mapped(true)));
+        check(record_kind::MMAP2, 2, &words(0), Some(mapped(false)));
         check(record_kind::MMAP2, 2, &[7, 9, 0x2000], None);
         check(record_kind::EXIT, 0, &[7, 1, 8, 1, 0, 0], None);
         check(record_kind::EXIT, 0, &[7, 1, 7, 1, 0, 0], Some(Event::Exited { tgid: 7 }));
@@ -204,7 +216,7 @@ mod tests {
                 assert!((start_ns..end_ns).contains(&time_ns), "{start_ns} {time_ns} {end_ns}");
                 kinds.push("forked");
             }
-            Event::Mapped { tgid, start, length, time_ns } if tgid == child.id() => {
+            Event::Mapped { tgid, start, length, time_ns, .. } if tgid == child.id() => {
                 assert!((start_ns..end_ns).contains(&time_ns), "{start_ns} {time_ns} {end_ns}");
                 assert!(start > 0 && length >= 4096 && start.checked_add(length).is_some());
                 kinds.push("mapped");

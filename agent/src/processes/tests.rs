@@ -128,7 +128,7 @@ fn a_mapping_over_another_withdraws_the_process_until_it_is_read() {
         processes.scan_due(&mut told, now + elapsed * MS);
     }
     let now = now + 3000 * MS;
-    let mapped = |start, length, time_ns| Event::Mapped { tgid, start, length, time_ns };
+    let mapped = |start, length, time_ns| Event::Mapped { tgid, start, length, of_file: true, time_ns };
     assert_eq!(told.set, [tgid], "what is the same is not set again");
 
     // One that was there when the process was read, and one beside all others.

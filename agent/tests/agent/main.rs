@@ -243,7 +243,7 @@ fn processes_come_change_and_go() {
     let start = library.as_ptr() as u64;
     assert!(view.mapping(own_pid(), start).is_none());
     let length = library.len() as u64;
-    view.send(Event::Mapped { tgid: own_pid(), start, length, time_ns: now_ns() });
+    view.send(Event::Mapped { tgid: own_pid(), start, length, of_file: true, time_ns: now_ns() });
     eventually("the library is known", || view.mapping(own_pid(), start).is_some());
     drop(library);
     // A sample that found no mapping has the process read again.
@@ -286,13 +286,19 @@ fn samples_of_replaced_mappings_get_no_names() {
     view.send(walked(1, old));
     // Many a library comes and goes elsewhere, so that the pauses between scans are long.
     for _ in 0..100 {
-        view.send(Event::Mapped { tgid: own_pid(), start: 0x1000, length: 4096, time_ns: now_ns() });
+        view.send(Event::Mapped {
+            tgid: own_pid(),
+            start: 0x1000,
+            length: 4096,
+            of_file: true,
+            time_ns: now_ns(),
+        });
         std::thread::sleep(Duration::from_millis(10));
     }
     // By now with a table, which changes nothing for the sample below.
     let known = view.generation(own_pid());
     map_code("/usr/bin/objdump", Some(start));
-    view.send(Event::Mapped { tgid: own_pid(), start, length: 4096, time_ns: now_ns() });
+    view.send(Event::Mapped { tgid: own_pid(), start, length: 4096, of_file: true, time_ns: now_ns() });
     // Walked before the agent knew.
     view.send(walked(2, old));
     let took = eventually("the mappings are read again", || {

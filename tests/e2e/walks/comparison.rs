@@ -109,7 +109,9 @@ impl Comparison {
         let mut walk = Walk::new(self.pid as u32, self.images.entry, innermost);
         let mut frames = Vec::new();
         while frames.len() < MAX_USER_FRAMES {
-            frames.push(walk.registers);
+            if walk.is_at_frame() {
+                frames.push(walk.registers);
+            }
             if let Err(stop) = walk.advance(&self.images.maps, memory) {
                 let why = UnsupportedReason::from_code(walk.unsupported);
                 assert_eq!(why.is_some(), stop == StopReason::UnsupportedRule, "{stop:?} at {why:?}");
@@ -140,9 +142,9 @@ impl Comparison {
             if let Some(ours) = walked.frames.get(number + 1) {
                 frame = match next {
                     Ok(next) => next,
-                    // Code without CFI that the table knows by its instructions. The book has nothing to say: it is
-                    // the calls that were watched, and gdb, that such a frame is held against.
-                    Err(End::NotCovered) if in_image => Frame::of(ours),
+                    // Code without CFI that the table knows by its instructions, or a frame by a frame pointer. The book
+                    // has nothing to say: it is the calls that were watched, and gdb, that such a frame is held against.
+                    Err(End::NotCovered) => Frame::of(ours),
                     Err(end) => {
                         panic!("frame {number} has no caller by its CFI ({end:?})\n{}", self.print(walked))
                     }
@@ -159,6 +161,7 @@ impl Comparison {
                 StopReason::EndOfStack => next == Err(End::Undefined),
                 StopReason::NoCfi => in_image && next == Err(End::NotCovered),
                 StopReason::NoMapping | StopReason::Jit => !in_image,
+                StopReason::FramePointer => next == Err(End::NotCovered),
                 StopReason::StackRead | StopReason::RegisterUnknown => stuck(),
                 StopReason::NoAdvance => next.is_ok_and(|next| next.general[RSP] <= Some(ours.general[RSP])),
                 StopReason::ZeroReturnAddress => next.is_ok_and(|next| next.rip == 0),

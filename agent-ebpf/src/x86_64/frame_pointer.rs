@@ -1,0 +1,351 @@
+//! Whether rbp is the frame pointer of a frame in code without a table.
+//!
+//! A function that keeps a frame pointer begins with `push %rbp; mov %rsp, %rbp`, perhaps behind a few checks, and
+//! ends with `leave; ret` or `pop %rbp; ret`. In between, CFA = rbp + 16.
+//!
+//! # What is certain
+//! 1. At some instructions (the innermost frame's address is that of one) the caller is known: `ret` takes it from rsp,
+//!    a prologue's `push` and an epilogue's `pop` from beside it, and `leave` is run in a frame of rbp.
+//! 2. Behind a prologue with no bytes in between that could be of an epilogue, or of padding in front of another
+//!    function, a function is in its body.
+//! 3. Behind a prologue, with such bytes, it is where no word from rsp up to rbp is a return address: its own lies on the
+//!    stack, at rsp or above.
+//!
+//! In the third case the innermost frame may have its return address in a register (musl's `vfork`, and V8's functions
+//! that move arguments). Those have no prologue. So what looks like a function's end in front of the
+//! innermost address is too much doubt, and so is an instruction that gives rsp another value.
+//!
+//! Each caller's address has to lie in executable memory, behind a call. A return address that an earlier call left in the
+//! frame makes a stop, not a frame.
+
+use windlass_schema::StopReason;
+use windlass_schema::record::{DWARF_RBP, DWARF_RSP};
+
+use super::registers::Registers;
+use crate::frame_pointer::{Candidate, CodeWithoutTable, FramePointers, Search};
+use crate::memory::StackMemory;
+
+/// The search goes back through the code.
+const IN_CODE: u32 = 1;
+/// The search goes up the stack.
+const ON_STACK: u32 = 2;
+
+/// Seen on the way: bytes that may be of an epilogue, or of padding.
+const DOUBT: u64 = 1;
+/// Seen on the way: bytes that may be a function's last.
+const FUNCTION_END: u64 = 2;
+
+/// How far in front of an address its function's prologue is looked for, in bytes: compiled JavaScript has functions
+/// of some kilobytes, and each turn of the search takes eight.
+const MAX_CODE_BYTES: u64 = 4096;
+
+/// What compilers align functions to.
+const FUNCTION_ALIGNMENT: u64 = 16;
+
+/// `push %rbp`.
+const PUSH_RBP: u64 = 0x55;
+/// `mov %rsp, %rbp` in its two encodings.
+const SET_RBP: [u64; 2] = [0xe5_8948, 0xec_8b48];
+/// `ret` and `ret n`.
+const RET: u64 = 0xc3;
+const RET_POPPING: u64 = 0xc2;
+/// `leave`.
+const LEAVE: u64 = 0xc9;
+/// `pop %rbp`.
+const POP_RBP: u64 = 0x5d;
+/// `int3`, and `nop`. The longer forms of that begin with `0f`, `66` or `2e`, and end with a displacement of 0.
+const TRAP: u64 = 0xcc;
+const NOP: u64 = 0x90;
+
+/// 1 if `value`, below 2^63, is 0, else 0; without a branch, of which the verifier follows both sides.
+#[inline(always)]
+const fn is_zero(value: u64) -> u64 {
+    value.wrapping_sub(1) >> 63
+}
+
+/// 1 if `byte` is one of `bytes`, else 0.
+#[inline(always)]
+const fn is_among<const N: usize>(byte: u64, bytes: [u64; N]) -> u64 {
+    let (mut is_one, mut at) = (0, 0);
+    while at < N {
+        is_one |= is_zero(byte ^ bytes[at]);
+        at += 1;
+    }
+    is_one
+}
+
+#[inline(always)]
+fn is_return(code: u64) -> bool {
+    code & 0xff == RET || code & 0xff == RET_POPPING || code & 0xffff == RET << 8 | 0xf3
+}
+
+#[inline(always)]
+fn sets_rbp(code: u64) -> bool {
+    code & 0xff_ffff == SET_RBP[0] || code & 0xff_ffff == SET_RBP[1]
+}
+
+/// Whether an instruction gives rsp another value than pushes and pops do, or returns to an address that is in a
+/// register up to then: `lea ..., %rsp`, `push ...; ret`.
+#[inline(always)]
+fn moves_return_address(code: u64) -> bool {
+    let (first, second) = (code & 0xff, code >> 8 & 0xff);
+    let loads_rsp = first & 0xfc == 0x48 && second == 0x8d && code >> 16 & 0x38 == 0x20;
+    let pushes = first & 0xf8 == 0x50 && is_return(code >> 8);
+    let pushes_high = first == 0x41 && second & 0xf8 == 0x50 && is_return(code >> 16);
+    loads_rsp || pushes || pushes_high
+}
+
+impl Registers {
+    /// The caller by what lies at `at` on the stack: its address.
+    #[inline(always)]
+    fn caller_at<M: StackMemory>(
+        &self,
+        at: u64,
+        frame_pointer: u64,
+        memory: &M,
+    ) -> Result<Option<Candidate>, StopReason> {
+        let Some(address) = memory.word(at) else { return Err(memory.unreadable(at)) };
+        let stack_pointer = at.wrapping_add(8);
+        Ok(Some(Candidate { address, stack_pointer, frame_pointer, is_caller: true }))
+    }
+
+    /// The caller by the frame pointer.
+    #[inline(always)]
+    fn caller_by_frame_pointer<M: StackMemory>(&self, memory: &M) -> Result<Option<Candidate>, StopReason> {
+        let rbp = self.get(DWARF_RBP)?;
+        if rbp < self.general[DWARF_RSP as usize] || rbp & 7 != 0 {
+            return Err(StopReason::FramePointer);
+        }
+        let Some([frame_pointer, address]) = memory.words(rbp) else { return Err(memory.unreadable(rbp)) };
+        let stack_pointer = rbp.wrapping_add(16);
+        Ok(Some(Candidate { address, stack_pointer, frame_pointer, is_caller: true }))
+    }
+
+    /// Whether the byte in front of the address is `push %rbp`.
+    #[inline(always)]
+    fn is_behind_push<M: StackMemory>(&self, memory: &M) -> bool {
+        // Of a word that does not leave the page, so that it can be read where this is the mapping's second byte.
+        let before = self.rip.wrapping_sub(1);
+        memory.word(before & !7).is_some_and(|word| word >> (8 * (before & 7)) & 0xff == PUSH_RBP)
+    }
+
+    /// What the instruction at the innermost address says.
+    #[inline(always)]
+    fn caller_by_instruction<M: StackMemory>(
+        &self,
+        unproved: StopReason,
+        memory: &M,
+    ) -> Result<Option<Candidate>, StopReason> {
+        let Some(code) = memory.word(self.rip) else { return Err(unproved) };
+        let rsp = self.general[DWARF_RSP as usize];
+        let first = code & 0xff;
+        if is_return(code) || first == PUSH_RBP && sets_rbp(code >> 8) {
+            return self.caller_at(rsp, self.get(DWARF_RBP)?, memory);
+        }
+        let is_pushed = sets_rbp(code) && self.is_behind_push(memory);
+        if is_pushed || first == POP_RBP && is_return(code >> 8) {
+            let Some(saved) = memory.word(rsp) else { return Err(memory.unreadable(rsp)) };
+            if is_pushed && saved != self.get(DWARF_RBP)? {
+                return Err(unproved);
+            }
+            return self.caller_at(rsp.wrapping_add(8), saved, memory);
+        }
+        if first == LEAVE {
+            return self.caller_by_frame_pointer(memory);
+        }
+        if moves_return_address(code) { Err(unproved) } else { Ok(None) }
+    }
+
+    /// Looks at eight bytes of code in front of where the search has come to. What proves nothing is an error.
+    #[inline(always)]
+    fn look_at_code<M: StackMemory>(
+        &self,
+        search: &mut Search,
+        code: &CodeWithoutTable,
+        memory: &M,
+    ) -> Result<Option<Candidate>, StopReason> {
+        if search.at <= code.start || self.rip.wrapping_sub(search.at) >= MAX_CODE_BYTES {
+            return Err(code.unproved);
+        }
+        // The first bytes of a mapping are looked at with what is behind them.
+        let count = (search.at - code.start).min(8);
+        let at = search.at.wrapping_sub(count);
+        let Some([bytes, behind]) = memory.words(at) else { return Err(code.unproved) };
+        // What stands at the address itself has not been run yet.
+        let is_first = is_zero(self.rip.wrapping_sub(search.at));
+        let signs = Signs::of(bytes, behind & is_first.wrapping_sub(1), at).first(count);
+        search.at = at;
+        search.seen |= signs.seen();
+        if signs.prologues == 0 {
+            return Ok(None);
+        }
+        match search.seen {
+            0 => self.caller_by_frame_pointer(memory),
+            seen if self.exact != 0 && seen & FUNCTION_END != 0 => Err(code.unproved),
+            _ => {
+                search.phase = ON_STACK;
+                search.at = self.general[DWARF_RSP as usize];
+                Ok(None)
+            }
+        }
+    }
+
+    /// Looks at the next word from rsp up to rbp.
+    #[inline(always)]
+    fn look_at_stack<M: StackMemory>(
+        &self,
+        search: &mut Search,
+        memory: &M,
+    ) -> Result<Option<Candidate>, StopReason> {
+        let at = search.at;
+        if at >= self.get(DWARF_RBP)? {
+            return self.caller_by_frame_pointer(memory);
+        }
+        let Some(address) = memory.word(at) else { return Err(memory.unreadable(at)) };
+        search.at = at.wrapping_add(8);
+        Ok(Some(Candidate { address, stack_pointer: 0, frame_pointer: 0, is_caller: false }))
+    }
+}
+
+/// What eight bytes of code look like, wherever an instruction may begin: a bit for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Signs {
+    /// `push %rbp; mov %rsp, %rbp` begins.
+    prologues: u64,
+    /// An epilogue's instruction is here, or the last byte of padding.
+    doubts: u64,
+    /// A function's last byte is here.
+    ends: u64,
+}
+
+impl Signs {
+    /// Of `bytes`, which lie at `address`. `behind` are those that follow.
+    #[inline(always)]
+    const fn of(bytes: u64, behind: u64, address: u64) -> Self {
+        const MASK: u64 = 0xffff_ffff;
+        const FIRST: u64 = SET_RBP[0] << 8 | PUSH_RBP;
+        const SECOND: u64 = SET_RBP[1] << 8 | PUSH_RBP;
+        // The byte in front of an aligned address, if there is one among these.
+        let aligned = FUNCTION_ALIGNMENT - 1 - (address & (FUNCTION_ALIGNMENT - 1));
+        let (mut signs, mut bytes, mut behind) = (Self { prologues: 0, doubts: 0, ends: 0 }, bytes, behind);
+        let mut at = 0;
+        while at < 8 {
+            let (byte, next) = (bytes & 0xff, bytes >> 8 & 0xff);
+            let is_last = is_zero(at ^ aligned);
+            signs.prologues |= (is_zero(bytes & MASK ^ FIRST) | is_zero(bytes & MASK ^ SECOND)) << at;
+            // `pop %rbp` and what follows it; `mov %rbp, %rsp` and `pop %rbp`; `leave`, but not behind what has `%ecx, %ecx`
+            // for operands.
+            let epilogue = is_zero(byte ^ POP_RBP) & is_among(next, [RET, RET_POPPING, 0xe9, 0xff])
+                | is_zero(next ^ POP_RBP) & is_among(byte, [0xe5, 0xec])
+                | is_zero(next ^ LEAVE) & (is_among(byte, [0x31, 0x33, 0x84, 0x85]) ^ 1);
+            signs.doubts |= (epilogue | is_last & is_among(byte, [NOP, 0])) << at;
+            let is_padded = is_among(next, [TRAP, NOP, 0x0f, 0x66, 0x2e]);
+            let end = is_zero(byte ^ RET) & (is_padded | is_last) | is_zero(byte ^ TRAP) & is_last;
+            signs.ends |= end << at;
+            bytes = bytes >> 8 | behind << 56;
+            behind >>= 8;
+            at += 1;
+        }
+        signs
+    }
+
+    /// Those of the first `count` bytes.
+    #[inline(always)]
+    const fn first(self, count: u64) -> Self {
+        let mask = (1 << count) - 1;
+        Self { prologues: self.prologues & mask, doubts: self.doubts & mask, ends: self.ends & mask }
+    }
+
+    /// What was seen behind the last prologue.
+    #[inline(always)]
+    fn seen(self) -> u64 {
+        let hidden = self.prologues | self.prologues >> 1;
+        let hidden = hidden | hidden >> 2;
+        let hidden = hidden | hidden >> 4;
+        let is_seen = |signs: u64| is_zero(signs & !hidden) ^ 1;
+        is_seen(self.doubts) * DOUBT | is_seen(self.ends) * FUNCTION_END
+    }
+}
+
+impl FramePointers for Registers {
+    #[inline(always)]
+    fn look_for_caller<M: StackMemory>(
+        &self,
+        search: &mut Search,
+        code: &CodeWithoutTable,
+        memory: &M,
+    ) -> Result<Option<Candidate>, StopReason> {
+        if search.left == 0 {
+            return Err(StopReason::FramePointer);
+        }
+        search.left -= 1;
+        match search.phase {
+            Search::NONE => {
+                if self.exact != 0 {
+                    let caller = self.caller_by_instruction(code.unproved, memory)?;
+                    if caller.is_some() {
+                        return Ok(caller);
+                    }
+                } else if code.keeps_frame_pointers {
+                    return self.caller_by_frame_pointer(memory);
+                }
+                // Not worth a search where it cannot point at a frame.
+                let rbp = self.get(DWARF_RBP)?;
+                if rbp < self.general[DWARF_RSP as usize] || rbp & 7 != 0 {
+                    return Err(code.unproved);
+                }
+                (search.phase, search.at, search.seen) = (IN_CODE, self.rip, 0);
+                Ok(None)
+            }
+            IN_CODE => self.look_at_code(search, code, memory),
+            _ => self.look_at_stack(search, memory),
+        }
+    }
+
+    #[inline(always)]
+    fn follows_call<M: StackMemory>(address: u64, memory: &M) -> Option<bool> {
+        memory.word(address.wrapping_sub(8)).map(ends_with_call)
+    }
+
+    #[inline(always)]
+    fn return_to(&mut self, caller: &Candidate) {
+        self.general[DWARF_RSP as usize] = caller.stack_pointer;
+        self.general[DWARF_RBP as usize] = caller.frame_pointer;
+        self.rip = caller.address;
+        self.known = 1 << DWARF_RSP | 1 << DWARF_RBP;
+        self.exact = 0;
+    }
+}
+
+/// Whether the last of eight bytes of code are a near call (Intel SDM, volume 2, CALL): `e8` and a displacement, or `ff`
+/// with 2 in the middle of its ModRM byte, of two to seven bytes.
+#[inline(always)]
+fn ends_with_call(bytes: u64) -> bool {
+    let byte = |number: u32| bytes >> (8 * number) & 0xff;
+    byte(3) == 0xe8
+        || byte(6) == 0xff && call_bytes(byte(7), 0) == 2
+        || byte(5) == 0xff && call_bytes(byte(6), byte(7)) == 3
+        || byte(4) == 0xff && call_bytes(byte(5), byte(6)) == 4
+        || byte(2) == 0xff && call_bytes(byte(3), byte(4)) == 6
+        || byte(1) == 0xff && call_bytes(byte(2), byte(3)) == 7
+}
+
+/// Length of the call that `ff` begins, with this ModRM byte and what may be a SIB byte; 0 if it is no call.
+#[inline(always)]
+const fn call_bytes(modrm: u64, sib: u64) -> u64 {
+    if modrm & 0x38 != 0x10 {
+        return 0;
+    }
+    let has_sib = (modrm & 7 == 4) as u64;
+    match modrm >> 6 {
+        0 if modrm & 7 == 5 => 6,
+        0 if has_sib != 0 && sib & 7 == 5 => 7,
+        0 => 2 + has_sib,
+        1 => 3 + has_sib,
+        2 => 6 + has_sib,
+        _ => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests;

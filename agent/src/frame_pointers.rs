@@ -1,0 +1,199 @@
+//! Which code of an image has no CFI and keeps frame pointers throughout?
+//!
+//! A runtime brings functions that its own compiler made ahead of time: V8's built-in functions are 1.5 MB amid the code
+//! of node, without CFI, and each call from one JavaScript function to another passes through some. What that compiler
+//! makes at run time is of the same make. That it keeps frame pointers cannot be read off a frame: code compiled without
+//! optimisation has no prologue of its own but calls a function for it. So it is read off the image, as the
+//! service does where nearly all of an image is such code; but the service has no more than a skeleton of most images,
+//! and what is asked here takes no DWARF: `.eh_frame_hdr` says where functions with CFI begin (LSB Core, 10.6.2), and a
+//! wide gap between two of them is looked at.
+
+use std::ops::Range;
+
+use object::LittleEndian as LE;
+use object::elf;
+use object::read::ReadRef;
+use object::read::elf::ProgramHeader as _;
+
+use crate::image::ProgramHeader;
+
+/// Narrowest gap that is looked at, in bytes. Functions in assembly without CFI come in some tens of kilobytes.
+const MIN_GAP_BYTES: u64 = 256 * 1024;
+/// Widest gap that is looked at, in bytes: it is read at once.
+const MAX_GAP_BYTES: u64 = 16 * 1024 * 1024;
+/// Largest `.eh_frame_hdr` read, in bytes: two million functions.
+const MAX_HEADER_BYTES: u64 = 16 * 1024 * 1024;
+/// Fewest functions to tell by whether code keeps frame pointers.
+const MIN_FUNCTIONS: usize = 64;
+/// For how many functions with a frame pointer one may build a frame without it.
+const FRAME_POINTERS_PER_OTHER: usize = 20;
+/// What compilers align functions to.
+const FUNCTION_ALIGNMENT: usize = 16;
+
+/// Bytes in front of the table of `.eh_frame_hdr`: version, three encodings, a pointer, a count.
+const TABLE_OFFSET: usize = 12;
+/// Those of version 1, with a pointer of four bytes, a count of four, and pairs of four-byte offsets from the header.
+const HEADER_START: [u8; 4] = [1, 0x1b, 0x03, 0x3b];
+/// Bytes of an FDE up to the end of its range, if its addresses have four: length, CIE, start, range.
+const FDE_BYTES: u64 = 16;
+
+/// The image addresses of code of `image` that has no CFI and keeps frame pointers. What is malformed has none.
+pub(crate) fn frame_pointer_code<'data, R: ReadRef<'data>>(
+    program_headers: &[ProgramHeader],
+    image: R,
+) -> Vec<Range<u64>> {
+    let file = Loaded { program_headers, image };
+    let mut kept = Vec::new();
+    for gap in file.wide_gaps().unwrap_or_default() {
+        let aligned = gap.start.next_multiple_of(FUNCTION_ALIGNMENT as u64)..gap.end;
+        if file.bytes(aligned.start, aligned.end - aligned.start, true).is_some_and(keeps_frame_pointers) {
+            kept.push(gap);
+        }
+    }
+    kept
+}
+
+/// An image by its addresses.
+struct Loaded<'h, R> {
+    program_headers: &'h [ProgramHeader],
+    image: R,
+}
+
+impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
+    /// The bytes at an address, in one segment.
+    fn bytes(&self, address: u64, count: u64, executable: bool) -> Option<&'data [u8]> {
+        self.program_headers.iter().find_map(|segment| {
+            let is_load = segment.p_type(LE) == elf::PT_LOAD;
+            let at = address.checked_sub(segment.p_vaddr(LE)).filter(|_| is_load)?;
+            let is_inside = at.checked_add(count)? <= segment.p_filesz(LE);
+            let has_kind = !executable || segment.p_flags(LE).contains(elf::PF_X);
+            let offset = segment.p_offset(LE).checked_add(at).filter(|_| is_inside && has_kind)?;
+            self.image.read_bytes_at(offset, count).ok()
+        })
+    }
+
+    /// Wide gaps between functions with CFI.
+    fn wide_gaps(&self) -> Option<Vec<Range<u64>>> {
+        let is_code = |segment: &&ProgramHeader| {
+            segment.p_flags(LE).contains(elf::PF_X) && segment.p_filesz(LE) >= MIN_GAP_BYTES
+        };
+        self.program_headers.iter().find(is_code)?;
+        let is_header = |segment: &&ProgramHeader| segment.p_type(LE) == elf::PT_GNU_EH_FRAME;
+        let segment = self.program_headers.iter().find(is_header)?;
+        let (address, size) = (segment.p_vaddr(LE), segment.p_filesz(LE).min(MAX_HEADER_BYTES));
+        let header = self.image.read_bytes_at(segment.p_offset(LE), size).ok()?;
+        let table = header.strip_prefix(&HEADER_START)?.get(TABLE_OFFSET - HEADER_START.len()..)?;
+        let count = u32::from_le_bytes(header[8..TABLE_OFFSET].try_into().ok()?) as usize;
+        let at = |bytes: &[u8]| {
+            let offset = i32::from_le_bytes(bytes.try_into().expect("4 bytes"));
+            address.wrapping_add_signed(offset.into())
+        };
+        let entries: Vec<(u64, u64)> =
+            table.chunks_exact(8).take(count).map(|pair| (at(&pair[..4]), at(&pair[4..]))).collect();
+        let gap = |pair: &[(u64, u64)]| {
+            let [(start, fde), (next, _)] = [pair[0], pair[1]];
+            let is_wide = |from: u64| (MIN_GAP_BYTES..=MAX_GAP_BYTES).contains(&next.saturating_sub(from));
+            let end = is_wide(start).then(|| self.end_of(start, fde)).flatten()?;
+            is_wide(end).then_some(end..next)
+        };
+        Some(entries.windows(2).filter_map(gap).collect())
+    }
+
+    /// Where the function ends that starts there and has its FDE there.
+    fn end_of(&self, start: u64, fde: u64) -> Option<u64> {
+        let bytes = self.bytes(fde, FDE_BYTES, false)?;
+        let word = |at: usize| Some(i32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        // Start and range are of four bytes if the one comes out right.
+        let place = fde.wrapping_add(8).wrapping_add_signed(word(8)?.into());
+        start.checked_add(u64::from(word(12)?.cast_unsigned())).filter(|_| place == start)
+    }
+}
+
+/// Whether nearly all functions that build a frame do so with a frame pointer. A function is what begins at an aligned
+/// address behind padding; of which one byte alone may be a trap behind a call that does not return. `code` is aligned.
+fn keeps_frame_pointers(code: &[u8]) -> bool {
+    let (mut kept, mut others) = (0, 0);
+    for at in (FUNCTION_ALIGNMENT..code.len()).step_by(FUNCTION_ALIGNMENT) {
+        if !matches!(code[at - 2..at], [0xcc, 0xcc] | [0x90, 0x90]) {
+            continue;
+        }
+        match &code[at..] {
+            // push %rbp; mov %rsp, %rbp
+            [0x55, 0x48, 0x89, 0xe5, ..] | [0x55, 0x48, 0x8b, 0xec, ..] => kept += 1,
+            // push; sub ..., %rsp
+            [0x50..=0x57, ..] | [0x41, 0x50..=0x57, ..] | [0x48, 0x81 | 0x83, 0xec, ..] => others += 1,
+            _ => {}
+        }
+    }
+    kept >= MIN_FUNCTIONS && others * FRAME_POINTERS_PER_OTHER <= kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{file_header, program_headers};
+
+    fn code(functions: &[(&[u8], usize)]) -> Vec<u8> {
+        let mut code = vec![0xcc; FUNCTION_ALIGNMENT];
+        for (start, count) in functions {
+            for _ in 0..*count {
+                code.extend_from_slice(start);
+                code.resize(code.len().next_multiple_of(FUNCTION_ALIGNMENT), 0xcc);
+            }
+        }
+        code
+    }
+
+    #[test]
+    fn functions_tell_by_how_they_begin() {
+        let (kept, second) = (&[0x55, 0x48, 0x89, 0xe5][..], &[0x55, 0x48, 0x8b, 0xec][..]);
+        let (other, leaf) = (&[0x55, 0x48, 0x83, 0xec, 0x20][..], &[0x31, 0xc0, 0xc3][..]);
+        for (functions, expect) in [
+            (&[(kept, MIN_FUNCTIONS / 2), (second, MIN_FUNCTIONS / 2)][..], true),
+            (&[(kept, MIN_FUNCTIONS - 1)], false),
+            (&[(kept, 100), (leaf, 1000), (other, 5)], true),
+            (&[(kept, 100), (other, 6)], false),
+            (&[(leaf, 1000)], false),
+            (&[], false),
+        ] {
+            assert_eq!(keeps_frame_pointers(&code(functions)), expect, "{functions:x?}");
+        }
+    }
+
+    /// The gaps found in an image of the machine, if it is there.
+    fn found(path: &str) -> Option<Vec<Range<u64>>> {
+        let file = std::fs::read(path).ok()?;
+        let header = file_header(&file[..]).unwrap();
+        Some(frame_pointer_code(program_headers(header, &file[..]).unwrap(), &file[..]))
+    }
+
+    #[test]
+    fn images_of_the_machine() {
+        use object::{Object as _, ObjectSymbol as _};
+        for path in ["/bin/bash", "/usr/bin/python3", "/usr/lib/x86_64-linux-gnu/libcrypto.so.3"] {
+            assert!(found(path).is_none_or(|ranges| ranges.is_empty()), "{path}");
+        }
+        let Some(ranges) = found("/usr/bin/node") else { return };
+        let file = std::fs::read("/usr/bin/node").unwrap();
+        let elf = object::File::parse(&file[..]).unwrap();
+        let builtins = elf.symbols().filter(|symbol| {
+            symbol.name().is_ok_and(|name| name.starts_with("Builtins_")) && symbol.is_definition()
+        });
+        let is_inside = |address| ranges.iter().any(|range| range.contains(&address));
+        assert!(builtins.into_iter().all(|symbol| is_inside(symbol.address())), "{ranges:x?}");
+    }
+
+    #[test]
+    fn no_input_panics() {
+        let mut file = std::fs::read("/bin/bash").unwrap();
+        for at in (0..2048).chain((2048..file.len()).step_by(4099)) {
+            file[at] ^= 0xff;
+            if let Ok(header) = file_header(&file[..])
+                && let Ok(headers) = program_headers(header, &file[..])
+            {
+                let _ = frame_pointer_code(headers, &file[..]);
+            }
+            file[at] ^= 0xff;
+        }
+    }
+}

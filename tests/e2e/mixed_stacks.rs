@@ -1,0 +1,91 @@
+//! Stacks that leave tables for code without any, and come back to them, walked in the kernel.
+//!
+//! Profilers that show compiled JavaScript show a name or two of it and no caller, and nobody misses what is not there.
+//! Here the stacks have to reach the end, with as many frames as the programs are known to have.
+
+use std::process::{Child, Command, Stdio};
+
+use windlass_agent::BackendChoice;
+use windlass_schema::http::ArtefactKind;
+use windlass_tests::program::program;
+use windlass_tests::service::TestService;
+use windlass_tests::skip::may_use_bpf;
+use windlass_tests::stacks::{Frame, Stack};
+use windlass_unwind_compiler::build_id_of;
+
+use crate::live::{assert_complete, profile_process};
+use crate::walks::{JIT_FRAMES, build_jit};
+
+/// A process that is ended when dropped.
+struct Running(Child);
+
+impl Running {
+    fn start(command: &mut Command) -> Self {
+        Self(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("the program starts"))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// How many of the frames are in no image.
+fn frames_without_image(stack: &Stack) -> usize {
+    stack.frames.iter().filter(|frame| frame.image.is_empty()).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn c_and_code_without_an_image_in_turn() {
+    let test = "mixed_stacks::c_and_code_without_an_image_in_turn";
+    let Some(compiler) = program(test, "cc") else { return };
+    if !may_use_bpf(test) {
+        return;
+    }
+    let service = TestService::start().await;
+    let path = build_jit(&compiler, service.folder());
+    let elf = std::fs::read(&path).expect("the program");
+    service.put(build_id_of(&elf).expect("a build-ID"), ArtefactKind::Executable, elf).await;
+    let running = Running::start(Command::new(&path).arg("again"));
+    let stacks = profile_process(&service, running.0.id(), BackendChoice::Bpf).await;
+    assert_complete(&stacks);
+    // level, and two frames in memory, for each level; then level(0), and what it has called.
+    let mut levels = vec!["level"; JIT_FRAMES / 3 + 1];
+    levels.extend(["descend", "main"]);
+    let has_all = |stack: &Stack| {
+        stack.frames_of(&levels).is_some() && frames_without_image(stack) >= JIT_FRAMES / 3 * 2
+    };
+    let innermost = |stack: &Stack, is: &dyn Fn(&Frame) -> bool| {
+        stack.is_complete() && has_all(stack) && stack.frames.first().is_some_and(is)
+    };
+    assert!(stacks.iter().any(|stack| innermost(stack, &|frame| frame.function == "compute")), "{stacks:#?}");
+    assert!(stacks.iter().any(|stack| innermost(stack, &|frame| frame.image.is_empty())), "{stacks:#?}");
+    service.stop().await;
+}
+
+/// Levels of the recursion in JavaScript.
+const JAVASCRIPT_FRAMES: usize = 50;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compiled_javascript() {
+    let test = "mixed_stacks::compiled_javascript";
+    let Some(node) = program(test, "node") else { return };
+    if !may_use_bpf(test) {
+        return;
+    }
+    let service = TestService::start().await;
+    // With each function as code of its own, as the optimising compiler would not leave it.
+    let source = format!(
+        "function down(depth) {{ if (depth > 0) return down(depth - 1) + 1; \
+         let sum = 0; for (let i = 0; i < 1e6; i++) sum = (sum * 31 + i) | 0; return sum; }} \
+         for (;;) down({JAVASCRIPT_FRAMES});"
+    );
+    let running = Running::start(Command::new(node).args(["--always-sparkplug", "--no-opt", "-e", &source]));
+    let stacks = profile_process(&service, running.0.id(), BackendChoice::Bpf).await;
+    let deep = |stack: &&Stack| stack.is_complete() && frames_without_image(stack) >= JAVASCRIPT_FRAMES;
+    assert!(stacks.iter().any(|stack| deep(&stack)), "{stacks:#?}");
+    service.stop().await;
+}
