@@ -5,9 +5,10 @@
 //! keeps one is not known, nor, in the innermost frame, whether this function has set it up yet: between a
 //! function's first instruction and its prologue's end, behind its epilogue, and in a function without a frame, the
 //! register is the caller's, and whoever believes it loses the caller and goes on as if nothing were missing.
-//! Other unwinders accept that (Perforator and Parca's take one step by the frame pointer wherever they have no
-//! rule; OpenTelemetry's reads a few instructions around the innermost address). Here a step is taken only where
-//! the instructions in front of the address, or the words on the stack, leave no other caller; see
+//! Other unwinders accept that: Perforator takes a step by the frame pointer wherever it has no rule, Parca's did so in
+//! memory of JIT compilers, and OpenTelemetry's knows the frames of one runtime after the other. Here a step is taken only
+//! where the instructions in front of the address, or the words on the stack, leave no other caller; or, behind the
+//! innermost frame, where all code of an image is known to keep frame pointers, or all that a compiler makes. See
 //! [`x86_64`](crate::x86_64) for what counts. Otherwise the walk ends with its reason.
 //!
 //! Looking for a proof takes many small reads. So that a BPF program needs no loop for them, a [`Search`] makes
@@ -17,8 +18,8 @@ use windlass_schema::StopReason;
 
 use crate::memory::StackMemory;
 
-/// Most turns that a walk spends on searches: at some 60 ns each, 0.1 ms. Fifty frames of compiled JavaScript
-/// take about a thousand.
+/// Most turns that a walk spends on searches: at some 60 ns each, 0.1 ms. Fifty frames of a compiler whose code is not
+/// known take about a thousand.
 pub const MAX_SEARCH_TURNS: usize = 2048;
 
 /// A search for the proof that the frame pointer is that of a frame.
@@ -61,8 +62,10 @@ pub struct Candidate {
 pub struct CodeWithoutTable {
     /// Where its mapping starts.
     pub start: u64,
-    /// Whether all of its functions are known to keep frame pointers.
+    /// Whether all of its functions that build a frame are known to keep frame pointers.
     pub keeps_frame_pointers: bool,
+    /// Whether a JIT compiler made it.
+    pub is_jit: bool,
     /// Why the walk ends when nothing is proved.
     pub unproved: StopReason,
 }

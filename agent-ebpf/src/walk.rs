@@ -3,6 +3,7 @@
 use windlass_schema::maps::{
     EXACT_ADDRESS, ImageHeader, Location, MAX_USER_FRAMES, Mapping, ProcessEntry, SegmentKey, no_table,
 };
+use windlass_schema::record::kind;
 use windlass_schema::{
     ImageAddress, LoadBias, ProcessAddress, Record, ReturnAddress, StopReason, UnsupportedReason,
 };
@@ -33,6 +34,8 @@ pub struct Walk<R> {
     image: ImageHeader,
     /// What the mapping is, if it has no table: the code of its reason. 0 if it has one.
     without_table: u64,
+    /// 1 if the mapping is memory of a JIT compiler, else 0.
+    is_jit: u64,
     /// 1 if all functions of the code searched keep frame pointers, else 0.
     keeps_frame_pointers: u64,
     search: Search,
@@ -63,6 +66,7 @@ impl<R: Machine> Walk<R> {
                 directory: [Location::NOWHERE; 8],
             },
             without_table: 0,
+            is_jit: 0,
             keeps_frame_pointers: 0,
             search: Search::START,
         }
@@ -159,12 +163,13 @@ impl<R: Machine> Walk<R> {
         memory: &M,
     ) -> Result<(), StopReason> {
         let keeps_frame_pointers = self.keeps_frame_pointers != 0;
-        let unproved = match (keeps_frame_pointers, self.without_table) {
+        let is_jit = self.is_jit != 0;
+        let unproved = match (keeps_frame_pointers, is_jit) {
             (true, _) => StopReason::FramePointer,
-            (false, 0) => StopReason::NoCfi,
-            (false, _) => StopReason::Jit,
+            (false, false) => StopReason::NoCfi,
+            (false, true) => StopReason::Jit,
         };
-        let code = CodeWithoutTable { start: self.start, keeps_frame_pointers, unproved };
+        let code = CodeWithoutTable { start: self.start, keeps_frame_pointers, is_jit, unproved };
         let Some(candidate) = self.registers.look_for_caller(&mut self.search, &code, memory)? else {
             return Ok(());
         };
@@ -229,6 +234,8 @@ impl<R: Machine> Walk<R> {
             Some(reason @ (StopReason::Jit | StopReason::FramePointer)) => self.without_table = reason as u64,
             Some(reason) => return Err(reason),
         }
+        let is_jit = self.without_table == JIT || mapping.image.0 == no_table::JIT_FRAME_POINTERS.0;
+        self.is_jit = is_jit as u64;
         self.start = start;
         self.end = mapping.end;
         self.bias = mapping.bias;

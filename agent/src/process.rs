@@ -195,7 +195,7 @@ pub fn plan(mappings: &[ExecutableMapping], images: &Images) -> Vec<PlacedMappin
                 parts(mapping, image, *bias, images.location(image.id.build_id()))
             }
             Content::NoTable(StopReason::Jit) if keeps_frame_pointers => {
-                vec![part(mapping.start, mapping.end, 0, no_table::FRAME_POINTERS)]
+                vec![part(mapping.start, mapping.end, 0, no_table::JIT_FRAME_POINTERS)]
             }
             Content::NoTable(reason) => {
                 vec![part(mapping.start, mapping.end, 0, no_table::location(*reason))]
@@ -366,7 +366,7 @@ mod tests {
         let address = |process| ProcessAddress::new(process).to_image(*bias).get();
         let (start, end) = (mapping.start, mapping.end);
         let pending = no_table::location(StopReason::TablePending);
-        let apart = no_table::FRAME_POINTERS;
+        let (apart, jit_apart) = (no_table::FRAME_POINTERS, no_table::JIT_FRAME_POINTERS);
         let jit = MapsEntry {
             start: 0x1000,
             end: 0x2000,
@@ -378,20 +378,20 @@ mod tests {
         for (ranges, of_jit, expect) in [
             (vec![], no_table::location(StopReason::Jit), vec![(start, end, pending)]),
             (
-                vec![start + 16..end - 16],
-                apart,
+                vec![(start + 16, end - 16)],
+                jit_apart,
                 vec![(start, start + 16, pending), (start + 16, end - 16, apart), (end - 16, end, pending)],
             ),
             (
-                vec![start - 16..start + 16],
-                apart,
+                vec![(start - 16, start + 16)],
+                jit_apart,
                 vec![(start, start + 16, apart), (start + 16, end, pending)],
             ),
-            (vec![start..end + 16], apart, vec![(start, end, apart)]),
-            (vec![end..end + 16], apart, vec![(start, end, pending)]),
+            (vec![(start, end + 16)], jit_apart, vec![(start, end, apart)]),
+            (vec![(end, end + 16)], jit_apart, vec![(start, end, pending)]),
         ] {
             let frame_pointer_code =
-                ranges.iter().map(|range| address(range.start)..address(range.end)).collect();
+                ranges.iter().map(|(start, end)| address(*start)..address(*end)).collect();
             let mut image = (**image).clone();
             image.frame_pointer_code = frame_pointer_code;
             let content = Content::Image { image: Arc::new(image), bias: *bias, source: source.clone() };

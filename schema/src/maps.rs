@@ -118,8 +118,10 @@ pub mod no_table {
 
     const BASE: u32 = MAX_CHUNKS << CHUNK_GRANULES_SHIFT;
 
-    /// The location of code that has no table and keeps frame pointers throughout.
+    /// The location of code of an image that has no table and keeps frame pointers throughout.
     pub const FRAME_POINTERS: Location = location(StopReason::FramePointer);
+    /// The location of code of a JIT compiler that does so.
+    pub const JIT_FRAME_POINTERS: Location = Location(BASE + u8::MAX as u32);
 
     /// The location that says why there is no table.
     pub const fn location(reason: StopReason) -> Location {
@@ -139,6 +141,7 @@ pub mod no_table {
             code if code == StopReason::Jit as u32 => StopReason::Jit,
             code if code == StopReason::NoCfi as u32 => StopReason::NoCfi,
             code if code == StopReason::FramePointer as u32 => StopReason::FramePointer,
+            code if code == JIT_FRAME_POINTERS.0 - BASE => StopReason::FramePointer,
             _ => StopReason::TableUnavailable,
         })
     }

@@ -13,7 +13,7 @@ use windlass_tests::skip::may_use_bpf;
 use windlass_tests::stacks::{Frame, Stack};
 use windlass_unwind_compiler::build_id_of;
 
-use crate::live::{assert_complete, profile_process};
+use crate::live::{assert_complete, assert_rightly_complete, profile_process};
 use crate::walks::{JIT_FRAMES, build_jit};
 
 /// A process that is ended when dropped.
@@ -85,6 +85,7 @@ async fn compiled_javascript() {
     );
     let running = Running::start(Command::new(node).args(["--always-sparkplug", "--no-opt", "-e", &source]));
     let stacks = profile_process(&service, running.0.id(), BackendChoice::Bpf).await;
+    assert_rightly_complete(&stacks);
     let deep = |stack: &&Stack| stack.is_complete() && frames_without_image(stack) >= JAVASCRIPT_FRAMES;
     assert!(stacks.iter().any(|stack| deep(&stack)), "{stacks:#?}");
     service.stop().await;

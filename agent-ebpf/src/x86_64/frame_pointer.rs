@@ -15,6 +15,12 @@
 //! that move arguments). Those have no prologue. So what looks like a function's end in front of the
 //! innermost address is too much doubt, and so is an instruction that gives rsp another value.
 //!
+//! Where all code is known to keep frame pointers, callers need no proof, and of the innermost frame more is certain:
+//!
+//! 4. Behind padding of `int3` and no prologue, a function has no frame: its return address is at rsp, or is not found.
+//! 5. In memory of a JIT compiler, where the third case holds without a prologue: V8's baseline code calls a function that
+//!    builds the frame.
+//!
 //! Each caller's address has to lie in executable memory, behind a call. A return address that an earlier call left in the
 //! frame makes a stop, not a frame.
 
@@ -74,6 +80,21 @@ const fn is_among<const N: usize>(byte: u64, bytes: [u64; N]) -> u64 {
     is_one
 }
 
+/// The byte in front of `address`. 0 if it cannot be read.
+#[inline(always)]
+fn byte_before<M: StackMemory>(address: u64, memory: &M) -> u64 {
+    // Of a word that does not leave the page, so that it can be read where this is the mapping's second byte.
+    let before = address.wrapping_sub(1);
+    memory.word(before & !7).map_or(0, |word| word >> (8 * (before & 7)) & 0xff)
+}
+
+/// Whether the prologue at `address` is behind a `pop`, which takes the return address from the stack first:
+/// V8's function that builds the frame of another does.
+#[inline(always)]
+fn is_behind_pop<M: StackMemory>(address: u64, memory: &M) -> bool {
+    byte_before(address, memory) & 0xf8 == 0x58
+}
+
 #[inline(always)]
 fn is_return(code: u64) -> bool {
     code & 0xff == RET || code & 0xff == RET_POPPING || code & 0xffff == RET << 8 | 0xf3
@@ -121,14 +142,6 @@ impl Registers {
         Ok(Some(Candidate { address, stack_pointer, frame_pointer, is_caller: true }))
     }
 
-    /// Whether the byte in front of the address is `push %rbp`.
-    #[inline(always)]
-    fn is_behind_push<M: StackMemory>(&self, memory: &M) -> bool {
-        // Of a word that does not leave the page, so that it can be read where this is the mapping's second byte.
-        let before = self.rip.wrapping_sub(1);
-        memory.word(before & !7).is_some_and(|word| word >> (8 * (before & 7)) & 0xff == PUSH_RBP)
-    }
-
     /// What the instruction at the innermost address says.
     #[inline(always)]
     fn caller_by_instruction<M: StackMemory>(
@@ -139,10 +152,17 @@ impl Registers {
         let Some(code) = memory.word(self.rip) else { return Err(unproved) };
         let rsp = self.general[DWARF_RSP as usize];
         let first = code & 0xff;
+        if first == PUSH_RBP && sets_rbp(code >> 8) && is_behind_pop(self.rip, memory) {
+            return Err(unproved);
+        }
         if is_return(code) || first == PUSH_RBP && sets_rbp(code >> 8) {
             return self.caller_at(rsp, self.get(DWARF_RBP)?, memory);
         }
-        let is_pushed = sets_rbp(code) && self.is_behind_push(memory);
+        let push = self.rip.wrapping_sub(1);
+        let is_pushed = sets_rbp(code) && byte_before(self.rip, memory) == PUSH_RBP;
+        if is_pushed && is_behind_pop(push, memory) {
+            return Err(unproved);
+        }
         if is_pushed || first == POP_RBP && is_return(code >> 8) {
             let Some(saved) = memory.word(rsp) else { return Err(memory.unreadable(rsp)) };
             if is_pushed && saved != self.get(DWARF_RBP)? {
@@ -165,7 +185,7 @@ impl Registers {
         memory: &M,
     ) -> Result<Option<Candidate>, StopReason> {
         if search.at <= code.start || self.rip.wrapping_sub(search.at) >= MAX_CODE_BYTES {
-            return Err(code.unproved);
+            return self.without_prologue(search, code);
         }
         // The first bytes of a mapping are looked at with what is behind them.
         let count = (search.at - code.start).min(8);
@@ -176,18 +196,44 @@ impl Registers {
         let signs = Signs::of(bytes, behind & is_first.wrapping_sub(1), at).first(count);
         search.at = at;
         search.seen |= signs.seen();
+        if code.keeps_frame_pointers && signs.is_behind_padding() {
+            if code.is_jit {
+                return self.without_prologue(search, code);
+            }
+            // Up to here the function has built no frame, or a prologue would have been met.
+            return self.caller_at(self.general[DWARF_RSP as usize], self.get(DWARF_RBP)?, memory);
+        }
         if signs.prologues == 0 {
             return Ok(None);
         }
+        if self.exact != 0 && is_behind_pop(at.wrapping_add(signs.last_prologue()), memory) {
+            return Err(code.unproved);
+        }
         match search.seen {
             0 => self.caller_by_frame_pointer(memory),
-            seen if self.exact != 0 && seen & FUNCTION_END != 0 => Err(code.unproved),
-            _ => {
-                search.phase = ON_STACK;
-                search.at = self.general[DWARF_RSP as usize];
-                Ok(None)
+            seen if self.exact != 0 && seen & FUNCTION_END != 0 && !code.keeps_frame_pointers => {
+                Err(code.unproved)
             }
+            _ => self.search_stack(search),
         }
+    }
+
+    /// What is left to look at where no prologue was met.
+    #[inline(always)]
+    fn without_prologue(
+        &self,
+        search: &mut Search,
+        code: &CodeWithoutTable,
+    ) -> Result<Option<Candidate>, StopReason> {
+        if code.keeps_frame_pointers && code.is_jit { self.search_stack(search) } else { Err(code.unproved) }
+    }
+
+    /// Goes on with the words on the stack.
+    #[inline(always)]
+    fn search_stack(&self, search: &mut Search) -> Result<Option<Candidate>, StopReason> {
+        search.phase = ON_STACK;
+        search.at = self.general[DWARF_RSP as usize];
+        Ok(None)
     }
 
     /// Looks at the next word from rsp up to rbp.
@@ -216,6 +262,8 @@ struct Signs {
     doubts: u64,
     /// A function's last byte is here.
     ends: u64,
+    /// The last but one byte of padding in front of an aligned address is here, and both are traps.
+    traps: u64,
 }
 
 impl Signs {
@@ -227,7 +275,8 @@ impl Signs {
         const SECOND: u64 = SET_RBP[1] << 8 | PUSH_RBP;
         // The byte in front of an aligned address, if there is one among these.
         let aligned = FUNCTION_ALIGNMENT - 1 - (address & (FUNCTION_ALIGNMENT - 1));
-        let (mut signs, mut bytes, mut behind) = (Self { prologues: 0, doubts: 0, ends: 0 }, bytes, behind);
+        let (mut signs, mut bytes, mut behind) =
+            (Self { prologues: 0, doubts: 0, ends: 0, traps: 0 }, bytes, behind);
         let mut at = 0;
         while at < 8 {
             let (byte, next) = (bytes & 0xff, bytes >> 8 & 0xff);
@@ -242,6 +291,8 @@ impl Signs {
             let is_padded = is_among(next, [TRAP, NOP, 0x0f, 0x66, 0x2e]);
             let end = is_zero(byte ^ RET) & (is_padded | is_last) | is_zero(byte ^ TRAP) & is_last;
             signs.ends |= end << at;
+            let is_last_but_one = is_zero((at + 1) ^ aligned);
+            signs.traps |= (is_last_but_one & is_zero(byte ^ TRAP) & is_zero(next ^ TRAP)) << at;
             bytes = bytes >> 8 | behind << 56;
             behind >>= 8;
             at += 1;
@@ -253,15 +304,44 @@ impl Signs {
     #[inline(always)]
     const fn first(self, count: u64) -> Self {
         let mask = (1 << count) - 1;
-        Self { prologues: self.prologues & mask, doubts: self.doubts & mask, ends: self.ends & mask }
+        Self {
+            prologues: self.prologues & mask,
+            doubts: self.doubts & mask,
+            ends: self.ends & mask,
+            traps: self.traps & mask,
+        }
+    }
+
+    /// A bit for each byte up to the last prologue's first.
+    #[inline(always)]
+    const fn hidden(self) -> u64 {
+        let hidden = self.prologues | self.prologues >> 1;
+        let hidden = hidden | hidden >> 2;
+        hidden | hidden >> 4
+    }
+
+    /// At which byte the last prologue begins, if there is one.
+    #[inline(always)]
+    const fn last_prologue(self) -> u64 {
+        let (mut last, mut at) = (0, 1);
+        while at < 8 {
+            last += is_zero(self.prologues >> at) ^ 1;
+            at += 1;
+        }
+        last
+    }
+
+    /// Whether there is padding behind the last prologue that is between functions for certain. A single trap may be what
+    /// a call that does not return comes back to.
+    #[inline(always)]
+    fn is_behind_padding(self) -> bool {
+        self.traps & !self.hidden() != 0
     }
 
     /// What was seen behind the last prologue.
     #[inline(always)]
     fn seen(self) -> u64 {
-        let hidden = self.prologues | self.prologues >> 1;
-        let hidden = hidden | hidden >> 2;
-        let hidden = hidden | hidden >> 4;
+        let hidden = self.hidden();
         let is_seen = |signs: u64| is_zero(signs & !hidden) ^ 1;
         is_seen(self.doubts) * DOUBT | is_seen(self.ends) * FUNCTION_END
     }

@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use windlass_schema::maps::{
-    Chunk, MAX_CHUNKS, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_SLOTS, SegmentKey,
-    UNUSED_START, no_table,
+    Chunk, Location, MAX_CHUNKS, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_SLOTS,
+    SegmentKey, UNUSED_START, no_table,
 };
 use windlass_schema::record::REGISTERS;
 
@@ -38,6 +38,12 @@ impl Memory {
         let image = no_table::location(StopReason::Jit);
         segment.mappings[0] = Mapping { end: CODE_END, bias: 0, image, generation: 1 };
         Self { code: bytes, stack: [0; WORDS], segment }
+    }
+
+    /// The same as code that keeps frame pointers.
+    fn keeping(mut self, location: Location) -> Self {
+        self.segment.mappings[0].image = location;
+        self
     }
 
     fn with_stack(mut self, words: &[(usize, u64)]) -> Self {
@@ -200,6 +206,27 @@ fn a_return_address_in_a_register_is_not_passed_over() {
     }
 }
 
+/// V8's function that builds the frame of another: pop %r15; push %rbp; mov %rsp, %rbp; push %rsi; push %r15; ret
+#[test]
+fn a_frame_that_is_built_for_the_caller() {
+    let builder: &[u8] = &[0x41, 0x5f, 0x55, 0x48, 0x89, 0xe5, 0x56, 0x41, 0x57, 0xc3];
+    for start in 0x200..0x210 {
+        let memory = Memory::new(&[CALL, (start, builder)]).keeping(no_table::FRAME_POINTERS);
+        let memory =
+            memory.with_stack(&[(8, 0xb), (9, word(20)), (10, RETURN), (20, word(28)), (21, RETURN)]);
+        let at = CODE + start as u64;
+        for (offset, rsp, rbp) in
+            [(2, word(10), word(20)), (3, word(9), word(20)), (6, word(9), word(9)), (7, word(8), word(9))]
+        {
+            let found = caller(&memory, at + offset, true, rsp, rbp);
+            assert_eq!(found, Err(StopReason::FramePointer), "{start:#x} {offset}");
+        }
+        // Its last instruction, with the address back on the stack.
+        let memory = memory.with_stack(&[(7, RETURN)]);
+        assert_eq!(caller(&memory, at + 9, true, word(7), word(9)), Ok((RETURN, word(8), word(9))));
+    }
+}
+
 #[test]
 fn a_body_behind_an_epilogue_needs_a_clean_stack() {
     // The early way out of a function, then 0x20b: mov %edi, %eax; call
@@ -251,7 +278,12 @@ fn a_search_has_an_end() {
     let mut general = [0; REGISTERS];
     (general[7], general[6]) = (word(8), word(9));
     let registers = Registers::innermost(general, 0x1207);
-    let jit = CodeWithoutTable { start: CODE, keeps_frame_pointers: false, unproved: StopReason::Jit };
+    let jit = CodeWithoutTable {
+        start: CODE,
+        keeps_frame_pointers: false,
+        is_jit: true,
+        unproved: StopReason::Jit,
+    };
     assert_eq!(registers.look_for_caller(&mut code, &jit, &memory), Ok(None));
     assert_eq!(registers.look_for_caller(&mut code, &jit, &memory), Err(StopReason::FramePointer));
 }
@@ -263,14 +295,63 @@ fn code_that_keeps_frame_pointers_needs_no_search_in_callers() {
         (general[7], general[6]) = (word(8), word(9));
         Registers { exact, ..Registers::innermost(general, 0x1300) }
     };
-    let code =
-        CodeWithoutTable { start: CODE, keeps_frame_pointers: true, unproved: StopReason::FramePointer };
+    let code = CodeWithoutTable {
+        start: CODE,
+        keeps_frame_pointers: true,
+        is_jit: false,
+        unproved: StopReason::FramePointer,
+    };
     let expect =
         Candidate { address: RETURN, stack_pointer: word(11), frame_pointer: word(20), is_caller: true };
     let mut search = Search::START;
     assert_eq!(registers(0).look_for_caller(&mut search, &code, &called()), Ok(Some(expect)));
     // The innermost one may be in a prologue.
     assert_eq!(registers(1).look_for_caller(&mut search, &code, &called()), Ok(None));
+}
+
+/// As V8's bytecode handlers that call nothing.
+#[test]
+fn a_function_without_a_frame_among_those_that_keep_frame_pointers() {
+    // movsx; mov; jmp *%rcx
+    let leaf: &[u8] = &[0x4b, 0x0f, 0xbe, 0x44, 0x0c, 0x01, 0x48, 0x8b, 0x54, 0xc5, 0x00, 0xff, 0xe1];
+    let memory = |padding: &[u8]| {
+        let code = Memory::new(&[CALL, WITH_FRAME, (0x20a, padding), (0x210, leaf)]);
+        code.with_stack(&[(9, RETURN), (10, RETURN), (20, word(28)), (21, RETURN)])
+    };
+    let expect = Ok((RETURN, word(11), word(20)));
+    for at in [0x1216, 0x121b] {
+        let image = memory(&[0xcc; 6]).keeping(no_table::FRAME_POINTERS);
+        assert_eq!(caller(&image, at, true, word(10), word(20)), expect, "{at:#x}");
+        // What is at rsp is no return address: it may be in a register.
+        let found = caller(&image, at, true, word(11), word(20));
+        assert_eq!(found, Err(StopReason::FramePointer), "{at:#x}");
+        // One trap alone may stand behind a call, amid a function; and compiled code has them in its data.
+        for other in [
+            memory(&[0x90, 0x90, 0x90, 0x90, 0x90, 0xcc]).keeping(no_table::FRAME_POINTERS),
+            memory(&[0xcc; 6]).keeping(no_table::JIT_FRAME_POINTERS),
+            memory(&[0xcc; 6]).keeping(no_table::location(StopReason::FramePointer)).with_stack(&[(10, 0)]),
+        ] {
+            let found = caller(&other, at, true, word(10), word(20));
+            assert_eq!(found, Err(StopReason::FramePointer), "{at:#x}");
+        }
+    }
+}
+
+/// V8's baseline code calls a function that builds the frame.
+#[test]
+fn compiled_code_without_a_prologue_needs_a_clean_stack() {
+    let body: &[u8] = &[0xe8, 0, 0, 0, 0, 0x48, 0x8b, 0x45, 0xf8];
+    let memory = Memory::new(&[CALL, (0x210, body)]).with_stack(&[(9, word(20)), (10, RETURN), (7, 77)]);
+    let memory = memory.keeping(no_table::JIT_FRAME_POINTERS);
+    let expect = Ok((RETURN, word(11), word(20)));
+    assert_eq!(caller(&memory, 0x1219, true, word(6), word(9)), expect);
+    assert_eq!(caller(&memory, 0x1219, false, word(6), word(9)), expect);
+    let left = memory.with_stack(&[(7, RETURN)]);
+    assert_eq!(caller(&left, 0x1219, true, word(6), word(9)), Err(StopReason::FramePointer));
+    // In a caller it is what an earlier call has left.
+    assert_eq!(caller(&left, 0x1219, false, word(6), word(9)), expect);
+    let unknown = left.with_stack(&[(7, 77)]).keeping(no_table::location(StopReason::Jit));
+    assert_eq!(caller(&unknown, 0x1219, true, word(6), word(9)), Err(StopReason::Jit));
 }
 
 #[test]
@@ -317,14 +398,14 @@ proptest! {
             bytes[at..at + 4].copy_from_slice(&code);
         }
         let bits = |is: &dyn Fn(usize) -> bool| (0..8).filter(|at| is(*at)).fold(0, |bits, at| bits | 1 << at);
-        let is_last = |at: usize| (start + at as u64 + 1) % 16 == 0;
+        let is_last = |at: usize| (start + at as u64 + 1).is_multiple_of(16);
         let expect = Signs {
             prologues: bits(&|at| {
                 matches!(bytes[at..at + 4], [0x55, 0x48, 0x89, 0xe5] | [0x55, 0x48, 0x8b, 0xec])
             }),
             doubts: bits(&|at| {
                 let epilogue = match bytes[at..at + 2] {
-                    [0x5d, next] if matches!(next, 0xc3 | 0xc2 | 0xe9 | 0xff) => true,
+                    [0x5d, 0xc3 | 0xc2 | 0xe9 | 0xff] => true,
                     [byte, 0x5d] => matches!(byte, 0xe5 | 0xec),
                     [byte, 0xc9] => !matches!(byte, 0x31 | 0x33 | 0x84 | 0x85),
                     _ => false,
@@ -336,12 +417,16 @@ proptest! {
                 0xcc => is_last(at),
                 _ => false,
             }),
+            traps: bits(&|at| is_last(at + 1) && bytes[at..at + 2] == [0xcc, 0xcc]),
         };
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
         let signs = Signs::of(word(0), word(8), start);
         prop_assert_eq!(signs, expect);
         // Behind the last prologue.
         let from = (0..8).rev().find(|at| signs.prologues >> at & 1 != 0).map_or(0, |at| at + 1);
+        if from > 0 {
+            prop_assert_eq!(signs.last_prologue(), from as u64 - 1);
+        }
         let seen = u64::from(expect.doubts >> from != 0) | u64::from(expect.ends >> from != 0) << 1;
         prop_assert_eq!(signs.seen(), seen);
     }
