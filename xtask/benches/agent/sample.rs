@@ -67,10 +67,12 @@ fn sample(program: &Program) -> Result<Sampled> {
     std::thread::sleep(SETTLE);
     let pid = running.pids()[0];
     let mut bpf = load_object()?;
+    // While all of its maps are open.
+    let verified_instructions = load(&mut bpf)?;
     let _tables = ProcessTables::place(&mut bpf, pid)?;
     let ring = bpf.take_map(names::SAMPLES).with_context(|| format!("no map {}", names::SAMPLES))?;
     let mut ring = RingBuf::try_from(ring)?;
-    let verified_instructions = attach(&mut bpf, pid)?;
+    attach(&mut bpf, pid)?;
     let (mut user_frames, mut complete) = (0, 0);
     let end = Instant::now() + MEASURE;
     while Instant::now() < end {
@@ -89,12 +91,22 @@ fn sample(program: &Program) -> Result<Sampled> {
     Ok(Sampled { samples, time, user_frames, complete, verified_instructions })
 }
 
-/// Samples the threads that a process has; the instructions that the verifier went through.
-fn attach(bpf: &mut Ebpf, pid: u32) -> Result<u32> {
+fn sampling_program(bpf: &mut Ebpf) -> Result<&mut PerfEvent> {
     let program =
         bpf.program_mut(names::PROGRAM).with_context(|| format!("no program {}", names::PROGRAM))?;
-    let program: &mut PerfEvent = program.try_into()?;
+    Ok(program.try_into()?)
+}
+
+/// Loads the sampling program; the instructions that the verifier went through.
+fn load(bpf: &mut Ebpf) -> Result<u32> {
+    let program = sampling_program(bpf)?;
     program.load()?;
+    Ok(program.info()?.verified_instruction_count().unwrap_or(0))
+}
+
+/// Samples the threads that a process has.
+fn attach(bpf: &mut Ebpf, pid: u32) -> Result<()> {
+    let program = sampling_program(bpf)?;
     for tid in living_threads(pid) {
         program.attach(
             PerfEventConfig::Software(SoftwareEvent::CpuClock),
@@ -103,5 +115,5 @@ fn attach(bpf: &mut Ebpf, pid: u32) -> Result<u32> {
             false,
         )?;
     }
-    Ok(program.info()?.verified_instruction_count().unwrap_or(0))
+    Ok(())
 }
