@@ -50,7 +50,7 @@ pub const UNUSED_START: u64 = i64::MAX as u64;
 /// Most segments of a process, and so 1,016 executable mappings.
 pub const PROCESS_SEGMENTS: usize = 8;
 /// Most user frames of a sample.
-pub const MAX_USER_FRAMES: usize = 512;
+pub const MAX_USER_FRAMES: usize = 1024;
 /// Most kernel frames of a sample: the kernel's own default (`sysctl kernel.perf_event_max_stack`).
 pub const MAX_KERNEL_FRAMES: usize = 127;
 /// Size of the ring buffer in bytes: at 19 Hz on 128 CPUs it holds the samples of a second even at
