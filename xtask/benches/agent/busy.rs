@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -42,6 +43,45 @@ impl Program {
             all.insert(1, Self::new("python3", python, &["-c", script]));
         }
         Ok(all)
+    }
+
+    /// Stacks of so many frames.
+    pub(crate) fn deep(folder: &Path, name: &'static str, frames: u32) -> Result<Self> {
+        let path = compile_deep(folder, "windlass-deep", "sha1")?;
+        Ok(Self::new(name, path, &[&frames.to_string(), FEW_BYTES]))
+    }
+
+    /// Stacks of 57 frames for some time, which then says how many turns of its work it made.
+    pub(crate) fn counting(folder: &Path, time: Duration) -> Result<Self> {
+        let path = compile_deep(folder, "windlass-deep", "sha1")?;
+        let time = time.as_millis().to_string();
+        Ok(Self::new("57 frames", path, &["57", FEW_BYTES, "0", &time]))
+    }
+
+    /// Runs one on each core to their end; the sum of the numbers that they say.
+    pub(crate) fn count(&self) -> Result<u64> {
+        let cores = std::thread::available_parallelism()?.get();
+        let mut command = Command::new(&self.path);
+        command.args(&self.arguments).stdout(Stdio::piped()).stderr(Stdio::null());
+        let children: Vec<Child> = (0..cores).map(|_| command.spawn()).collect::<Result<_, _>>()?;
+        let mut sum = 0;
+        for child in children {
+            let said = child.wait_with_output()?.stdout;
+            sum +=
+                String::from_utf8_lossy(&said).trim().parse::<u64>().context("a program says no number")?;
+        }
+        Ok(sum)
+    }
+
+    /// JavaScript that recurses and counts, if node is installed.
+    pub(crate) fn node() -> Option<Self> {
+        let folders = std::env::var_os("PATH")?;
+        let path =
+            std::env::split_paths(&folders).map(|folder| folder.join("node")).find(|path| path.exists())?;
+        let script = "function down(depth) { if (depth > 0) return down(depth - 1) + 1; \
+                      let sum = 0; for (let i = 0; i < 1e6; i++) sum = (sum * 31 + i) | 0; return sum; } \
+                      for (;;) down(20);";
+        Some(Self::new("node", path, &["-e", script]))
     }
 
     /// Programs like those of 57 frames, each an image of its own.

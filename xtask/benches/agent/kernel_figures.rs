@@ -39,6 +39,29 @@ pub(crate) fn program_time(pid: u32, name: &str) -> Result<(Duration, u64)> {
     Ok((program.run_time(), program.run_count()))
 }
 
+/// What the kernel charges for the BPF maps that a process holds, in bytes (`bpf_map_show_fdinfo`, kernel/bpf/syscall.c).
+pub(crate) fn maps_memory(pid: u32) -> Result<u64> {
+    let mut maps = std::collections::HashMap::new();
+    for descriptor in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        let Ok(text) = std::fs::read_to_string(descriptor?.path()) else { continue };
+        let number = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            line.trim().parse::<u64>().ok()
+        };
+        if let (Some(id), Some(bytes)) = (number("map_id:"), number("memlock:")) {
+            maps.insert(id, bytes);
+        }
+    }
+    Ok(maps.values().sum())
+}
+
+/// What a process has handed to write calls, to files and sockets, in bytes (`wchar`, proc_pid_io(5)).
+pub(crate) fn written_bytes(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/io"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("wchar:")).context("io without wchar")?;
+    Ok(line.trim().parse()?)
+}
+
 /// Identifiers of the programs to which a process holds descriptors (`bpf_prog_show_fdinfo`, kernel/bpf/syscall.c).
 fn held_programs(pid: u32) -> Result<Vec<u32>> {
     let mut ids = Vec::new();

@@ -12,7 +12,9 @@ use windlass_schema::maps::names;
 
 use crate::busy::Program;
 use crate::installed::{Service, start_agent};
-use crate::kernel_figures::{BpfStats, process_memory, process_time, program_time};
+use crate::kernel_figures::{
+    BpfStats, maps_memory, process_memory, process_time, program_time, written_bytes,
+};
 
 /// How long an agent may take until tables are there, and how long is measured.
 const SETTLE: Duration = Duration::from_secs(8);
@@ -29,6 +31,8 @@ struct Cost {
     share: f64,
     rss_mib: f64,
     peak_mib: f64,
+    kernel_mib: f64,
+    written_mb: f64,
 }
 
 pub(crate) fn print() -> Result<()> {
@@ -37,25 +41,30 @@ pub(crate) fn print() -> Result<()> {
     let service = Service::start(folder.path())?;
     let _stats = BpfStats::enable()?;
     println!("### On busy programs\n");
-    println!("| one on each core | Hz | BPF time a sample | samples | agent, share of a core | RSS | peak |");
-    println!("|---|---:|---:|---:|---:|---:|---:|");
+    println!(
+        "| one on each core | Hz | BPF time a sample | samples | agent, share of a core | RSS | peak | kernel memory | written |"
+    );
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|");
     for frequency_hz in FREQUENCIES_HZ {
         for program in &programs {
             let cost = agent_cost(program, &service, folder.path(), frequency_hz)?;
             println!(
-                "| {} | {frequency_hz} | {:.2} µs | {} | {:.2} % | {:.1} MiB | {:.1} MiB |",
+                "| {} | {frequency_hz} | {:.2} µs | {} | {:.2} % | {:.1} MiB | {:.1} MiB | {:.1} MiB | {:.2} MB |",
                 program.name,
                 cost.bpf_us_a_sample,
                 cost.samples,
                 100.0 * cost.share,
                 cost.rss_mib,
-                cost.peak_mib
+                cost.peak_mib,
+                cost.kernel_mib,
+                cost.written_mb
             );
         }
     }
     println!(
         "\nOver {} s after {} s to settle. BPF time: `run_time_ns` over `run_cnt` of the program, everything in it. Share: \
-         user and system time of the agent's process, which ships what it samples.\n",
+         user and system time of the agent's process, which ships what it samples; written: by it, to its spool and the service. \
+         Kernel memory: of its BPF maps, with the tables of everything that ran.\n",
         MEASURE.as_secs(),
         SETTLE.as_secs()
     );
@@ -66,8 +75,9 @@ fn agent_cost(program: &Program, service: &Service, folder: &Path, frequency_hz:
     let _running = program.start()?;
     let agent = start_agent(service, folder, frequency_hz)?;
     std::thread::sleep(SETTLE);
-    let (bpf, process, start) =
-        (program_time(agent.pid(), names::PROGRAM)?, process_time(agent.pid())?, Instant::now());
+    let (bpf, process, written) =
+        (program_time(agent.pid(), names::PROGRAM)?, process_time(agent.pid())?, written_bytes(agent.pid())?);
+    let start = Instant::now();
     std::thread::sleep(MEASURE);
     let elapsed = start.elapsed();
     let (bpf_after, process_after) = (program_time(agent.pid(), names::PROGRAM)?, process_time(agent.pid())?);
@@ -79,6 +89,8 @@ fn agent_cost(program: &Program, service: &Service, folder: &Path, frequency_hz:
         share: (process_after - process).as_secs_f64() / elapsed.as_secs_f64(),
         rss_mib: rss as f64 / f64::from(1 << 20),
         peak_mib: peak as f64 / f64::from(1 << 20),
+        kernel_mib: maps_memory(agent.pid())? as f64 / f64::from(1 << 20),
+        written_mb: (written_bytes(agent.pid())? - written) as f64 / 1e6,
     })
 }
 
@@ -137,7 +149,7 @@ fn children_time() -> Duration {
 }
 
 /// Stacks of some processes in perf's data, and those of them that are complete.
-fn complete_stacks(data: &Path, pids: &[u32]) -> Result<(u64, u64)> {
+pub(crate) fn complete_stacks(data: &Path, pids: &[u32]) -> Result<(u64, u64)> {
     let mut script = Command::new("perf");
     let pids = pids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
     script.args(["script", "-F", "comm,ip,sym", "--pid", &pids, "-i"]).arg(data);

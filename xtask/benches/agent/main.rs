@@ -10,15 +10,19 @@
 //! - [`walk`]: nanoseconds a frame, by [`timing`] programs over the tables of this process ([`process_tables`])
 //! - [`sample`]: time of the whole program for samples of one program
 //! - [`live`]: time a sample and share of a core, on [`busy`] programs, of the programs as [`installed`]; [`kernel_figures`]
+//! - [`complete`]: stacks of known depth and of JIT code, whole or not, beside `perf record --call-graph dwarf`
+//! - [`slowdown`]: what a busy program loses to each profiler
 //! - [`new_processes`]: the first complete stack of one, samples of short ones, by an agent in this process ([`watching`])
 
 mod busy;
+mod complete;
 mod installed;
 mod kernel_figures;
 mod live;
 mod new_processes;
 mod process_tables;
 mod sample;
+mod slowdown;
 mod timing;
 mod walk;
 mod watching;
@@ -34,6 +38,8 @@ fn main() -> Result<()> {
         ("sample", sample::print),
         ("live", live::print),
         ("perf", live::print_perf),
+        ("complete", complete::print),
+        ("slowdown", slowdown::print),
         ("short", new_processes::print_short),
         ("first", new_processes::print_first),
     ];
