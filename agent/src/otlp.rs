@@ -14,10 +14,11 @@
 //! `windlass.stop_reason`, a mapping `process.executable.build_id.gnu` or `.htlhash`. Entry 0 of
 //! each table is its zero value.
 
-use std::collections::HashMap;
-use std::hash::Hash;
+mod interner;
+
 use std::sync::Arc;
 
+use hashbrown::HashMap;
 use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest;
 use opentelemetry_proto::tonic::common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value};
 use opentelemetry_proto::tonic::profiles::v1development::{
@@ -27,6 +28,7 @@ use opentelemetry_proto::tonic::profiles::v1development::{
 use opentelemetry_proto::tonic::resource::v1::Resource as OtlpResource;
 use windlass_schema::StopReason;
 
+use self::interner::{Interner, SeenModules};
 use crate::image::ImageId;
 use crate::resource::Resource;
 
@@ -107,33 +109,6 @@ enum AttributeValue {
     Number(i64),
 }
 
-/// Values in the order of their first use, each once, from index 0.
-struct Interner<T> {
-    values: Vec<T>,
-    indices: HashMap<T, i32>,
-}
-
-impl<T: Clone + Eq + Hash> Interner<T> {
-    fn with_zero(zero: T) -> Self {
-        Self { values: vec![zero.clone()], indices: HashMap::from([(zero, 0)]) }
-    }
-
-    /// The index of `value`; indices are OTLP's 32 bits, far above a batch's limit.
-    fn index<Q>(&mut self, value: &Q) -> i32
-    where
-        Q: Eq + Hash + ToOwned<Owned = T> + ?Sized,
-        T: std::borrow::Borrow<Q>,
-    {
-        if let Some(index) = self.indices.get(value) {
-            return *index;
-        }
-        let index = self.values.len() as i32;
-        self.values.push(value.to_owned());
-        self.indices.insert(value.to_owned(), index);
-        index
-    }
-}
-
 impl Default for Batch {
     fn default() -> Self {
         Self {
@@ -142,7 +117,7 @@ impl Default for Batch {
             mappings: Interner::with_zero(None),
             locations: Interner::with_zero((0, 0)),
             stacks: Interner::with_zero(Vec::new()),
-            resources: Interner { values: Vec::new(), indices: HashMap::new() },
+            resources: Interner::empty(),
             samples: HashMap::new(),
         }
     }
@@ -157,13 +132,14 @@ impl Batch {
         labels: &Labels<'_>,
         frames: impl IntoIterator<Item = Frame<'a>>,
     ) {
+        // Of this call's modules, which stay where they are: frames in turn are often of a few.
+        let mut seen = SeenModules::default();
         let stack: Vec<i32> = frames
             .into_iter()
             .map(|frame| {
-                let mapping = match frame.module {
-                    Some(module) => self.mappings.index(&Some(module.clone())),
-                    None => 0,
-                };
+                let mapping = frame.module.map_or(0, |module| {
+                    seen.index(module, |module| self.mappings.index(&Some(module.clone())))
+                });
                 self.locations.index(&(mapping, frame.address))
             })
             .collect();
