@@ -19,9 +19,11 @@ use crate::backend::Backend;
 use crate::choice::Choice;
 use crate::compression::Compression;
 use crate::copied::{AttachError, CopiedStacks};
+use crate::jit_code::JitCode;
 use crate::kallsyms::KernelImage;
 use crate::kernel::{DEFAULT_TABLE_BUDGET_BYTES, Kernel, LoadError, Options};
 use crate::metrics::Metrics;
+use crate::perf_map_upload::PerfMapUpload;
 use crate::processes::Processes;
 use crate::resource::Resources;
 use crate::sampling::{OpenBatch, Sampling};
@@ -326,11 +328,12 @@ fn run(
     let warm_up = sampling.warm_up(config.warm_up, stop);
     let _ = started.send(Ok(warm_up));
     sampling.run(stop);
-    let Sampling { backend, shipper, mut summary, .. } = sampling;
+    let Sampling { backend, shipper, perf_maps, mut summary, .. } = sampling;
     summary.lost_samples = backend.lost_samples();
     // Sampling ends before the last batches go out.
     drop(backend);
-    let Shipped { sent, spooled, dropped } = runtime.block_on(shipper.finish());
+    let (Shipped { sent, spooled, dropped }, ()) =
+        runtime.block_on(async { tokio::join!(shipper.finish(), perf_maps.finish()) });
     summary.sent_batches = sent;
     summary.spooled_batches = spooled;
     summary.dropped_batches += dropped;
@@ -364,6 +367,7 @@ fn prepare(
         listener.start(runtime, metrics.clone()).map_err(|error| StartError::Listen(address, error))?;
         tracing::info!("status at http://{address}/metrics and http://{address}/healthz");
     }
+    let perf_maps = PerfMapUpload::start(runtime, service.clone());
     let kernel = match KernelImage::read() {
         Ok(kernel) => {
             runtime.spawn(kernel.clone().upload(service));
@@ -380,6 +384,8 @@ fn prepare(
         tables,
         shipper,
         kernel,
+        jit: JitCode::default(),
+        perf_maps,
         frequency_hz: config.frequency_hz,
         ship_interval: config.ship_interval,
         host_name: config.host_name.clone().unwrap_or_else(host_name),

@@ -40,13 +40,15 @@ pub enum ImageId {
     Gnu(BuildId),
     /// Its OpenTelemetry `htlhash`, for want of a note.
     FileHash(BuildId),
+    /// None: the ID of the list of its functions, which a just-in-time compiler made.
+    PerfMap(BuildId),
 }
 
 impl ImageId {
     /// The id under which the service knows the image.
     pub const fn build_id(self) -> BuildId {
         match self {
-            Self::Gnu(id) | Self::FileHash(id) => id,
+            Self::Gnu(id) | Self::FileHash(id) | Self::PerfMap(id) => id,
         }
     }
 }

@@ -85,9 +85,9 @@ impl KernelImage {
     /// What a profile shows for a kernel address to look up.
     pub fn frame(&self, address: u64) -> Frame<'_> {
         if (self.text.start..self.text.end).contains(&address) {
-            Frame { module: Some(&self.module), address: self.text.linked(address) }
+            Frame { module: Some(&self.module), address: self.text.linked(address), reading: None }
         } else {
-            Frame { module: None, address }
+            Frame { module: None, address, reading: None }
         }
     }
 
@@ -214,10 +214,10 @@ mod tests {
         );
         let module = Module { start: 0, limit: 0, file_offset: 0, path: KERNEL_PATH.into(), id: None };
         let kernel = KernelImage { text, module: module.clone() };
-        let linked = Frame { module: Some(&module), address: 0xffff_ffff_8100_0a12 };
+        let linked = Frame { module: Some(&module), address: 0xffff_ffff_8100_0a12, reading: None };
         assert_eq!(kernel.frame(0xffff_ffff_a200_0a12), linked);
         for address in [0xffff_ffff_c020_1000, 0xffff_ffff_a300_0000, 0] {
-            assert_eq!(kernel.frame(address), Frame { module: None, address });
+            assert_eq!(kernel.frame(address), Frame { module: None, address, reading: None });
         }
     }
 

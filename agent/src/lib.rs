@@ -14,6 +14,8 @@
 //! - [`otlp`], [`shipper`], [`spool`], [`compression`]: how samples become profiles and reach the service
 //! - [`resource`], [`cgroup`]: of which service, container and pod they are
 //! - [`kallsyms`]: the kernel's own addresses
+//! - [`jit_code`]: code of just-in-time compilers; [`code_file`], [`code_records`] ([`mod@perf_map`], [`jitdump`]),
+//!   [`code_map`], [`perf_map_upload`]
 //! - [`metrics`], `status`: what it says of itself; [`privilege`]: what it may not do
 //! - [`service`]: what is asked of the service
 //! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory; `eviction`: which of them go for others
@@ -23,18 +25,25 @@ pub mod backend;
 pub mod cgroup;
 pub mod choice;
 pub mod chunks;
+pub mod code_file;
+pub mod code_map;
+pub mod code_records;
 pub mod compression;
 pub mod copied;
 mod eviction;
 mod frame_pointers;
 pub mod image;
 pub mod images;
+pub mod jit_code;
+pub mod jitdump;
 pub mod kallsyms;
 pub mod kernel;
 pub mod kernel_memory;
 pub mod mapped_file;
 pub mod metrics;
 pub mod otlp;
+pub mod perf_map;
+pub mod perf_map_upload;
 mod perf_ring;
 pub mod privilege;
 pub mod proc_maps;

@@ -11,7 +11,8 @@
 //! them share the dictionary, and carry the host's attributes and `windlass.agent.id`, by which one agent's samples
 //! are found among those of all; `service.instance.id` is the service's own, if it has one. A sample
 //! carries the attributes `process.pid`, `thread.id`, `thread.name`, `cpu.logical_number`,
-//! `windlass.stop_reason`, a mapping `process.executable.build_id.gnu` or `.htlhash`. Entry 0 of
+//! `windlass.stop_reason`, a mapping `process.executable.build_id.gnu` or `.htlhash`, or `windlass.perf_map.id` for
+//! code of a just-in-time compiler. Entry 0 of
 //! each table is its zero value.
 
 mod interner;
@@ -27,9 +28,11 @@ use opentelemetry_proto::tonic::profiles::v1development::{
 };
 use opentelemetry_proto::tonic::resource::v1::Resource as OtlpResource;
 use windlass_schema::StopReason;
+use windlass_schema::perf_map::PERF_MAP_ATTRIBUTE;
 
 use self::interner::{Interner, SeenModules};
 use crate::image::ImageId;
+use crate::jit_code::{BatchCode, Reading};
 use crate::resource::Resource;
 
 /// What a profile shows of a mapping. Addresses are ELF virtual addresses if there is an id.
@@ -54,6 +57,8 @@ pub struct Frame<'a> {
     pub module: Option<&'a Module>,
     /// The address to look up: in the module's addresses, or as the process or kernel has it.
     pub address: u64,
+    /// For code of a just-in-time compiler: what may still put it into a module.
+    pub reading: Option<Reading>,
 }
 
 /// What is said of a sample beside its stack.
@@ -93,7 +98,7 @@ pub struct Batch {
     strings: Interner<String>,
     attributes: Interner<(i32, AttributeValue)>,
     mappings: Interner<Option<Module>>,
-    locations: Interner<(i32, u64)>,
+    locations: Interner<(i32, u64, Option<Reading>)>,
     stacks: Interner<Vec<i32>>,
     resources: Interner<Arc<Resource>>,
     samples: HashMap<SampleKey, i64>,
@@ -115,7 +120,7 @@ impl Default for Batch {
             strings: Interner::with_zero(String::new()),
             attributes: Interner::with_zero((0, AttributeValue::Text(String::new()))),
             mappings: Interner::with_zero(None),
-            locations: Interner::with_zero((0, 0)),
+            locations: Interner::with_zero((0, 0, None)),
             stacks: Interner::with_zero(Vec::new()),
             resources: Interner::empty(),
             samples: HashMap::new(),
@@ -140,7 +145,7 @@ impl Batch {
                 let mapping = frame.module.map_or(0, |module| {
                     seen.index(module, |module| self.mappings.index(&Some(module.clone())))
                 });
-                self.locations.index(&(mapping, frame.address))
+                self.locations.index(&(mapping, frame.address, frame.reading))
             })
             .collect();
         let stack = self.stacks.index(&stack[..]);
@@ -170,8 +175,9 @@ impl Batch {
         self.attributes.index(&(key, value))
     }
 
-    /// The request that ships the batch.
-    pub fn into_request(mut self, recording: &Recording) -> ExportProfilesServiceRequest {
+    /// The request that ships the batch. Of addresses that a reading was to explain, `code` says where they are.
+    pub fn into_request(mut self, recording: &Recording, code: &BatchCode) -> ExportProfilesServiceRequest {
+        let locations = self.location_table(code);
         let mapping_table = self.mapping_table();
         let [samples, count, cpu, nanoseconds] =
             ["samples", "count", "cpu", "nanoseconds"].map(|text| self.strings.index(text));
@@ -195,9 +201,7 @@ impl Batch {
         let resource_profiles = profiles.collect();
         let dictionary = ProfilesDictionary {
             mapping_table,
-            location_table: (self.locations.values.into_iter())
-                .map(|(mapping_index, address)| Location { mapping_index, address, ..Location::default() })
-                .collect(),
+            location_table: locations,
             function_table: vec![Function::default()],
             link_table: vec![Link::default()],
             attribute_table: (self.attributes.values.into_iter().enumerate())
@@ -215,6 +219,20 @@ impl Batch {
         ExportProfilesServiceRequest { resource_profiles, dictionary: Some(dictionary) }
     }
 
+    fn location_table(&mut self, code: &BatchCode) -> Vec<Location> {
+        let locations = std::mem::take(&mut self.locations.values).into_iter();
+        locations
+            .map(|(mapping, address, reading)| {
+                let module = reading.and_then(|reading| code.get(&(reading, address)));
+                let mapping_index = match module {
+                    Some(module) => self.mappings.index(&Some(Module::clone(module))),
+                    None => mapping,
+                };
+                Location { mapping_index, address, ..Location::default() }
+            })
+            .collect()
+    }
+
     fn mapping_table(&mut self) -> Vec<Mapping> {
         let modules = std::mem::take(&mut self.mappings.values);
         modules
@@ -225,6 +243,7 @@ impl Batch {
                     let key = match id {
                         ImageId::Gnu(_) => "process.executable.build_id.gnu",
                         ImageId::FileHash(_) => "process.executable.build_id.htlhash",
+                        ImageId::PerfMap(_) => PERF_MAP_ATTRIBUTE,
                     };
                     self.attribute(key, AttributeValue::Text(id.build_id().to_string()))
                 });
@@ -330,7 +349,7 @@ mod tests {
     }
 
     fn encoded(batch: Batch) -> ExportProfilesServiceRequest {
-        let bytes = batch.into_request(&recording()).encode_to_vec();
+        let bytes = batch.into_request(&recording(), &BatchCode::new()).encode_to_vec();
         ExportProfilesServiceRequest::decode(&bytes[..]).unwrap()
     }
 
@@ -374,9 +393,9 @@ mod tests {
         let labels = Labels { tgid: 7, tid: 8, comm: "worker", cpu: 3, stop: StopReason::EndOfStack };
         let cut = Labels { stop: StopReason::NoCfi, ..labels };
         let frames = [
-            Frame { module: Some(&app), address: 0x1234 },
-            Frame { module: Some(&hashed), address: 0x2000 },
-            Frame { module: None, address: 0x7f00_0000_0000 },
+            Frame { module: Some(&app), address: 0x1234, reading: None },
+            Frame { module: Some(&hashed), address: 0x2000, reading: None },
+            Frame { module: None, address: 0x7f00_0000_0000, reading: None },
         ];
         let mut batch = Batch::default();
         for labels in [&labels, &cut, &labels] {
@@ -404,7 +423,11 @@ mod tests {
         let mut batch = Batch::default();
         for tid in 0..50 {
             let labels = Labels { tgid: 7, tid, comm: "worker", cpu: 3, stop: StopReason::EndOfStack };
-            batch.add(&shop(), &labels, (0..20).map(|address| Frame { module: Some(&app), address }));
+            batch.add(
+                &shop(),
+                &labels,
+                (0..20).map(|address| Frame { module: Some(&app), address, reading: None }),
+            );
         }
         let request = encoded(batch);
         let dictionary = request.dictionary.unwrap();

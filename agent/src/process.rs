@@ -248,14 +248,25 @@ pub fn lookup_address(sampled: u64) -> ProcessAddress {
     }
 }
 
+/// Whether a process address is in memory that a just-in-time compiler may have filled. Some map it twice, through a file
+/// in memory.
+pub fn is_made_code(mappings: &[ExecutableMapping], address: ProcessAddress) -> bool {
+    find(mappings, address).is_some_and(|mapping| match mapping.content {
+        Content::Image { .. } => false,
+        Content::NoTable(_) => !has_name(mapping) || mapping.module.path.starts_with("/memfd:"),
+    })
+}
+
 /// What a profile shows for a process address.
 pub fn frame(mappings: &[ExecutableMapping], address: ProcessAddress) -> Frame<'_> {
     match find(mappings, address) {
         Some(ExecutableMapping { content: Content::Image { bias, .. }, module, .. }) => {
-            Frame { module: Some(module), address: address.to_image(*bias).get() }
+            Frame { module: Some(module), address: address.to_image(*bias).get(), reading: None }
         }
-        Some(mapping) if has_name(mapping) => Frame { module: Some(&mapping.module), address: address.get() },
-        _ => Frame { module: None, address: address.get() },
+        Some(mapping) if has_name(mapping) => {
+            Frame { module: Some(&mapping.module), address: address.get(), reading: None }
+        }
+        _ => Frame { module: None, address: address.get(), reading: None },
     }
 }
 
@@ -312,7 +323,10 @@ mod tests {
         for (address, inside) in [(0, false), (0xfff, false), (0x1000, true), (0x1fff, true), (0x2000, false)]
         {
             assert_eq!(find(&mappings, ProcessAddress::new(address)).is_some(), inside, "{address:#x}");
-            assert_eq!(frame(&mappings, ProcessAddress::new(address)), Frame { module: None, address });
+            assert_eq!(
+                frame(&mappings, ProcessAddress::new(address)),
+                Frame { module: None, address, reading: None }
+            );
         }
         assert!(find(&[], ProcessAddress::new(0x1000)).is_none());
     }

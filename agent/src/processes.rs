@@ -336,6 +336,12 @@ impl Processes {
         same.then_some(&process.mappings)
     }
 
+    /// The path of an executable mapping of a process of which `is_wanted` holds.
+    pub fn mapped_path(&self, tgid: u32, is_wanted: &dyn Fn(&str) -> bool) -> Option<Arc<str>> {
+        let mut mappings = self.known.get(&tgid)?.mappings.iter();
+        mappings.find(|mapping| is_wanted(&mapping.module.path)).map(|mapping| mapping.module.path.clone())
+    }
+
     /// Number of tables that were asked for and are not here yet.
     pub fn pending_tables(&self) -> usize {
         self.images.pending_tables()

@@ -16,10 +16,12 @@ use windlass_schema::{ReturnAddress, StopReason};
 use crate::agent::{Summary, WarmUp};
 use crate::backend::{Backend, Event, Sample};
 use crate::compression::Compression;
+use crate::jit_code::JitCode;
 use crate::kallsyms::KernelImage;
 use crate::metrics::Metrics;
 use crate::otlp::{Batch, Frame, Labels, Recording};
-use crate::process::{frame, lookup_address};
+use crate::perf_map_upload::PerfMapUpload;
+use crate::process::{frame, is_made_code, lookup_address};
 use crate::processes::{Placement, Processes};
 use crate::resource::Resources;
 use crate::shipper::Shipper;
@@ -43,6 +45,8 @@ pub(crate) struct Sampling {
     pub(crate) tables: Tables,
     pub(crate) shipper: Shipper,
     pub(crate) kernel: Option<KernelImage>,
+    pub(crate) jit: JitCode,
+    pub(crate) perf_maps: PerfMapUpload,
     pub(crate) frequency_hz: u32,
     pub(crate) ship_interval: Duration,
     pub(crate) host_name: String,
@@ -119,8 +123,14 @@ impl Sampling {
                     self.record(&sample, now)
                 }
                 Event::Sample(sample) => without_mappings.push(sample),
-                Event::Forked { tgid, parent, .. } => self.resources.forked(tgid, parent, now),
-                Event::Exec { tgid } => self.resources.exec(tgid),
+                Event::Forked { tgid, parent, .. } => {
+                    self.jit.forget(tgid);
+                    self.resources.forked(tgid, parent, now);
+                }
+                Event::Exec { tgid } => {
+                    self.jit.forget(tgid);
+                    self.resources.exec(tgid);
+                }
                 Event::Mapped { .. } | Event::Exited { .. } | Event::Lost => {}
             }
         }
@@ -132,6 +142,7 @@ impl Sampling {
         for sample in without_mappings {
             self.record(&sample, now);
         }
+        self.jit.read(now, |tgid, is_wanted| self.processes.mapped_path(tgid, is_wanted));
         self.place_tables(now);
         self.processes.expire(&mut *self.backend, now);
         if self.batch.started.elapsed() >= self.ship_interval || self.batch.batch.len() >= MAX_BATCH_SAMPLES {
@@ -164,9 +175,18 @@ impl Sampling {
                 0 => *address,
                 _ => ReturnAddress::new(*address).lookup_address().get(),
             };
-            self.kernel.as_ref().map_or(Frame { module: None, address }, |kernel| kernel.frame(address))
+            self.kernel
+                .as_ref()
+                .map_or(Frame { module: None, address, reading: None }, |kernel| kernel.frame(address))
         });
-        let user = sample.user.iter().map(|address| frame(mappings, lookup_address(*address)));
+        let user = sample.user.iter().map(|address| {
+            let address = lookup_address(*address);
+            let reading = match is_made_code(mappings, address) {
+                true => self.jit.meet(sample.tgid, address.get(), sample.time_ns, now),
+                false => None,
+            };
+            Frame { reading, ..frame(mappings, address) }
+        });
         let labels = Labels { tgid: sample.tgid, tid: sample.tid, comm: &sample.comm, cpu: sample.cpu, stop };
         self.batch.batch.add(&self.resources.of(sample.tgid, now), &labels, kernel.chain(user));
     }
@@ -216,6 +236,7 @@ impl Sampling {
     fn ship(&mut self) {
         self.note_lost();
         self.resources.expire(Instant::now());
+        self.jit.read_all(Instant::now(), |tgid, is_wanted| self.processes.mapped_path(tgid, is_wanted));
         let next = OpenBatch::new(self.batch.number + 1);
         let open = std::mem::replace(&mut self.batch, next);
         if open.batch.is_empty() {
@@ -230,7 +251,8 @@ impl Sampling {
             duration_ns: u64::try_from(open.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             batch_id: batch_id(&self.host_name, start, open.number),
         };
-        let request = open.batch.into_request(&recording).encode_to_vec();
+        let code = self.jit.name_batch(&self.perf_maps);
+        let request = open.batch.into_request(&recording, &code).encode_to_vec();
         match self.compression.compress(&request) {
             Ok(request) => {
                 self.shipper.ship(EncodedBatch { compression: self.compression, bytes: request.into() });

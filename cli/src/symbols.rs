@@ -83,7 +83,7 @@ pub(crate) fn run(args: SymbolsArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn build(path: &Path, elf: &[u8]) -> anyhow::Result<Vec<u8>> {
-    windlass_symbol_index::build(Input { debug: Some(elf), image: Some(elf), kallsyms: None })
+    windlass_symbol_index::build(Input { debug: Some(elf), image: Some(elf), ..Input::default() })
         .with_context(|| format!("failed to build a symbol index of {}", path.display()))
 }
 

@@ -52,7 +52,8 @@ impl Derivations {
     }
 }
 
-/// What something is derived from: one artefact for a table; debug file, image and kernel symbols for an index.
+/// What something is derived from: one artefact for a table; debug file, image and symbols of a kernel or a
+/// just-in-time compiler for an index.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Inputs {
     /// ELF with DWARF or symbols.
@@ -61,11 +62,15 @@ pub(crate) struct Inputs {
     pub(crate) image: Option<Artefact>,
     /// Kernel symbols.
     pub(crate) kallsyms: Option<Artefact>,
+    /// Functions of a just-in-time compiler.
+    pub(crate) perf_map: Option<Artefact>,
 }
 
 impl Inputs {
     fn all(&self) -> [Option<&Artefact>; 3] {
-        [self.debug.as_ref(), self.image.as_ref(), self.kallsyms.as_ref()]
+        // The ID of a perf map is made of its content, so that no second one can ever be stored under it.
+        let last = self.kallsyms.as_ref().or(self.perf_map.as_ref());
+        [self.debug.as_ref(), self.image.as_ref(), last]
     }
 
     /// The key, or `None` if there is nothing to derive from.
@@ -118,11 +123,17 @@ async fn find_or_make(app: &Arc<App>, key: DerivedKey, inputs: Inputs) -> Result
             }
         }
     }
-    let (debug, image, kallsyms) =
-        (map(app, &inputs.debug).await?, map(app, &inputs.image).await?, map(app, &inputs.kallsyms).await?);
+    let (debug, image) = (map(app, &inputs.debug).await?, map(app, &inputs.image).await?);
+    let (kallsyms, perf_map) = (map(app, &inputs.kallsyms).await?, map(app, &inputs.perf_map).await?);
     let permit = app.compute.acquire().await.expect("never closed");
     let made = tokio::task::spawn_blocking(move || {
-        make(key, debug.as_deref(), image.as_deref(), kallsyms.as_deref())
+        let input = Input {
+            debug: debug.as_deref(),
+            image: image.as_deref(),
+            kallsyms: kallsyms.as_deref(),
+            perf_map: perf_map.as_deref(),
+        };
+        make(key, input)
     })
     .await?;
     drop(permit);
@@ -153,24 +164,17 @@ async fn map(app: &Arc<App>, input: &Option<Artefact>) -> Result<Option<Mmap>, S
     })
 }
 
-fn make(
-    key: DerivedKey,
-    debug: Option<&[u8]>,
-    image: Option<&[u8]>,
-    kallsyms: Option<&[u8]>,
-) -> Result<Vec<u8>, String> {
+fn make(key: DerivedKey, input: Input<'_>) -> Result<Vec<u8>, String> {
     // With its sources: why a table cannot be read back is the one clue to a fault of the compiler.
     let table = || {
-        windlass_unwind_compiler::compile(image.unwrap_or_default(), key.build_id)
+        windlass_unwind_compiler::compile(input.image.unwrap_or_default(), key.build_id)
             .map(|compiled| compiled.table)
             .map_err(|e| format!("{:#}", anyhow::Error::from(e)))
     };
     match key.kind {
         DerivedKind::Unwind => table(),
         DerivedKind::UnwindWire => wire::pack(&table()?).map_err(|e| e.to_string()),
-        DerivedKind::Symbols => {
-            windlass_symbol_index::build(Input { debug, image, kallsyms }).map_err(|e| e.to_string())
-        }
+        DerivedKind::Symbols => windlass_symbol_index::build(input).map_err(|e| e.to_string()),
     }
 }
 

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use windlass_schema::BuildId;
 use windlass_schema::file_id::{FILE_ID_BYTES, htlhash};
 use windlass_schema::http::ArtefactKind;
+use windlass_schema::perf_map::{MAX_PERF_MAP_BYTES, clean_name, parse_line, perf_map_id};
 
 /// Most sections kept on record: what `e_shnum` can say without extension. Later ones are not served.
 const MAX_SECTIONS: usize = 0xff00;
@@ -114,6 +115,20 @@ pub enum ContentError {
          (read /proc/kallsyms as root, and with kernel.kptr_restrict at most 1)"
     )]
     HiddenKallsyms,
+    /// Another list than the one of this ID.
+    #[error("the ID of the perf map is {}, the path says {}", .0.found, .0.stated)]
+    PerfMapId(Box<Mismatch>),
+    /// A line that is none, overlaps the one before, or has a name that cannot be shown.
+    #[error("line {line} of the perf map is not `HEXSTART HEXSIZE NAME` behind the one before: {text:?}")]
+    PerfMap {
+        /// From 1.
+        line: usize,
+        /// Its beginning.
+        text: String,
+    },
+    /// No line, or too many bytes of them.
+    #[error("perf map of {0} bytes, expected 1 to {MAX_PERF_MAP_BYTES}")]
+    PerfMapSize(usize),
 }
 
 /// Checks that `content` is a `kind` of `stated`, and says what it brings.
@@ -121,6 +136,7 @@ pub fn check(content: &[u8], kind: ArtefactKind, stated: BuildId) -> Result<Fact
     match kind {
         ArtefactKind::Source => Ok(Facts::default()),
         ArtefactKind::Kallsyms => check_kallsyms(content).map(|()| Facts::default()),
+        ArtefactKind::PerfMap => check_perf_map(content, stated).map(|()| Facts::default()),
         ArtefactKind::Executable | ArtefactKind::Debuginfo | ArtefactKind::Skeleton => {
             match FileKind::parse(content) {
                 Ok(FileKind::Elf64) => check_elf::<FileHeader64<Endianness>>(content, kind, stated),
@@ -254,6 +270,30 @@ fn check_kallsyms(content: &[u8]) -> Result<(), ContentError> {
     }
 }
 
+/// Checks that `content` is the list of functions whose ID is `stated`, as `perf_map` of the schema defines it.
+fn check_perf_map(content: &[u8], stated: BuildId) -> Result<(), ContentError> {
+    if !(1..=MAX_PERF_MAP_BYTES).contains(&content.len()) {
+        return Err(ContentError::PerfMapSize(content.len()));
+    }
+    let found = perf_map_id(content);
+    if found != stated {
+        return Err(ContentError::PerfMapId(Box::new(Mismatch { found, stated })));
+    }
+    let mut behind = 0;
+    let lines = content.strip_suffix(b"\n").unwrap_or(content).split(|byte| *byte == b'\n');
+    for (number, line) in lines.enumerate() {
+        let parsed = parse_line(line).filter(|parsed| parsed.start >= behind);
+        let parsed = parsed
+            .filter(|parsed| clean_name(parsed.name).is_some_and(|clean| clean.as_bytes() == parsed.name));
+        let Some(parsed) = parsed else {
+            let text = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
+            return Err(ContentError::PerfMap { line: number + 1, text });
+        };
+        behind = parsed.end;
+    }
+    Ok(())
+}
+
 /// The facts as they are kept in the catalog.
 impl FromStr for Facts {
     type Err = serde_json::Error;
@@ -323,6 +363,33 @@ mod tests {
         };
         assert_eq!(names(&sections_named_alike(3, 20)), [19, 18, 17]);
         assert_eq!(names(&sections_named_alike(1000, 1255)), [256, 255]);
+    }
+
+    #[test]
+    fn perf_maps_are_what_their_id_says() {
+        let check = |text: &str| {
+            let content = text.as_bytes();
+            super::check(content, ArtefactKind::PerfMap, perf_map_id(content))
+        };
+        assert!(check("1000 20 f\n1020 10 g (x)\n").is_ok());
+        let other = BuildId::new(&[1; 20]).unwrap();
+        let found = super::check(b"1000 20 f\n", ArtefactKind::PerfMap, other);
+        assert!(matches!(found, Err(ContentError::PerfMapId(_))));
+        for (text, bad) in [
+            ("1000 20 f\n101f 10 g\n", 2),
+            ("1000 20 f\n\n2000 1 g\n", 2),
+            ("1000 20 f\n2000 10 \u{7}g\n", 2),
+            ("1000 20 \n", 1),
+            ("1000 20 f \n", 1),
+            ("nonsense\n", 1),
+        ] {
+            assert!(
+                matches!(check(text), Err(ContentError::PerfMap { line, .. }) if line == bad),
+                "{text:?}: {:?}",
+                check(text)
+            );
+        }
+        assert_eq!(check(""), Err(ContentError::PerfMapSize(0)));
     }
 
     #[test]

@@ -98,6 +98,7 @@ pub(crate) async fn open(app: &Arc<App>, id: BuildId) -> Result<Opened, ServiceE
         debug: app.sound_artefact(id, ArtefactKind::Debuginfo).await?,
         image,
         kallsyms: app.sound_artefact(id, ArtefactKind::Kallsyms).await?,
+        perf_map: app.sound_artefact(id, ArtefactKind::PerfMap).await?,
     };
     let Some(key) = inputs.key(DerivedKind::Symbols, FORMAT_VERSION) else {
         return Ok(Err(Unresolved::UnknownImage));

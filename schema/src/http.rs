@@ -22,12 +22,14 @@ pub enum ArtefactKind {
     /// Symbols of a running kernel: lines of `ADDRESS TYPE NAME`, hex addresses as linked (not as
     /// randomised at boot).
     Kallsyms,
+    /// Functions that a just-in-time compiler made, under an ID of their own: see [`crate::perf_map`].
+    PerfMap,
 }
 
 impl ArtefactKind {
     /// Every kind.
     pub const ALL: &[Self] =
-        &[Self::Debuginfo, Self::Executable, Self::Source, Self::Skeleton, Self::Kallsyms];
+        &[Self::Debuginfo, Self::Executable, Self::Source, Self::Skeleton, Self::Kallsyms, Self::PerfMap];
 
     /// The name in paths and JSON.
     pub const fn as_str(self) -> &'static str {
@@ -37,6 +39,7 @@ impl ArtefactKind {
             Self::Source => "source",
             Self::Skeleton => "skeleton",
             Self::Kallsyms => "kallsyms",
+            Self::PerfMap => "perfmap",
         }
     }
 }

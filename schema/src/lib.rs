@@ -10,6 +10,7 @@
 //! - [`stop`]: why a walk ended
 //! - [`maps`]: layouts and limits of the BPF maps
 //! - `file_id` (feature `std`): the name of an image without a build-ID note
+//! - `perf_map` (feature `std`): functions that just-in-time compilers made
 //! - `http` and `pprof` (feature `std`): bodies of the service's interfaces
 
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
@@ -26,6 +27,8 @@ pub mod page;
 mod page_check;
 #[cfg(feature = "std")]
 pub mod page_writer;
+#[cfg(feature = "std")]
+pub mod perf_map;
 #[cfg(feature = "std")]
 pub mod pprof;
 pub mod record;

@@ -3,7 +3,7 @@
 use crate::container::{self, Parts};
 use crate::elf::{self, ElfError};
 use crate::symbol::{self, Symbol};
-use crate::{call_frames, dwarf, elf_symbols, extent_table, kallsyms, symbol_table};
+use crate::{call_frames, dwarf, elf_symbols, extent_table, kallsyms, perf_map, symbol_table};
 
 /// What is known of an image. Each part is optional.
 #[derive(Clone, Copy, Debug, Default)]
@@ -15,6 +15,8 @@ pub struct Input<'a> {
     pub image: Option<&'a [u8]>,
     /// Symbols of a kernel: lines of `HEXADDR TYPE NAME`, addresses as linked.
     pub kallsyms: Option<&'a [u8]>,
+    /// Functions that a just-in-time compiler made: see [`windlass_schema::perf_map`].
+    pub perf_map: Option<&'a [u8]>,
 }
 
 /// No index can be built.
@@ -53,6 +55,7 @@ pub fn build(input: Input<'_>) -> Result<Vec<u8>, BuildError> {
     let functions = functions.find(|functions| !functions.is_empty()).unwrap_or_default();
     call_frames::limit_symbols(&mut symbols, &functions);
     symbols.extend(input.kallsyms.map(kallsyms::symbols).unwrap_or_default());
+    symbols.extend(input.perf_map.map(perf_map::symbols).unwrap_or_default());
 
     let mut parts = Parts { broken: unreadable.is_some(), ..Parts::default() };
     if let Some((bytes, file)) = files.iter().find(|(_, file)| elf::has_debug_info(file)) {

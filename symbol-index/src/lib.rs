@@ -8,7 +8,7 @@
 //! - `debug_sections`: DWARF's sections, decompressed within bounds
 //! - `dwarf`: functions, inlined calls and lines; `die_tree`: what has to hold before; `line_only`: lines of code
 //!   that no function describes
-//! - `elf_symbols`, `kallsyms`: functions by name only; `symbol`: which of several names counts
+//! - `elf_symbols`, `kallsyms`, `perf_map`: functions by name only; `symbol`: which of several names counts
 //! - `call_frames`: extents of functions that have no name; `range`: lists of such extents
 //! - `symbol_table`, `extent_table`: names and extents as sorted tables of bytes
 //! - `container`: the format of an index, around all of these
@@ -27,6 +27,7 @@ mod index;
 mod kallsyms;
 mod line_only;
 mod name;
+mod perf_map;
 mod range;
 mod symbol;
 mod symbol_table;

@@ -10,7 +10,7 @@
 //! 8       u32   size of the range in bytes
 //! 12      u32   offset of the name in the strings
 //! 16      u32   offset of the linkage name in the strings, 0xffff_ffff if it is the name
-//! 20      u32   where the name comes from: 0 .symtab, 1 .dynsym, 2 kallsyms
+//! 20      u32   where the name comes from: 0 .symtab, 1 .dynsym, 2 kallsyms, 3 perf map
 //!
 //! string: u32 length in bytes, then as many bytes of UTF-8
 //! ```
@@ -29,7 +29,8 @@ pub(crate) const ENTRY_BYTES: usize = 24;
 /// A linkage name that is the name.
 const NO_STRING: u32 = u32::MAX;
 /// Where names come from, by number.
-const PROVENANCES: [Provenance; 3] = [Provenance::Symtab, Provenance::Dynsym, Provenance::Kallsyms];
+const PROVENANCES: [Provenance; 4] =
+    [Provenance::Symtab, Provenance::Dynsym, Provenance::Kallsyms, Provenance::PerfMap];
 
 /// Names take more bytes than an offset can express.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@ mod debuginfod;
 mod go_walks;
 mod kernel_maps;
 mod live;
+mod made_code;
 mod mixed_stacks;
 mod quickstart;
 mod readme;

@@ -17,11 +17,15 @@ use crate::live::{assert_complete, assert_rightly_complete, profile_process};
 use crate::walks::{JIT_FRAMES, build_jit};
 
 /// A process that is ended when dropped.
-struct Running(Child);
+pub(crate) struct Running(Child);
 
 impl Running {
-    fn start(command: &mut Command) -> Self {
+    pub(crate) fn start(command: &mut Command) -> Self {
         Self(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("the program starts"))
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
     }
 }
 

@@ -1,6 +1,11 @@
 //! The decoders, as functions that must survive any bytes: no panic, no endless loop, no memory out of
 //! proportion. The fuzzer calls them with what it invents, a plain test with the committed corpus.
 
+use windlass_agent::code_map::{Code, CodeMap, Met};
+use windlass_agent::code_records::{Progress, Record};
+use windlass_agent::jitdump::JitdumpReader;
+use windlass_agent::perf_map::PerfMapReader;
+use windlass_schema::perf_map::MAX_NAME_BYTES;
 use windlass_schema::table::{Table, checksum};
 use windlass_schema::{BuildId, ImageAddress, wire};
 use windlass_symbol_index::{Index, Input};
@@ -18,6 +23,8 @@ pub const TARGETS: &[Target] = &[
     ("index_parse", index_parse),
     ("skeleton", skeleton),
     ("proc_maps", proc_maps),
+    ("perf_map", perf_map),
+    ("jitdump", jitdump),
 ];
 
 /// Reads bytes as a table; then once more with the checksum mended, so that a fuzzer gets past it.
@@ -68,7 +75,7 @@ pub fn compile(data: &[u8]) {
 
 /// Builds a symbol index from bytes as an ELF file; what comes out must be an index.
 pub fn index_build(data: &[u8]) {
-    let input = Input { debug: Some(data), image: Some(data), kallsyms: Some(data) };
+    let input = Input { debug: Some(data), image: Some(data), kallsyms: Some(data), perf_map: Some(data) };
     if let Ok(index) = windlass_symbol_index::build(input) {
         assert!(Index::parse(&index).is_ok(), "what was built is an index");
         index_parse(&index);
@@ -97,6 +104,61 @@ pub fn skeleton(data: &[u8]) {
 pub fn proc_maps(data: &[u8]) {
     let mappings = windlass_agent::proc_maps::executable_mappings(data);
     assert!(mappings.iter().all(|mapping| mapping.start < mapping.end));
+}
+
+/// Reads bytes as a perf map, in one piece and as it grows; names what it has, as a service would check it.
+pub fn perf_map(data: &[u8]) {
+    let read = |reader: &mut PerfMapReader, map: &[u8], records: &mut Vec<Record>| {
+        let mut sink = |record: Record| {
+            records.push(record);
+            Ok(())
+        };
+        while let Ok(Progress::More) = reader.read_new(map, &mut sink) {}
+    };
+    let (mut whole, mut grown) = (Vec::new(), Vec::new());
+    read(&mut PerfMapReader::default(), data, &mut whole);
+    let mut reader = PerfMapReader::default();
+    read(&mut reader, &data[..data.len() / 2], &mut grown);
+    read(&mut reader, data, &mut grown);
+    assert_eq!(whole, grown);
+    look_up(&whole, |code| windlass_agent::perf_map::name(data, code.named.1, code.named.0, code.end));
+}
+
+/// Reads bytes as a jitdump, in one piece and as it grows, and names what it has.
+pub fn jitdump(data: &[u8]) {
+    let read = |reader: &mut JitdumpReader, dump: &[u8], records: &mut Vec<Record>| {
+        let mut sink = |record: Record| {
+            records.push(record);
+            Ok(())
+        };
+        while let Ok(Progress::More) = reader.read_new(dump, &mut sink) {}
+    };
+    let (mut whole, mut grown) = (Vec::new(), Vec::new());
+    read(&mut JitdumpReader::default(), data, &mut whole);
+    let mut reader = JitdumpReader::default();
+    read(&mut reader, &data[..data.len() / 2], &mut grown);
+    read(&mut reader, data, &mut grown);
+    assert_eq!(whole, grown);
+    look_up(&whole, |code| windlass_agent::jitdump::name(data, code.named.1, code.named.0));
+}
+
+/// Looks addresses of `records` up, of which half were known before; what is found covers the address.
+fn look_up(records: &[Record], name: impl Fn(&Code) -> Option<String>) {
+    let mut map = CodeMap::default();
+    let (before, now) = records.split_at(records.len() / 2);
+    for (records, times) in [(before, (0, 10)), (now, (10, 20))] {
+        map.settle();
+        for record in records {
+            let _ = map.add(*record, times.0, times.1);
+        }
+    }
+    let met = Met { first_ns: 12, last_ns: 15 };
+    let addresses = records.iter().take(1000).flat_map(|record| [record.start, record.end - 1]);
+    for (address, code) in map.find(&addresses.map(|address| (address, met)).collect()) {
+        assert!((code.start..code.end).contains(&address), "{address:x} in {code:x?}");
+        let name = name(&code);
+        assert!(name.is_none_or(|name| (1..=MAX_NAME_BYTES).contains(&name.len())));
+    }
 }
 
 fn build_id() -> BuildId {

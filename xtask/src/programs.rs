@@ -34,6 +34,7 @@ pub(crate) const TEST_PROGRAMS: &[Program] = &[
         package: "python3",
         used_by: "the tests of walks and of the second table reader",
     },
+    Program { name: "node", package: "nodejs", used_by: "the tests of code that is made at run time" },
     Program { name: "perl", package: "perl", used_by: "the tests of walks" },
     Program { name: "openssl", package: "openssl", used_by: "the tests of walks" },
     Program {

@@ -11,6 +11,7 @@ use opentelemetry_proto::tonic::profiles::v1development::{
     Location as OtlpLocation, Profile as OtlpProfile, ProfilesDictionary, Sample as OtlpSample,
 };
 use opentelemetry_proto::tonic::resource::v1::Resource;
+use windlass_schema::perf_map::PERF_MAP_ATTRIBUTE;
 use windlass_schema::pprof::{Function, Label, Line, Location, Mapping, Profile, Sample, ValueType, label};
 
 use super::otlp::{Attribute, Dictionary};
@@ -34,7 +35,8 @@ const LABELS: [(&str, &str); 5] = [
     ("windlass.stop_reason", label::STOP_REASON),
 ];
 /// Attributes of a mapping that hold its build-ID, best first.
-const BUILD_IDS: [&str; 2] = ["process.executable.build_id.gnu", "process.executable.build_id.htlhash"];
+const BUILD_IDS: [&str; 3] =
+    ["process.executable.build_id.gnu", "process.executable.build_id.htlhash", PERF_MAP_ATTRIBUTE];
 
 /// What a text label and a number label have in common: key, text, number.
 type LabelKey = (i64, i64, i64);

@@ -27,7 +27,7 @@ enum Names {
 fn check(debug: Option<&Path>, image: Option<&Path>, oracle: &Path, names: Names) -> usize {
     let read = |path: &Path| std::fs::read(path).unwrap();
     let (debug, image) = (debug.map(read), image.map(read));
-    let input = Input { debug: debug.as_deref(), image: image.as_deref(), kallsyms: None };
+    let input = Input { debug: debug.as_deref(), image: image.as_deref(), ..Input::default() };
     let bytes = build(input).unwrap();
     let index = Index::parse(&bytes).unwrap();
 

@@ -112,7 +112,7 @@ fn unreadable_inputs() {
     );
 
     // The readable one is used, and what it does not answer is put down to the other.
-    let bytes = build(Input { debug: Some(b"no elf"), image: Some(elf), kallsyms: None }).unwrap();
+    let bytes = build(Input { debug: Some(b"no elf"), image: Some(elf), ..Input::default() }).unwrap();
     let index = Index::parse(&bytes).unwrap();
     assert!(index.lookup(ImageAddress::new(addresses[0])).is_ok());
     assert_eq!(index.lookup(ImageAddress::new(1)), Err(Unresolved::BrokenDebuginfo));

@@ -93,7 +93,7 @@ fn names_from_another_file() {
     let stripped = workshop.objcopy(&program, &["--strip-all"], "stripped");
     let debug = workshop.objcopy(&program, &["--only-keep-debug"], "debug");
     let [whole, image, debug] = [&program, &stripped, &debug].map(|path| std::fs::read(path).unwrap());
-    let both = Input { debug: Some(&debug), image: Some(&image), kallsyms: None };
+    let both = Input { debug: Some(&debug), image: Some(&image), ..Input::default() };
     let alone = Input { debug: Some(&whole), ..Input::default() };
     // The stubs of calls into libraries have no symbol in either.
     assert!(check(both, &stripped, &named(&program)) <= 3);
@@ -108,11 +108,11 @@ fn beside_an_unreadable_file() {
         .compile("shapes.c", &["-nostdlib", "-static", "-Wl,--unresolved-symbols=ignore-all,-e,main"]);
     let stripped = workshop.objcopy(&program, &["--strip-all"], "stripped");
     let image = std::fs::read(&stripped).unwrap();
-    let input = Input { debug: Some(b"no elf"), image: Some(&image), kallsyms: None };
+    let input = Input { debug: Some(b"no elf"), image: Some(&image), ..Input::default() };
     assert!(check(input, &stripped, &[]) >= 4);
     let without = workshop.objcopy(&program, &["--strip-all", "-R", ".eh_frame"], "without");
     let without = std::fs::read(without).unwrap();
-    assert!(build(Input { debug: Some(b"no elf"), image: Some(&without), kallsyms: None }).is_err());
+    assert!(build(Input { debug: Some(b"no elf"), image: Some(&without), ..Input::default() }).is_err());
 }
 
 /// A label of unknown size, in front of a function whose name was stripped, does not lend it its name.
