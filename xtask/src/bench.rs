@@ -24,15 +24,19 @@ const PAGE: &str = "docs/benchmarks.md";
 /// Packages that benchmarks measure against.
 const PEERS: [&str; 3] = ["framehop", "gimli", "zstd"];
 
-/// Measures one section and writes it.
-pub(crate) fn run(name: &str) -> Result<()> {
+/// Measures one section and writes it; of chosen tables, as the benchmark calls them, only prints them.
+pub(crate) fn run(name: &str, chosen: &[String]) -> Result<()> {
     let mut bench = cargo(&format!("bench --quiet --locked --package xtask --bench {name}"));
     if name == "agent" {
         run_command(&mut cargo(&format!("build --quiet --release --locked {PROGRAMS}")))?;
         bench.env(TIMING_OBJECT, ebpf::build_timing()?);
     }
+    bench.arg("--").args(chosen);
     let tables = output(&mut bench)?;
     print!("{tables}");
+    if !chosen.is_empty() {
+        return Ok(());
+    }
     let path = root().join(PAGE);
     std::fs::create_dir_all(root().join("docs"))?;
     let page = std::fs::read_to_string(&path).unwrap_or_else(|_| {

@@ -52,6 +52,8 @@ enum Command {
         /// Which table
         #[arg(default_value = "unwind", value_parser = bench::NAMES)]
         name: String,
+        /// Only these of its tables; they are printed and not written
+        tables: Vec<String>,
     },
     /// Rebuilds the ELF files under fixtures/elf as fixtures/MANIFEST.md says, and their hashes in it
     Fixtures {
@@ -90,7 +92,7 @@ fn main() -> Result<()> {
         }
         Command::BuildEbpf { check: false, .. } => ebpf::update(),
         Command::Licences => licence::check(),
-        Command::Bench { name } => bench::run(&name),
+        Command::Bench { name, tables } => bench::run(&name, &tables),
         Command::Fixtures { check: true } => fixtures::check(),
         Command::Fixtures { check: false } => fixtures::rebuild(),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),

@@ -11,6 +11,8 @@ const DEEP: &str = include_str!("deep.c");
 /// Bytes that fit into any first-level cache, and bytes that fit into no cache of a core's own.
 const FEW_BYTES: &str = "4096";
 const MANY_BYTES: &str = "33554432";
+/// How long a sleeper sleeps after some 200 microseconds of work: 300 of them work as much as a core or so.
+const SLEEP_MS: &str = "50";
 /// The program of 57 frames when it ends soon, as its threads are called.
 pub(crate) const SHORT_NAME: &str = "windlass-short";
 
@@ -55,7 +57,7 @@ impl Program {
     pub(crate) fn counting(folder: &Path, time: Duration) -> Result<Self> {
         let path = compile_deep(folder, "windlass-deep", "sha1")?;
         let time = time.as_millis().to_string();
-        Ok(Self::new("57 frames", path, &["57", FEW_BYTES, "0", &time]))
+        Ok(Self::new("57 frames", path, &["57", FEW_BYTES, "0", "0", &time]))
     }
 
     /// Runs one on each core to their end; the sum of the numbers that they say.
@@ -95,6 +97,16 @@ impl Program {
             Ok(Self::new("57 frames", path, &["57", FEW_BYTES]))
         };
         (0..count).map(one).collect()
+    }
+
+    /// Programs that together keep a core or so busy and mostly sleep, `each` of every one of `images` images.
+    pub(crate) fn sleepers(folder: &Path, images: u8, each: u8) -> Result<Running> {
+        let sleepers = Self::images(folder, images)?.into_iter().map(|program| Self {
+            arguments: ["57", FEW_BYTES, "0", SLEEP_MS].map(str::to_owned).to_vec(),
+            ..program
+        });
+        let all = sleepers.flat_map(|program| (0..each).map(move |_| program.spawn()));
+        all.collect::<Result<_>>().map(Running)
     }
 
     /// A shell for each core that starts the program of 57 frames again and again, each for a tenth of a second.

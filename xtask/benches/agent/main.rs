@@ -3,9 +3,7 @@
 //! # Why this shape
 //! Profilers state "under 1%" of a machine that nobody sees. Here each figure is measured on the machine that prints it:
 //! the walk alone with what it is made of beside it, the whole program on programs that run, the agent beside `perf record`.
-//! One module answers one question and prints one Markdown table. Arguments choose tables:
-//! `cargo bench --package xtask --bench agent -- walk`; the object with the timing programs is built by
-//! `cargo xtask bench agent`.
+//! One module answers one question and prints one Markdown table. Arguments choose tables: `cargo xtask bench agent short first`.
 //!
 //! - [`walk`]: nanoseconds a frame, by [`timing`] programs over the tables of this process ([`process_tables`])
 //! - [`sample`]: time of the whole program for samples of one program
@@ -13,12 +11,14 @@
 //! - [`complete`]: stacks of known depth and of JIT code, whole or not, beside `perf record --call-graph dwarf`
 //! - [`slowdown`]: what a busy program loses to each profiler
 //! - [`new_processes`]: the first complete stack of one, samples of short ones, by an agent in this process ([`watching`])
+//! - [`many_processes`]: the start among 300 processes, and 10,000 processes a minute
 
 mod busy;
 mod complete;
 mod installed;
 mod kernel_figures;
 mod live;
+mod many_processes;
 mod new_processes;
 mod process_tables;
 mod sample;
@@ -42,6 +42,8 @@ fn main() -> Result<()> {
         ("slowdown", slowdown::print),
         ("short", new_processes::print_short),
         ("first", new_processes::print_first),
+        ("start", many_processes::print_start),
+        ("storm", many_processes::print_storm),
     ];
     for (name, print) in tables {
         if wants(name) {

@@ -77,7 +77,7 @@ fn next(samples: &Receiver<Sample>, is_sought: impl Fn(&Sample) -> bool) -> Opti
 }
 
 /// The clock of samples.
-fn monotonic_ns() -> u64 {
+pub(crate) fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: fills the struct that it is given.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
