@@ -8,7 +8,9 @@
 use std::time::Duration;
 
 use windlass_schema::maps::{Location, Mapping};
-use windlass_schema::{StopReason, Table, UnsupportedReason};
+use windlass_schema::{BuildId, StopReason, Table, UnsupportedReason};
+
+use crate::proc_maps::Backing;
 
 /// An executable mapping of a process, as a backend takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +51,17 @@ pub(crate) fn unsupported_reason(stop: StopReason, code: u8) -> Option<Unsupport
     if stop == StopReason::UnsupportedRule { UnsupportedReason::from_code(code) } else { None }
 }
 
+/// What the kernel says of what a process mapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MappedImage {
+    /// GNU build-ID of the file; none for the vDSO.
+    pub build_id: Option<BuildId>,
+    /// Where in the file the mapping starts, in bytes.
+    pub file_offset: u64,
+    /// What is mapped.
+    pub backing: Backing,
+}
+
 /// What a backend reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -58,6 +71,8 @@ pub enum Event {
     Exec {
         /// Process.
         tgid: u32,
+        /// When: `CLOCK_MONOTONIC` in nanoseconds.
+        time_ns: u64,
     },
     /// A process mapped executable memory, or made mapped memory executable.
     Mapped {
@@ -69,6 +84,8 @@ pub enum Event {
         length: u64,
         /// Whether it is of a file.
         of_file: bool,
+        /// The image, as far as the kernel says which it is.
+        image: Option<Box<MappedImage>>,
         /// When: `CLOCK_MONOTONIC` in nanoseconds.
         time_ns: u64,
     },
@@ -86,8 +103,12 @@ pub enum Event {
         /// Process.
         tgid: u32,
     },
-    /// Process events were lost: scan `/proc` again.
-    Lost,
+    /// Process events were lost that came after all before this one: what is known of processes may be wrong until
+    /// `/proc` is read again.
+    Lost {
+        /// None that is newer was lost: `CLOCK_MONOTONIC` in nanoseconds.
+        until_ns: u64,
+    },
 }
 
 /// A table could not be placed.

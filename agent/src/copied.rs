@@ -203,9 +203,9 @@ impl CopiedStacks {
 /// Whether an event is about the mappings of `pid`. Its children are not sampled.
 fn is_of(event: &Event, pid: u32) -> bool {
     match event {
-        Event::Exec { tgid } | Event::Mapped { tgid, .. } | Event::Exited { tgid } => *tgid == pid,
+        Event::Exec { tgid, .. } | Event::Mapped { tgid, .. } | Event::Exited { tgid } => *tgid == pid,
         Event::Sample(_) | Event::Forked { .. } => false,
-        Event::Lost => true,
+        Event::Lost { .. } => true,
     }
 }
 
@@ -379,7 +379,9 @@ mod tests {
         let now_ns = monotonic_ns();
         let mut found = None;
         let sink = &mut |event| match event {
-            Event::Mapped { tgid, start, length, of_file, time_ns } if start == mapped.as_ptr() as u64 => {
+            Event::Mapped { tgid, start, length, of_file, time_ns, .. }
+                if start == mapped.as_ptr() as u64 =>
+            {
                 found = Some((tgid, length, of_file, now_ns.abs_diff(time_ns) < 1_000_000_000));
             }
             _ => {}

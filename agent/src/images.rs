@@ -6,15 +6,16 @@
 //! why there is none.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use windlass_schema::maps::{Location, no_table};
 use windlass_schema::{BuildId, StopReason};
 
 use crate::eviction::{IN_USE, PlacedTable};
-use crate::image::{Image, ImageError, identify};
-use crate::mapped_file::{FileKey, ImageSource, SourceError};
+use crate::image::{Image, ImageError, ImageId, identify};
+use crate::mapped_file::{END_OF_32_BIT, FileKey, ImageSource, SourceError};
 
 /// Most files whose identity is remembered, about 10 MiB. Beyond it, all that no process maps are
 /// forgotten.
@@ -73,6 +74,8 @@ type Identified = Result<Arc<Image>, StopReason>;
 pub struct Images {
     files: HashMap<FileKey, Identified>,
     vdsos: Vec<(Arc<[u8]>, Identified)>,
+    /// The files by their GNU build-IDs, and where to read one; `None` if files of one build-ID differ.
+    by_build_id: HashMap<BuildId, Option<(Weak<Image>, ImageSource)>>,
     tables: HashMap<BuildId, TableEntry>,
     /// Paths of the files that were named as unreadable.
     named: HashSet<String>,
@@ -135,6 +138,9 @@ impl Images {
             ImageSource::File { key, .. } => {
                 self.forget_unmapped();
                 self.files.insert(*key, identified.clone());
+                if let Ok(image) = &identified {
+                    self.note_build_id(image, source);
+                }
             }
             ImageSource::Memory(bytes) => self.vdsos.push((bytes.clone(), identified.clone())),
         }
@@ -146,7 +152,38 @@ impl Images {
         if self.files.len() >= MAX_FILES {
             self.files
                 .retain(|_, identified| identified.as_ref().is_ok_and(|image| Arc::strong_count(image) > 1));
+            let is_alive = |(image, _): &(Weak<Image>, _)| image.strong_count() > 0;
+            self.by_build_id.retain(|_, known| known.as_ref().is_some_and(is_alive));
         }
+    }
+
+    fn note_build_id(&mut self, image: &Arc<Image>, source: &ImageSource) {
+        let ImageId::Gnu(id) = image.id else { return };
+        let this = || Some((Arc::downgrade(image), source.clone()));
+        let known = self.by_build_id.entry(id).or_insert_with(this);
+        let other = known.as_ref().and_then(|(known, _)| known.upgrade());
+        match other {
+            Some(other) if other != *image => *known = None,
+            // The newest is there for longest.
+            Some(_) => *known = this(),
+            None if known.is_some() => *known = this(),
+            None => {}
+        }
+    }
+
+    /// The image of this build-ID and where to read it, if a process mapped it before and no other image has the same.
+    pub(crate) fn known(&self, id: BuildId) -> Option<(Arc<Image>, ImageSource)> {
+        let (image, source) = self.by_build_id.get(&id)?.as_ref()?;
+        Some((image.upgrade()?, source.clone()))
+    }
+
+    /// The vDSO of 64-bit processes, if it is what is mapped at `range`: the kernel maps the same pages into all.
+    pub(crate) fn known_vdso(&self, range: &Range<u64>) -> Option<(Arc<Image>, ImageSource)> {
+        let bytes = range.end.checked_sub(range.start)?;
+        let mut same = self.vdsos.iter().filter(|(known, _)| known.len() as u64 == bytes);
+        let (known, identified) = same.next().filter(|_| range.start >= END_OF_32_BIT)?;
+        same.next().is_none().then_some(())?;
+        Some((identified.clone().ok()?, ImageSource::Memory(known.clone())))
     }
 
     /// What the mappings of this image hold in the kernel.

@@ -27,7 +27,7 @@ use crate::proc_maps::{Backing, MapsEntry, executable_mappings};
 const MAX_VDSO_BYTES: u64 = 256 * 1024;
 /// End of what a 32-bit process can address. Above it lies the vDSO of 64-bit processes alone, of which a
 /// kernel has but one for each of their instruction sets.
-const END_OF_32_BIT: u64 = 1 << 32;
+pub(crate) const END_OF_32_BIT: u64 = 1 << 32;
 
 /// What tells the contents of a file from those of any other, until somebody writes into it in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -97,11 +97,10 @@ impl SourceError {
 impl ImageSource {
     /// Finds the file that process `pid` maps at `entry`.
     pub fn of_mapping(pid: u32, entry: &MapsEntry, path: &Path) -> Result<Self, SourceError> {
-        let mapped = PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", entry.start, entry.end));
-        let relative = path.strip_prefix("/").unwrap_or(path);
-        let rooted = PathBuf::from(format!("/proc/{pid}/root")).join(relative);
+        let names = names_of(pid, entry, path);
+        let [mapped, rooted, ..] = &names[..] else { unreachable!("a mapped file has three names") };
         let deleted = matches!(entry.backing, Backing::File { deleted: true, .. });
-        let metadata = match std::fs::metadata(&mapped) {
+        let metadata = match std::fs::metadata(mapped) {
             Ok(metadata) => metadata,
             Err(error) if deleted => {
                 let error = SourceError::Open(path.to_owned(), error);
@@ -109,13 +108,25 @@ impl ImageSource {
                 let hidden = error.is_permission();
                 return Err(if hidden { SourceError::Replaced(path.to_owned()) } else { error });
             }
-            Err(_) => named(&rooted, entry, path)?,
+            Err(_) => named(rooted, entry, path)?,
         };
         if !metadata.is_file() {
             return Err(SourceError::NotRegular(path.to_owned()));
         }
-        // The last name outlives the process, if both see the same file system.
-        Ok(Self::File { names: vec![mapped, rooted, path.to_owned()], key: FileKey::new(&metadata) })
+        Ok(Self::File { key: FileKey::new(&metadata), names })
+    }
+
+    /// The same contents, as process `pid` maps them at `entry` from a file that it calls `path`.
+    pub(crate) fn mapped_by(&self, pid: u32, entry: &MapsEntry, path: &Path) -> Self {
+        match self {
+            Self::File { names, key } => {
+                let mut here = names_of(pid, entry, path);
+                // It may be another file with the same contents.
+                here.extend(names.last().filter(|name| **name != *path).cloned());
+                Self::File { names: here, key: *key }
+            }
+            Self::Memory(_) => self.clone(),
+        }
     }
 
     /// The vDSO that process `pid` maps at `entry`; this process's own, where that of the other must not be
@@ -179,6 +190,14 @@ impl ImageSource {
             }
         }
     }
+}
+
+/// The names of the file that process `pid` maps at `entry` and calls `path`. The last one outlives the process, if both
+/// see the same file system.
+fn names_of(pid: u32, entry: &MapsEntry, path: &Path) -> Vec<PathBuf> {
+    let mapped = PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", entry.start, entry.end));
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    vec![mapped, PathBuf::from(format!("/proc/{pid}/root")).join(relative), path.to_owned()]
 }
 
 /// What the name `rooted` of the mapped file `path` leads to, if it is that file.

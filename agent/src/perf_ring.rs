@@ -46,6 +46,8 @@ const FLAG_EXCLUDE_CALLCHAIN_KERNEL: u64 = 1 << 21;
 const FLAG_MMAP2: u64 = 1 << 23;
 const FLAG_COMM_EXEC: u64 = 1 << 24;
 const FLAG_USE_CLOCKID: u64 = 1 << 25;
+/// Since Linux 5.12: `PERF_RECORD_MMAP2` of a file with a build-ID has that in place of device and inode.
+const FLAG_BUILD_ID: u64 = 1 << 34;
 /// Records that are no samples carry the fields of `sample_type` that name a task, time and CPU too.
 const FLAG_SAMPLE_ID_ALL: u64 = 1 << 18;
 /// Executable mappings, exec, fork and exit.
@@ -91,11 +93,13 @@ impl PerfEventAttr {
         }
     }
 
-    /// Counts nothing; carries records of exec, fork, exit and executable mappings, each with its time.
-    pub(crate) fn sideband() -> Self {
+    /// Counts nothing; carries records of exec, fork, exit and executable mappings, each with its time; with the
+    /// build-IDs of what is mapped, if the kernel knows `build_ids`.
+    pub(crate) fn sideband(build_ids: bool) -> Self {
+        let build_id = if build_ids { FLAG_BUILD_ID } else { 0 };
         Self {
             sample_type: SAMPLE_TIME,
-            ..Self::software(CONFIG_DUMMY, FLAGS_PROCESS_EVENTS | FLAG_WATERMARK)
+            ..Self::software(CONFIG_DUMMY, FLAGS_PROCESS_EVENTS | FLAG_WATERMARK | build_id)
         }
     }
 
@@ -158,6 +162,8 @@ const DATA_HEAD: usize = 1024;
 const DATA_TAIL: usize = 1032;
 /// Size of `struct perf_event_header`.
 const RECORD_HEADER_BYTES: usize = 8;
+/// Longest process event: `PERF_RECORD_MMAP2` with a path of `PATH_MAX` bytes, and what follows it.
+const MAX_RECORD_BYTES: usize = 4096 + 128;
 
 impl PerfRing {
     /// Opens an event and maps `pages` (a power of two) of ring.
@@ -222,10 +228,12 @@ impl PerfRing {
         unsafe { &*self.map.as_ptr().add(offset).cast::<AtomicU64>() }
     }
 
-    /// Hands all records to `sink` and gives their room back.
-    pub(crate) fn drain(&mut self, mut sink: impl FnMut(RingRecord<'_>)) {
+    /// Hands all records to `sink` and gives their room back. Whether there was no room left for some record, so that the kernel
+    /// may have lost others behind them; it says so itself, but not before it writes the next.
+    pub(crate) fn drain(&mut self, mut sink: impl FnMut(RingRecord<'_>)) -> bool {
         let head = self.position(DATA_HEAD).load(Ordering::Acquire);
         let mut tail = self.position(DATA_TAIL).load(Ordering::Relaxed);
+        let was_full = head.wrapping_sub(tail) as usize + MAX_RECORD_BYTES > self.data_bytes;
         let mut scratch = std::mem::take(&mut self.scratch);
         while tail < head {
             self.copy_out(tail, RECORD_HEADER_BYTES, &mut scratch);
@@ -243,6 +251,7 @@ impl PerfRing {
         }
         self.scratch = scratch;
         self.position(DATA_TAIL).store(tail, Ordering::Release);
+        was_full
     }
 
     /// Copies `size` bytes at stream position `at`, which may wrap around the ring's end.

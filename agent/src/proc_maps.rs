@@ -78,7 +78,8 @@ fn executable_mapping(line: &[u8]) -> Option<MapsEntry> {
     (entry.start < entry.end && entry.end <= KERNEL_HALF).then_some(entry)
 }
 
-fn backing(name: &[u8]) -> Backing {
+/// What a mapping of this name maps.
+pub(crate) fn backing(name: &[u8]) -> Backing {
     match name {
         b"[vdso]" => Backing::Vdso,
         [b'/', ..] => {

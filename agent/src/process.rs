@@ -5,12 +5,13 @@
 //! mapping each and leave the arithmetic, and the question of return addresses, to every reader; here
 //! both are answered once.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use windlass_schema::maps::{EXACT_ADDRESS, Location, Mapping, PROCESS_SEGMENTS, SEGMENT_MAPPINGS, no_table};
 use windlass_schema::{FileOffset, ImageAddress, LoadBias, ProcessAddress, ReturnAddress, StopReason};
 
-use crate::backend::PlacedMapping;
+use crate::backend::{MappedImage, PlacedMapping};
 use crate::image::Image;
 use crate::images::{Images, unreadable};
 use crate::mapped_file::{ImageSource, shown_path};
@@ -95,24 +96,29 @@ fn is_alive(pid: u32, tid: u32) -> bool {
 
 /// Whether two lists say the same of the same addresses.
 pub fn are_same(left: &[ExecutableMapping], right: &[ExecutableMapping]) -> bool {
-    let is_same = |(left, right): (&ExecutableMapping, &ExecutableMapping)| {
-        let content = match (&left.content, &right.content) {
-            (Content::Image { bias: left, .. }, Content::Image { bias: right, .. }) => left == right,
-            (Content::NoTable(left), Content::NoTable(right)) => left == right,
-            _ => false,
-        };
-        content && (left.start, left.end, &left.module) == (right.start, right.end, &right.module)
-    };
-    left.len() == right.len() && left.iter().zip(right).all(is_same)
+    left.len() == right.len() && left.iter().zip(right).all(|(left, right)| is_same(left, right))
 }
 
-/// Whether executable memory that now appears at `start` and is `length` bytes long replaces any of `mappings`, so
+/// Whether a list of mappings has this one.
+pub(crate) fn is_among(mapping: &ExecutableMapping, mappings: &[ExecutableMapping]) -> bool {
+    mappings.iter().any(|known| is_same(known, mapping))
+}
+
+fn is_same(left: &ExecutableMapping, right: &ExecutableMapping) -> bool {
+    let content = match (&left.content, &right.content) {
+        (Content::Image { bias: left, .. }, Content::Image { bias: right, .. }) => left == right,
+        (Content::NoTable(left), Content::NoTable(right)) => left == right,
+        _ => false,
+    };
+    content && (left.start, left.end, &left.module) == (right.start, right.end, &right.module)
+}
+
+/// Whether executable memory that now appears in `range` replaces any of `mappings`, so
 /// that its addresses mean something else than before. Anonymous memory in the place of other such memory does not, and
 /// just-in-time compilers change theirs all the time.
-pub fn is_replaced(mappings: &[ExecutableMapping], start: u64, length: u64, of_file: bool) -> bool {
-    let end = start.saturating_add(length);
-    let behind = mappings.partition_point(|mapping| mapping.start < end);
-    let mut replaced = mappings[..behind].iter().rev().take_while(|mapping| mapping.end > start);
+pub fn is_replaced(mappings: &[ExecutableMapping], range: &Range<u64>, of_file: bool) -> bool {
+    let behind = mappings.partition_point(|mapping| mapping.start < range.end);
+    let mut replaced = mappings[..behind].iter().rev().take_while(|mapping| mapping.end > range.start);
     replaced.any(|mapping| of_file || has_name(mapping))
 }
 
@@ -134,26 +140,55 @@ fn mapping(pid: u32, entry: &MapsEntry, images: &mut Images) -> ExecutableMappin
             return without_table(entry, unreadable(&error));
         }
     };
-    let image = match images.identify(&source) {
-        Ok(image) => image,
-        Err(reason) => return without_table(entry, reason),
-    };
-    let start = ProcessAddress::new(entry.start);
-    match image.bias(start, FileOffset::new(entry.file_offset), entry.end - entry.start) {
-        None => without_table(entry, StopReason::NoCfi),
-        Some(bias) => ExecutableMapping {
-            start: entry.start,
-            end: entry.end,
-            module: Module {
-                start: start.to_image(bias).get(),
-                limit: ProcessAddress::new(entry.end).to_image(bias).get(),
-                file_offset: entry.file_offset,
-                path: shown_path(entry),
-                id: Some(image.id),
-            },
-            content: Content::Image { image, bias, source },
-        },
+    match images.identify(&source) {
+        Ok(image) => {
+            of_image(entry, image, source).unwrap_or_else(|| without_table(entry, StopReason::NoCfi))
+        }
+        Err(reason) => without_table(entry, reason),
     }
+}
+
+/// The mapping that the kernel says process `pid` made at `range`, if its image is known.
+pub(crate) fn announced_mapping(
+    pid: u32,
+    range: &Range<u64>,
+    mapped: &MappedImage,
+    images: &Images,
+) -> Option<ExecutableMapping> {
+    let entry = MapsEntry {
+        start: range.start,
+        end: range.end,
+        file_offset: mapped.file_offset,
+        device: (0, 0),
+        inode: 0,
+        backing: mapped.backing.clone(),
+    };
+    let (image, source) = match (&mapped.backing, mapped.build_id) {
+        (Backing::File { path, .. }, Some(id)) => {
+            let (image, source) = images.known(id)?;
+            (image, source.mapped_by(pid, &entry, path))
+        }
+        (Backing::Vdso, _) => images.known_vdso(range)?,
+        (Backing::File { .. } | Backing::Anonymous, _) => return None,
+    };
+    of_image(&entry, image, source)
+}
+
+fn of_image(entry: &MapsEntry, image: Arc<Image>, source: ImageSource) -> Option<ExecutableMapping> {
+    let start = ProcessAddress::new(entry.start);
+    let bias = image.bias(start, FileOffset::new(entry.file_offset), entry.end - entry.start)?;
+    Some(ExecutableMapping {
+        start: entry.start,
+        end: entry.end,
+        module: Module {
+            start: start.to_image(bias).get(),
+            limit: ProcessAddress::new(entry.end).to_image(bias).get(),
+            file_offset: entry.file_offset,
+            path: shown_path(entry),
+            id: Some(image.id),
+        },
+        content: Content::Image { image, bias, source },
+    })
 }
 
 fn without_table(entry: &MapsEntry, reason: StopReason) -> ExecutableMapping {
@@ -347,8 +382,11 @@ mod tests {
             mapping
         };
         let mappings = [mapping(0x1000, "/a"), mapping(0x3000, ""), mapping(0x5000, "/b")];
-        assert!(is_replaced(&mappings, 0x3800, 1, true), "code of a file in the place of a compiler's");
-        assert!(!is_replaced(&mappings, 0x4000, 0x1000, true));
+        assert!(
+            is_replaced(&mappings, &(0x3800..0x3801), true),
+            "code of a file in the place of a compiler's"
+        );
+        assert!(!is_replaced(&mappings, &(0x4000..0x5000), true));
         for (start, length, replaces) in [
             (0, 0x1000, false),
             (0, 0x1001, true),
@@ -361,7 +399,11 @@ mod tests {
             (0, u64::MAX, true),
             (0x5800, u64::MAX, true),
         ] {
-            assert_eq!(is_replaced(&mappings, start, length, false), replaces, "{start:#x} {length:#x}");
+            assert_eq!(
+                is_replaced(&mappings, &(start..start.saturating_add(length)), false),
+                replaces,
+                "{start:#x} {length:#x}"
+            );
         }
         assert!(are_same(&mappings, &mappings.clone()));
         let mut others = mappings.clone();

@@ -1,7 +1,7 @@
 //! Which processes run, and does the backend know what each of them maps?
 //!
-//! All processes are read once at the start, from then on each when something happens to it; an image's
-//! table is asked for when a sample touches the image. Agents that prepare every library of every
+//! All processes are read once at the start. From then on events tell what happens to them (`announced`), and a process is
+//! read when they do not tell all. An image's table is asked for when a sample touches the image. Agents that prepare every library of every
 //! process at its first mapping spend most of it on code that no sample ever meets
 //! (opentelemetry-ebpf-profiler #1009).
 //!
@@ -9,8 +9,10 @@
 //! Addresses mean what was mapped when the stack was walked. So each list of mappings remembers under which
 //! generations the backend had it and when it was read, and a sample of any other generation, or an
 //! older one, gets no mapping at all. When a process maps something over what it had, its list is withdrawn
-//! from the backend until it is read again.
+//! from the backend until it is read again. When events were lost, whose they were is not known: then no process's samples
+//! get mappings until it was read again.
 
+mod announced;
 mod table_room;
 
 use std::collections::{HashMap, HashSet};
@@ -23,8 +25,7 @@ use crate::backend::{Backend, Event, PlaceError, Sample};
 use crate::images::{Images, TableState};
 use crate::perf_ring::monotonic_ns;
 use crate::process::{
-    Content, ExecutableMapping, are_same, find, is_replaced, living_threads, lookup_address, plan,
-    read_mappings,
+    Content, ExecutableMapping, are_same, find, living_threads, lookup_address, plan, read_mappings,
 };
 use crate::scan_schedule::ScanSchedule;
 use crate::selection::Selection;
@@ -39,14 +40,22 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// is much to do, and each reading takes some 100 microseconds a process.
 const FULL_SCAN_PAUSE: Duration = Duration::from_secs(5);
 
+/// How long a list of mappings counts without a look into `/proc`, in nanoseconds: mremap moves code and no event tells
+/// (mm/mremap.c never calls `perf_event_mmap`). Two hundred sampled processes then take a thousandth of a core.
+const REREAD_AFTER_NS: u64 = 60_000_000_000;
+
 /// The processes and their images.
 pub struct Processes {
     known: HashMap<u32, Process>,
+    /// Those whose mappings events changed since the backend was told.
+    announced: HashSet<u32>,
     images: Images,
     schedule: ScanSchedule,
     selection: Selection,
     /// Whether events were lost since the last reading of all processes began.
     lost_events: bool,
+    /// No event that is newer was lost.
+    lost_until_ns: u64,
     last_full_scan: Option<Instant>,
     last_sweep: Instant,
 }
@@ -54,12 +63,16 @@ pub struct Processes {
 #[derive(Clone)]
 struct Process {
     mappings: Arc<[ExecutableMapping]>,
-    /// When they began to be read: `CLOCK_MONOTONIC` in nanoseconds.
+    /// Since when they are the process's: `CLOCK_MONOTONIC` in nanoseconds.
     read_ns: u64,
+    /// When they were last known to be all: they were read, or it had none.
+    whole_ns: u64,
     /// Under which generations the backend had them; `None` if it does not have them.
     stated: Option<Generations>,
     /// Whether they are known to be out of date.
     withdrawn: bool,
+    /// Whether events announced a mapping of which they do not tell what it maps.
+    lacks_some: bool,
     exited: Option<Instant>,
     /// Whether other threads went on when its first thread ended.
     leaderless: bool,
@@ -85,8 +98,10 @@ impl Process {
         Self {
             mappings: mappings.into(),
             read_ns,
+            whole_ns: read_ns,
             stated: None,
             withdrawn: false,
+            lacks_some: false,
             exited: None,
             leaderless,
             prefetched: false,
@@ -110,10 +125,12 @@ impl Processes {
     pub fn new(selection: Selection, now: Instant) -> Self {
         Self {
             known: HashMap::new(),
+            announced: HashSet::new(),
             images: Images::default(),
             schedule: ScanSchedule::new(now),
             selection,
             lost_events: false,
+            lost_until_ns: 0,
             last_full_scan: None,
             last_sweep: now,
         }
@@ -158,17 +175,27 @@ impl Processes {
             Ok(mappings) if mappings.is_empty() => {}
             Ok(mappings) => {
                 // To set what is set already would only disturb the walks of the moment.
-                let known = self.known.get(&tgid);
-                let same = known.is_some_and(|known| {
+                let lost_until_ns = self.lost_until_ns;
+                let same = self.known.get_mut(&tgid).filter(|known| {
                     known.exited.is_none()
                         && !known.withdrawn
                         && known.stated.is_some()
                         && are_same(&known.mappings, &mappings)
                 });
-                if !same {
-                    let leaderless = known.is_some_and(|known| known.leaderless || known.exited.is_some());
-                    self.known.insert(tgid, Process::new(mappings, read_ns, leaderless));
-                    self.set(tgid, backend);
+                match same {
+                    Some(same) => {
+                        // What it mapped meanwhile, if events were lost, nobody knows.
+                        if same.whole_ns <= lost_until_ns {
+                            same.read_ns = read_ns;
+                        }
+                        (same.whole_ns, same.lacks_some) = (read_ns, false);
+                    }
+                    None => {
+                        let leaderless = (self.known.get(&tgid))
+                            .is_some_and(|known| known.leaderless || known.exited.is_some());
+                        self.known.insert(tgid, Process::new(mappings, read_ns, leaderless));
+                        self.set(tgid, backend);
+                    }
                 }
             }
             Err(error) => tracing::debug!(tgid, %error, "mappings cannot be read"),
@@ -191,69 +218,17 @@ impl Processes {
         }
     }
 
-    /// A process mapped executable memory.
-    fn note_mapped(&mut self, tgid: u32, start: u64, length: u64, of_file: bool, time_ns: u64) -> Mapped {
-        match self.known.get_mut(&tgid) {
-            Some(process) if time_ns <= process.read_ns => Mapped::Known,
-            Some(process) if process.withdrawn || is_replaced(&process.mappings, start, length, of_file) => {
-                process.withdrawn = true;
-                process.stated = None;
-                Mapped::Over
-            }
-            Some(_) | None => Mapped::Beside,
-        }
-    }
-
     /// Takes note of what happened to a process. Samples go to [`Processes::touch`].
     pub fn note(&mut self, event: &Event, backend: &mut dyn Backend, now: Instant) {
         match event {
-            Event::Sample(sample) => {
-                if matches!(sample.stop, StopReason::ProcessUnknown | StopReason::NoMapping) {
-                    self.want_scan(sample.tgid, now);
-                }
-            }
-            Event::Exec { tgid } => {
-                self.selection.exec(*tgid);
-                if self.known.remove(tgid).is_some() {
-                    backend.remove_process(*tgid);
-                }
-                if self.selection.includes(*tgid) {
-                    self.schedule.exec(*tgid, now);
-                }
-            }
-            Event::Mapped { tgid, start, length, of_file, time_ns } => {
-                match self.note_mapped(*tgid, *start, *length, *of_file, *time_ns) {
-                    Mapped::Known => {}
-                    Mapped::Beside => self.want_scan(*tgid, now),
-                    Mapped::Over => {
-                        backend.remove_process(*tgid);
-                        self.schedule.want_at_once(*tgid, now);
-                    }
-                }
+            Event::Sample(sample) => self.note_sample(sample, now),
+            Event::Exec { tgid, time_ns } => self.note_exec(*tgid, *time_ns, backend, now),
+            Event::Mapped { tgid, start, length, of_file, image, time_ns } => {
+                let range = *start..start.saturating_add(*length);
+                self.note_mapped(*tgid, range, *of_file, image.as_deref(), *time_ns, backend, now);
             }
             Event::Forked { tgid, parent, time_ns } => {
-                // The number may have been another process's.
-                self.schedule.forget(*tgid);
-                if self.known.remove(tgid).is_some() {
-                    backend.remove_process(*tgid);
-                }
-                self.selection.forked(*tgid, *parent);
-                if !self.selection.includes(*tgid) {
-                    return;
-                }
-                match self.known.get(parent) {
-                    None => {}
-                    // What the parent has now may be newer than what it had then.
-                    Some(parent) if parent.withdrawn || *time_ns <= parent.read_ns => {
-                        self.schedule.want_at_once(*tgid, now);
-                    }
-                    Some(parent) => {
-                        let child =
-                            Process { stated: None, exited: None, leaderless: false, ..parent.clone() };
-                        self.known.insert(*tgid, child);
-                        self.set(*tgid, backend);
-                    }
-                }
+                self.note_forked(*tgid, *parent, *time_ns, backend, now);
             }
             Event::Exited { tgid } => {
                 self.schedule.forget(*tgid);
@@ -261,7 +236,11 @@ impl Processes {
                     process.exited = Some(now);
                 }
             }
-            Event::Lost => self.lost_events = true,
+            Event::Lost { until_ns } => {
+                self.lost_events = true;
+                self.lost_until_ns = self.lost_until_ns.max(*until_ns);
+                self.selection.lost();
+            }
         }
     }
 
@@ -271,8 +250,9 @@ impl Processes {
         }
     }
 
-    /// Reads the processes that are due.
+    /// Tells the backend what events announced, and reads the processes that are due.
     pub fn scan_due(&mut self, backend: &mut dyn Backend, now: Instant) {
+        self.set_announced(backend);
         let is_late = |last: Instant| now.duration_since(last) >= FULL_SCAN_PAUSE;
         if self.lost_events && self.last_full_scan.is_none_or(is_late) {
             self.lost_events = false;
@@ -332,7 +312,9 @@ impl Processes {
     /// The executable mappings that a sample was walked by, if they are known and still hold.
     pub fn mappings_of(&self, sample: &Sample) -> Option<&[ExecutableMapping]> {
         let process = self.known.get(&sample.tgid)?;
-        let same = process.stated?.contain(sample.generation) && process.read_ns <= sample.time_ns;
+        let same = process.stated?.contain(sample.generation)
+            && process.read_ns <= sample.time_ns
+            && process.whole_ns > self.lost_until_ns;
         same.then_some(&process.mappings)
     }
 
@@ -425,16 +407,6 @@ impl Processes {
             self.set(tgid, backend);
         }
     }
-}
-
-/// What a new mapping means for what is known of its process.
-enum Mapped {
-    /// It was there when the process was read.
-    Known,
-    /// Nothing that frames are named by was at its place.
-    Beside,
-    /// It is in the place of something known, or of what was so when the mappings were withdrawn.
-    Over,
 }
 
 /// The numbers of all processes, as `/proc` lists them.

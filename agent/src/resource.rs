@@ -227,6 +227,13 @@ impl Resources {
         }
     }
 
+    /// Process events were lost: any process may run another program by now.
+    pub fn lost(&mut self) {
+        for known in self.known.values_mut() {
+            known.until = None;
+        }
+    }
+
     /// Forgets processes of which no sample came for long.
     pub fn expire(&mut self, now: Instant) {
         self.known.retain(|_, known| now.saturating_duration_since(known.used) < 2 * REREAD_AFTER);

@@ -127,11 +127,12 @@ impl Sampling {
                     self.jit.forget(tgid);
                     self.resources.forked(tgid, parent, now);
                 }
-                Event::Exec { tgid } => {
+                Event::Exec { tgid, .. } => {
                     self.jit.forget(tgid);
                     self.resources.exec(tgid);
                 }
-                Event::Mapped { .. } | Event::Exited { .. } | Event::Lost => {}
+                Event::Lost { .. } => self.resources.lost(),
+                Event::Mapped { .. } | Event::Exited { .. } => {}
             }
         }
         // Before the other samples: the first sample of a process is what has it read.

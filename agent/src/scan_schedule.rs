@@ -1,6 +1,6 @@
 //! When is a process's mapping list to be read?
 //!
-//! At exec, at a new mapping, at a sample that found no mapping; but a JIT maps memory a thousand times
+//! When process events do not tell what it maps: at exec, at a new mapping, at a sample that found no mapping; but a JIT maps memory a thousand times
 //! a second, and a build starts processes as fast. So a process is read a few milliseconds after the
 //! event, when its dynamic linker is done, each time with twice the pause before the next, and all of
 //! them share a budget.
@@ -77,6 +77,16 @@ impl ScanSchedule {
     /// A process runs another executable.
     pub fn exec(&mut self, tgid: u32, now: Instant) {
         self.processes.insert(tgid, Scan { due: Some(now + SETTLE), ..NEVER_SCANNED });
+    }
+
+    /// What was wanted of a process since its exec is known without reading it.
+    pub fn settled(&mut self, tgid: u32) {
+        if let Some(scan) = self.processes.get_mut(&tgid)
+            && scan.last.is_none()
+            && !scan.urgent
+        {
+            self.processes.remove(&tgid);
+        }
     }
 
     /// A process is gone.

@@ -83,6 +83,14 @@ impl Selection {
         self.chosen.remove(&tgid);
     }
 
+    /// Events were lost: any number may be another process's by now, or run another program.
+    pub fn lost(&mut self) {
+        if let Some(descent) = &mut self.descent {
+            descent.outsiders.clear();
+        }
+        self.chosen.clear();
+    }
+
     /// A process is gone, and its number free.
     pub fn forget(&mut self, tgid: u32) {
         if let Some(descent) = &mut self.descent {

@@ -181,7 +181,7 @@ fn short_processes_leave_the_maps_as_they_were() {
             for event in &events {
                 processes.note(event, &mut kernel, now);
                 forked += usize::from(matches!(event, Event::Forked { parent, .. } if *parent == pid));
-                lost |= *event == Event::Lost;
+                lost |= matches!(event, Event::Lost { .. });
             }
             processes.scan_due(&mut kernel, now);
         }

@@ -1,22 +1,30 @@
 //! Process events from the kernel's perf sideband: exec, fork, exit, executable mappings.
 //!
 //! One `PERF_COUNT_SW_DUMMY` event for each CPU counts nothing and carries `PERF_RECORD_*` records of
-//! what tasks on that CPU do (perf_event_open(2)). Of a mapping only the process and the address range
-//! are taken from the record: what is mapped is read from `/proc`, which is right even when records were
-//! lost.
+//! what tasks on that CPU do (perf_event_open(2)). Of a mapping the record has the range, and since Linux 5.12 the build-ID of
+//! its file, by which an image that is known already is told without a look into `/proc`.
+//!
+//! # Lost records
+//! A full ring loses records, and the kernel says so with the next one that it writes into it (`__perf_output_begin` in
+//! kernel/events/ring_buffer.c). Those lost came after the last one that is there: that is where their loss belongs in the
+//! order of events. A ring without room for one more record may have lost some already, so that is taken for a loss, too.
 //!
 //! # Order
 //! A process may be forked on one CPU and exec on another, and rings are read one after the other. So
 //! records carry their time and are merged by it; those newer than the beginning of a drain wait for
 //! the next, because a ring read before may by now have an older one.
 
+use std::ops::Range;
 use std::os::fd::RawFd;
 
-use crate::backend::{Event, Sample};
+use windlass_schema::BuildId;
+
+use crate::backend::{Event, MappedImage, Sample};
 use crate::perf_ring::{
     PerfEventAttr, PerfRing, PerfScope, RingRecord, SIDEBAND_TIME_FROM_END, monotonic_ns,
     record as record_kind,
 };
+use crate::proc_maps::{Backing, backing};
 
 use super::LoadError;
 
@@ -27,13 +35,47 @@ const RING_PAGES: usize = 16;
 /// `PERF_RECORD_MISC_COMM_EXEC`: the name changed because of an exec.
 const MISC_COMM_EXEC: u16 = 1 << 13;
 
-/// Offset of the inode in the body of a `PERF_RECORD_MMAP2`: 0 for memory that is of no file.
+/// `PERF_RECORD_MISC_MMAP_BUILD_ID`: the record has a build-ID where others have device and inode.
+const MISC_MMAP_BUILD_ID: u16 = 1 << 14;
+
+/// Offsets in the body of a `PERF_RECORD_MMAP2`: where in the file the mapping starts.
+const MMAP2_FILE_OFFSET: usize = 24;
+/// Either the length of the build-ID in a byte, three bytes of padding, and the build-ID; or device, inode and its generation.
+const MMAP2_BUILD_ID_LENGTH: usize = 32;
+const MMAP2_BUILD_ID: Range<usize> = 36..56;
+/// The inode: 0 for memory that is of no file.
 const MMAP2_INODE: usize = 40;
+/// The path, up to a zero byte.
+const MMAP2_PATH: usize = 64;
 
 /// The events of all CPUs.
 pub(super) struct Sideband {
-    rings: Vec<PerfRing>,
+    rings: Vec<Ring>,
     waiting: TimeOrder,
+}
+
+/// The events of a CPU.
+struct Ring {
+    ring: PerfRing,
+    end: RingEnd,
+}
+
+/// How far the records of a ring reach.
+#[derive(Clone, Copy, Debug)]
+struct RingEnd {
+    /// The time of the last record.
+    last_ns: u64,
+    /// Whether it was said that some behind it are lost.
+    lost: bool,
+}
+
+impl RingEnd {
+    /// Takes note of a record, and says which loss it tells of that is not known yet: since when.
+    fn note(&mut self, time_ns: u64, tells_of_loss: bool) -> Option<u64> {
+        let since_ns = (tells_of_loss && !self.lost).then_some(self.last_ns);
+        *self = Self { last_ns: time_ns.max(self.last_ns), lost: false };
+        since_ns
+    }
 }
 
 /// Events of several rings on their way into one order.
@@ -62,21 +104,32 @@ impl TimeOrder {
 
 impl Sideband {
     pub(super) fn open(cpus: &[u32]) -> Result<Self, LoadError> {
-        let attr = PerfEventAttr::sideband();
+        let start_ns = monotonic_ns();
+        let open = |cpu: u32| {
+            let open = |build_ids| {
+                PerfRing::open(&PerfEventAttr::sideband(build_ids), PerfScope::Cpu(cpu), RING_PAGES)
+            };
+            // Kernels before 5.12 refuse the bit that they do not know.
+            open(true).or_else(|error| match error.raw_os_error() {
+                Some(libc::EINVAL) => open(false),
+                _ => Err(error),
+            })
+        };
         let rings = cpus
             .iter()
             .map(|cpu| {
-                PerfRing::open(&attr, PerfScope::Cpu(*cpu), RING_PAGES).map_err(|error| {
+                let ring = open(*cpu).map_err(|error| {
                     let advice = super::sampling_advice(error.raw_os_error(), 0, None);
                     LoadError::Attach { cpu: *cpu, reason: format!("process events: {error}{advice}") }
-                })
+                })?;
+                Ok(Ring { ring, end: RingEnd { last_ns: start_ns, lost: false } })
             })
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<_, LoadError>>()?;
         Ok(Self { rings, waiting: TimeOrder::default() })
     }
 
     pub(super) fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
-        self.rings.iter().map(PerfRing::descriptor)
+        self.rings.iter().map(|Ring { ring, .. }| ring.descriptor())
     }
 
     /// Hands out the events up to now, and samples that were taken out before, in the order of their times.
@@ -86,12 +139,22 @@ impl Sideband {
         for sample in samples {
             waiting.push(sample.time_ns, Event::Sample(sample));
         }
-        for ring in &mut self.rings {
-            ring.drain(|record| {
-                if let Some((time_ns, event)) = event_of(&record, SIDEBAND_TIME_FROM_END) {
+        for Ring { ring, end } in &mut self.rings {
+            let was_full = ring.drain(|record| {
+                let Some(time_ns) = time_of(&record, SIDEBAND_TIME_FROM_END) else { return };
+                if let Some(since_ns) = end.note(time_ns, record.kind == record_kind::LOST) {
+                    waiting.push(since_ns, Event::Lost { until_ns: time_ns });
+                }
+                if record.kind != record_kind::LOST
+                    && let Some((time_ns, event)) = event_of(&record, SIDEBAND_TIME_FROM_END)
+                {
                     waiting.push(time_ns, event);
                 }
             });
+            if was_full {
+                end.lost = true;
+                waiting.push(end.last_ns, Event::Lost { until_ns: monotonic_ns() });
+            }
         }
         waiting.release(until_ns, sink);
     }
@@ -100,6 +163,11 @@ impl Sideband {
     pub(super) fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
+}
+
+/// When a record was made: its time is `time_from_end` bytes before its end.
+fn time_of(record: &RingRecord<'_>, time_from_end: usize) -> Option<u64> {
+    double_at(record.body, record.body.len().checked_sub(time_from_end)?)
 }
 
 /// When a record was made and what it says, if it is of use. Its time is `time_from_end` bytes before its end.
@@ -112,15 +180,19 @@ pub(crate) fn event_of(record: &RingRecord<'_>, time_from_end: usize) -> Option<
         Some(u32::from_ne_bytes(bytes.try_into().expect("4 bytes")))
     };
     let event = match record.kind {
-        record_kind::LOST => Event::Lost,
-        record_kind::COMM if record.misc & MISC_COMM_EXEC != 0 => Event::Exec { tgid: word(0)? },
-        record_kind::MMAP2 => Event::Mapped {
-            tgid: word(0)?,
-            start: double_at(body, 8)?,
-            length: double_at(body, 16)?,
-            of_file: double_at(body, MMAP2_INODE)? != 0,
-            time_ns,
-        },
+        record_kind::LOST => Event::Lost { until_ns: time_ns },
+        record_kind::COMM if record.misc & MISC_COMM_EXEC != 0 => Event::Exec { tgid: word(0)?, time_ns },
+        record_kind::MMAP2 => {
+            let has_build_id = record.misc & MISC_MMAP_BUILD_ID != 0;
+            Event::Mapped {
+                tgid: word(0)?,
+                start: double_at(body, 8)?,
+                length: double_at(body, 16)?,
+                of_file: has_build_id || double_at(body, MMAP2_INODE)? != 0,
+                image: image_of(body, has_build_id).map(Box::new),
+                time_ns,
+            }
+        }
         // A thread's exit or start is no process's.
         record_kind::EXIT if word(0)? == word(2)? => Event::Exited { tgid: word(0)? },
         record_kind::FORK if word(0)? == word(2)? => {
@@ -129,6 +201,21 @@ pub(crate) fn event_of(record: &RingRecord<'_>, time_from_end: usize) -> Option<
         _ => return None,
     };
     Some((time_ns, event))
+}
+
+/// What a `PERF_RECORD_MMAP2` says of the image.
+fn image_of(body: &[u8], has_build_id: bool) -> Option<MappedImage> {
+    let path = body.get(MMAP2_PATH..)?;
+    let backing = backing(path.split(|byte| *byte == 0).next()?);
+    let build_id = match &backing {
+        Backing::Vdso => None,
+        Backing::File { .. } if has_build_id => {
+            let length = usize::from(*body.get(MMAP2_BUILD_ID_LENGTH)?);
+            Some(BuildId::new(body.get(MMAP2_BUILD_ID)?.get(..length)?).ok()?)
+        }
+        Backing::File { .. } | Backing::Anonymous => return None,
+    };
+    Some(MappedImage { build_id, file_offset: double_at(body, MMAP2_FILE_OFFSET)?, backing })
 }
 
 fn double_at(bytes: &[u8], at: usize) -> Option<u64> {
@@ -158,29 +245,51 @@ mod tests {
     #[test]
     fn records() {
         check(record_kind::COMM, 0, &[7, 7], None);
-        check(record_kind::COMM, MISC_COMM_EXEC, &[7, 7], Some(Event::Exec { tgid: 7 }));
-        let mapped = |of_file| Event::Mapped {
+        check(record_kind::COMM, MISC_COMM_EXEC, &[7, 7], Some(Event::Exec { tgid: 7, time_ns: TIME_NS }));
+        let mapped = |of_file, image: Option<MappedImage>| Event::Mapped {
             tgid: 7,
             start: 0x1_0000_2000,
             length: 0x3000,
             of_file,
+            image: image.map(Box::new),
             time_ns: TIME_NS,
         };
-        let words = |inode| [7, 9, 0x2000, 1, 0x3000, 0, 0, 0, 0xfe, 0, inode, 0, 0, 0];
-        check(record_kind::MMAP2, 2, &words(4711), Some(mapped(true)));
-        check(record_kind::MMAP2, 2, &words(0), Some(mapped(false)));
+        let words = |of_file: [u32; 6], path: &[u8; 8]| {
+            let mut words = vec![7, 9, 0x2000, 1, 0x3000, 0, 0x4000, 0];
+            words.extend(of_file);
+            words.extend([5, 2]);
+            words.extend(path.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())));
+            words
+        };
+        let (inode, build_id) = ([0xfe, 0, 4711, 0, 0, 0], [3, 0x0003_0201, 0, 0, 0, 0].map(u32::to_le));
+        check(record_kind::MMAP2, 2, &words(inode, b"/bin/sh\0"), Some(mapped(true, None)));
+        check(record_kind::MMAP2, 2, &words([0; 6], b"//anon\0\0"), Some(mapped(false, None)));
+        let image = |build_id: Option<&str>, backing| MappedImage {
+            build_id: build_id.map(|id| id.parse().unwrap()),
+            file_offset: 0x4000,
+            backing,
+        };
+        let vdso = image(None, Backing::Vdso);
+        check(record_kind::MMAP2, 2, &words([0; 6], b"[vdso]\0\0"), Some(mapped(false, Some(vdso))));
+        let of_file = |deleted| Backing::File { path: "/sh".into(), deleted };
+        let shell = image(Some("010203"), of_file(false));
+        let misc = MISC_MMAP_BUILD_ID | 2;
+        check(record_kind::MMAP2, misc, &words(build_id, b"/sh\0\0\0\0\0"), Some(mapped(true, Some(shell))));
+        let too_long = [25 << 24 | 25, 0, 0, 0, 0, 0];
+        check(record_kind::MMAP2, misc, &words(too_long, b"/sh\0\0\0\0\0"), Some(mapped(true, None)));
         check(record_kind::MMAP2, 2, &[7, 9, 0x2000], None);
         check(record_kind::EXIT, 0, &[7, 1, 8, 1, 0, 0], None);
         check(record_kind::EXIT, 0, &[7, 1, 7, 1, 0, 0], Some(Event::Exited { tgid: 7 }));
         let forked = Event::Forked { tgid: 8, parent: 7, time_ns: TIME_NS };
         check(record_kind::FORK, 0, &[8, 7, 8, 7, 0, 0], Some(forked));
         check(record_kind::FORK, 0, &[8], None);
-        check(record_kind::LOST, 0, &[], Some(Event::Lost));
+        check(record_kind::LOST, 0, &[], Some(Event::Lost { until_ns: TIME_NS }));
     }
 
     #[test]
     fn events_of_several_rings_come_in_the_order_of_their_times() {
-        let (exec, exited) = (Event::Exec { tgid: 8 }, Event::Exited { tgid: 8 });
+        let (exec, exited) = (Event::Exec { tgid: 8, time_ns: 20 }, Event::Exited { tgid: 8 });
+        let lost = Event::Lost { until_ns: 35 };
         let forked = Event::Forked { tgid: 8, parent: 7, time_ns: 10 };
         let mut order = TimeOrder::default();
         // CPU 0 is read first.
@@ -193,10 +302,52 @@ mod tests {
         // What is newer than the drain may have an older one in a ring that was read before.
         assert!(!order.is_empty());
         released.clear();
-        order.push(30, Event::Lost);
+        order.push(30, lost.clone());
         order.release(40, &mut |event| released.push(event));
-        assert_eq!(released, [Event::Lost, exited]);
+        assert_eq!(released, [lost, exited]);
         assert!(order.is_empty());
+    }
+
+    #[test]
+    fn a_loss_belongs_behind_the_last_record() {
+        let mut end = RingEnd { last_ns: 10, lost: false };
+        assert_eq!(end.note(20, false), None);
+        assert_eq!(end.note(50, true), Some(20));
+        assert_eq!(end.note(60, true), Some(50), "another one");
+        // The ring was found full, and the kernel says later what that came to.
+        end.lost = true;
+        assert_eq!(end.note(90, true), None);
+        assert_eq!(end.note(91, true), Some(90));
+    }
+
+    #[test]
+    fn a_full_ring_is_a_loss_before_the_kernel_says_so() {
+        let cpus = aya::util::online_cpus().unwrap();
+        let Ok(mut sideband) = Sideband::open(&cpus) else {
+            eprintln!("skipped: process events of all CPUs need CAP_PERFMON");
+            return;
+        };
+        let last_ns = |sideband: &Sideband| sideband.rings.iter().map(|ring| ring.end.last_ns).max();
+        let start_ns = last_ns(&sideband).unwrap();
+        // Each a record of some 120 bytes, of 64 KiB a CPU.
+        for _ in 0..1000 * cpus.len() {
+            // SAFETY: a new mapping, which nobody uses, comes and goes.
+            unsafe {
+                let protection = libc::PROT_READ | libc::PROT_EXEC;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                let page = libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0);
+                assert_ne!(page, libc::MAP_FAILED);
+                libc::munmap(page, 4096);
+            }
+        }
+        let mut losses = Vec::new();
+        sideband.drain(Vec::new(), &mut |event| {
+            if let Event::Lost { until_ns } = event {
+                losses.push(until_ns);
+            }
+        });
+        assert!(!losses.is_empty() && losses.iter().all(|until_ns| *until_ns > start_ns), "{losses:?}");
+        assert!(sideband.rings.iter().any(|ring| ring.end.lost));
     }
 
     #[test]
@@ -221,7 +372,7 @@ mod tests {
                 assert!(start > 0 && length >= 4096 && start.checked_add(length).is_some());
                 kinds.push("mapped");
             }
-            Event::Exec { tgid } if tgid == child.id() => kinds.push("exec"),
+            Event::Exec { tgid, .. } if tgid == child.id() => kinds.push("exec"),
             Event::Exited { tgid } if tgid == child.id() => kinds.push("exited"),
             _ => {}
         };

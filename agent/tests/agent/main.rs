@@ -214,6 +214,11 @@ fn a_table_comes_when_the_network_comes_back() {
     stop(agent);
 }
 
+/// This process maps code of a file.
+fn mapped(start: u64, length: u64) -> Event {
+    Event::Mapped { tgid: own_pid(), start, length, of_file: true, image: None, time_ns: now_ns() }
+}
+
 #[test]
 fn processes_come_change_and_go() {
     let service = FakeService::start(Tables::FromSkeletons);
@@ -224,7 +229,7 @@ fn processes_come_change_and_go() {
     let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
     let tgid = child.id();
     assert!(view.mappings(tgid).is_empty());
-    view.send(Event::Exec { tgid });
+    view.send(Event::Exec { tgid, time_ns: now_ns() });
     eventually("the child is read", || view.mappings(tgid).len() > 2);
     // A fork has its parent's mappings, without a look into /proc.
     view.send(Event::Forked { tgid: u32::MAX - 1, parent: tgid, time_ns: now_ns() });
@@ -243,7 +248,7 @@ fn processes_come_change_and_go() {
     let start = library.as_ptr() as u64;
     assert!(view.mapping(own_pid(), start).is_none());
     let length = library.len() as u64;
-    view.send(Event::Mapped { tgid: own_pid(), start, length, of_file: true, time_ns: now_ns() });
+    view.send(mapped(start, length));
     eventually("the library is known", || view.mapping(own_pid(), start).is_some());
     drop(library);
     // A sample that found no mapping has the process read again.
@@ -286,19 +291,13 @@ fn samples_of_replaced_mappings_get_no_names() {
     view.send(walked(1, old));
     // Many a library comes and goes elsewhere, so that the pauses between scans are long.
     for _ in 0..100 {
-        view.send(Event::Mapped {
-            tgid: own_pid(),
-            start: 0x1000,
-            length: 4096,
-            of_file: true,
-            time_ns: now_ns(),
-        });
+        view.send(mapped(0x1000, 4096));
         std::thread::sleep(Duration::from_millis(10));
     }
     // By now with a table, which changes nothing for the sample below.
     let known = view.generation(own_pid());
     map_code("/usr/bin/objdump", Some(start));
-    view.send(Event::Mapped { tgid: own_pid(), start, length: 4096, of_file: true, time_ns: now_ns() });
+    view.send(mapped(start, 4096));
     // Walked before the agent knew.
     view.send(walked(2, old));
     let took = eventually("the mappings are read again", || {
