@@ -273,6 +273,35 @@ pub fn find(mappings: &[ExecutableMapping], address: ProcessAddress) -> Option<&
     (address.get() < mapping.end).then_some(mapping)
 }
 
+/// The mappings that one stack meets. It meets few, most of them again and again.
+pub struct Met<'a> {
+    mappings: &'a [ExecutableMapping],
+    met: Vec<&'a ExecutableMapping>,
+}
+
+impl<'a> Met<'a> {
+    /// Of `mappings`, none so far.
+    pub fn new(mappings: &'a [ExecutableMapping]) -> Self {
+        Self { mappings, met: Vec::new() }
+    }
+
+    /// The mapping that holds a process address.
+    pub fn find(&mut self, address: ProcessAddress) -> Option<&'a ExecutableMapping> {
+        let holds = |mapping: &&&ExecutableMapping| (mapping.start..mapping.end).contains(&address.get());
+        if let Some(mapping) = self.met.iter().find(holds) {
+            return Some(mapping);
+        }
+        let mapping = find(self.mappings, address)?;
+        self.met.push(mapping);
+        Some(mapping)
+    }
+
+    /// Those that were found, each once.
+    pub fn all(&self) -> &[&'a ExecutableMapping] {
+        &self.met
+    }
+}
+
 /// The process address to look up for a user address of a sample: itself if exact, else inside the
 /// call before it.
 pub fn lookup_address(sampled: u64) -> ProcessAddress {
@@ -283,18 +312,17 @@ pub fn lookup_address(sampled: u64) -> ProcessAddress {
     }
 }
 
-/// Whether a process address is in memory that a just-in-time compiler may have filled. Some map it twice, through a file
-/// in memory.
-pub fn is_made_code(mappings: &[ExecutableMapping], address: ProcessAddress) -> bool {
-    find(mappings, address).is_some_and(|mapping| match mapping.content {
+/// Whether this is memory that a just-in-time compiler may have filled. Some map it twice, through a file in memory.
+pub fn is_made_code(mapping: &ExecutableMapping) -> bool {
+    match mapping.content {
         Content::Image { .. } => false,
         Content::NoTable(_) => !has_name(mapping) || mapping.module.path.starts_with("/memfd:"),
-    })
+    }
 }
 
-/// What a profile shows for a process address.
-pub fn frame(mappings: &[ExecutableMapping], address: ProcessAddress) -> Frame<'_> {
-    match find(mappings, address) {
+/// What a profile shows for a process address, and the mapping that holds it, if any.
+pub fn frame(mapping: Option<&ExecutableMapping>, address: ProcessAddress) -> Frame<'_> {
+    match mapping {
         Some(ExecutableMapping { content: Content::Image { bias, .. }, module, .. }) => {
             Frame { module: Some(module), address: address.to_image(*bias).get(), reading: None }
         }
@@ -329,7 +357,7 @@ mod tests {
             .find(|symbol| symbol.address() == here.to_image(*bias).get() && symbol.size() > 0)
             .expect("a symbol at the image address");
         assert!(symbol.name().unwrap().contains("own_process"), "{symbol:?}");
-        let shown = frame(&mappings, here);
+        let shown = frame(find(&mappings, here), here);
         assert_eq!(shown.address, symbol.address());
         assert_eq!(shown.module.unwrap().id, Some(image.id));
 
@@ -359,7 +387,7 @@ mod tests {
         {
             assert_eq!(find(&mappings, ProcessAddress::new(address)).is_some(), inside, "{address:#x}");
             assert_eq!(
-                frame(&mappings, ProcessAddress::new(address)),
+                frame(find(&mappings, ProcessAddress::new(address)), ProcessAddress::new(address)),
                 Frame { module: None, address, reading: None }
             );
         }

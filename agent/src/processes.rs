@@ -25,7 +25,7 @@ use crate::backend::{Backend, Event, PlaceError, Sample};
 use crate::images::{Images, TableState};
 use crate::perf_ring::monotonic_ns;
 use crate::process::{
-    Content, ExecutableMapping, are_same, find, living_threads, lookup_address, plan, read_mappings,
+    Content, ExecutableMapping, Met, are_same, living_threads, lookup_address, plan, read_mappings,
 };
 use crate::scan_schedule::ScanSchedule;
 use crate::selection::Selection;
@@ -339,12 +339,12 @@ impl Processes {
     pub fn touch(&mut self, sample: &Sample, now: Instant) -> Vec<TableRequest> {
         let Some(process) = self.known.get_mut(&sample.tgid) else { return Vec::new() };
         let images = &mut self.images;
-        let mut wishes: Vec<TableRequest> = sample
-            .user
-            .iter()
-            .filter_map(|address| find(&process.mappings, lookup_address(*address)))
-            .filter_map(|mapping| wish(images, mapping, true, now))
-            .collect();
+        let mut met = Met::new(&process.mappings);
+        for address in &sample.user {
+            met.find(lookup_address(*address));
+        }
+        let mut wishes: Vec<TableRequest> =
+            met.all().iter().filter_map(|mapping| wish(images, mapping, true, now)).collect();
         if sample.stop == StopReason::TablePending && !process.prefetched {
             process.prefetched = true;
             wishes.extend(process.mappings.iter().filter_map(|mapping| wish(images, mapping, false, now)));

@@ -21,7 +21,7 @@ use crate::kallsyms::KernelImage;
 use crate::metrics::Metrics;
 use crate::otlp::{Batch, Frame, Labels, Recording};
 use crate::perf_map_upload::PerfMapUpload;
-use crate::process::{frame, is_made_code, lookup_address};
+use crate::process::{Met, frame, is_made_code, lookup_address};
 use crate::processes::{Placement, Processes};
 use crate::resource::Resources;
 use crate::shipper::Shipper;
@@ -180,13 +180,15 @@ impl Sampling {
                 .as_ref()
                 .map_or(Frame { module: None, address, reading: None }, |kernel| kernel.frame(address))
         });
+        let mut met = Met::new(mappings);
         let user = sample.user.iter().map(|address| {
             let address = lookup_address(*address);
-            let reading = match is_made_code(mappings, address) {
+            let mapping = met.find(address);
+            let reading = match mapping.is_some_and(is_made_code) {
                 true => self.jit.meet(sample.tgid, address.get(), sample.time_ns, now),
                 false => None,
             };
-            Frame { reading, ..frame(mappings, address) }
+            Frame { reading, ..frame(mapping, address) }
         });
         let labels = Labels { tgid: sample.tgid, tid: sample.tid, comm: &sample.comm, cpu: sample.cpu, stop };
         self.batch.batch.add(&self.resources.of(sample.tgid, now), &labels, kernel.chain(user));

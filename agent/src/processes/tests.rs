@@ -6,6 +6,7 @@ use super::*;
 use crate::backend::{MappedImage, PlacedMapping};
 use crate::choice::Choice;
 use crate::eviction::IN_USE;
+use crate::process::find;
 use windlass_schema::maps::{EXACT_ADDRESS, Location, no_table};
 use windlass_schema::table_writer::{TableHeader, write_table};
 use windlass_schema::{Architecture, ImageAddress, ProcessAddress, Table, TableFile};
