@@ -1,0 +1,134 @@
+//! What events alone tell of mappings, and what they do not.
+
+use super::*;
+
+/// What the kernel says when `tgid` maps what it has, in the order in which it was mapped.
+fn announced(tgid: u32, mappings: &[ExecutableMapping], time_ns: u64) -> Vec<Event> {
+    let event = |mapping: &ExecutableMapping| {
+        let path = &*mapping.module.path;
+        let build_id = mapping.module.id.filter(|_| path != "[vdso]").map(|id| id.build_id());
+        let backing = crate::proc_maps::backing(path.as_bytes());
+        let image = MappedImage { build_id, file_offset: mapping.module.file_offset, backing };
+        Event::Mapped {
+            tgid,
+            start: mapping.start,
+            length: mapping.end - mapping.start,
+            of_file: build_id.is_some(),
+            image: Some(Box::new(image)),
+            time_ns,
+        }
+    };
+    mappings.iter().map(event).collect()
+}
+
+#[test]
+fn images_that_are_known_are_walked_without_a_look_into_proc() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let (mut told, mut processes) = (Told::default(), processes(child.id(), now));
+    processes.scan_all(&mut told);
+    let mappings = processes.known[&child.id()].mappings.clone();
+    // A process that there is not runs the same program.
+    let tgid = u32::MAX - 1;
+    processes.note(&Event::Forked { tgid, parent: child.id(), time_ns: monotonic_ns() }, &mut told, now);
+    processes.note(&Event::Exec { tgid, time_ns: monotonic_ns() }, &mut told, now);
+    assert!(!told.processes.contains_key(&tgid), "nothing of before the exec holds");
+    let events = announced(tgid, &mappings, 0).len();
+    for number in 0..events {
+        let event = announced(tgid, &mappings, monotonic_ns()).swap_remove(number);
+        processes.note(&event, &mut told, now);
+    }
+    processes.scan_due(&mut told, now);
+    assert_eq!(told.processes[&tgid], told.processes[&child.id()]);
+    assert_eq!(
+        told.set.iter().filter(|set| **set == tgid).count(),
+        2,
+        "as a fork, and once for all mappings"
+    );
+    let generation = told.generation;
+    assert!(processes.mappings_of(&sample(tgid, generation, monotonic_ns())).is_some());
+    processes.scan_due(&mut told, now + 100 * MS);
+    assert_eq!(processes.next_due(now), None, "nothing is left to read");
+
+    // A sample that went by less asks for nothing; one that went by all of it does.
+    let lacking =
+        |generation| Event::Sample(Sample { stop: StopReason::NoMapping, ..sample(tgid, generation, 1) });
+    processes.note(&lacking(0), &mut told, now);
+    assert_eq!(processes.next_due(now), None);
+    processes.note(&lacking(generation), &mut told, now);
+    assert_eq!(processes.next_due(now), Some(Duration::ZERO));
+    processes.scan_due(&mut told, now);
+
+    // The same again is nothing new; another image in its place is.
+    processes.note(&announced(tgid, &mappings, monotonic_ns())[0], &mut told, now);
+    assert!(told.processes.contains_key(&tgid));
+    let other = ExecutableMapping {
+        content: mappings[1].content.clone(),
+        module: mappings[1].module.clone(),
+        ..mappings[0]
+    };
+    processes.note(&announced(tgid, &[other], monotonic_ns())[0], &mut told, now);
+    assert!(!told.processes.contains_key(&tgid));
+}
+
+#[test]
+fn what_events_do_not_tell_is_read() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let (mut told, mut processes) = (Told::default(), processes(child.id(), now));
+    let tgid = child.id();
+    processes.scan_all(&mut told);
+    let mappings = processes.known[&tgid].mappings.clone();
+    let placed = told.processes[&tgid].clone();
+    processes.note(&Event::Exec { tgid, time_ns: monotonic_ns() }, &mut told, now);
+    let mut events = announced(tgid, &mappings, monotonic_ns());
+    if let Event::Mapped { image: Some(image), .. } = &mut events[0] {
+        image.build_id = Some("abcd".parse().unwrap());
+    }
+    events.iter().for_each(|event| processes.note(event, &mut told, now));
+    processes.scan_due(&mut told, now);
+    assert_ne!(told.processes.get(&tgid), Some(&placed));
+    processes.scan_due(&mut told, now + 10 * MS);
+    assert_eq!(told.processes[&tgid], placed);
+    // An exec that is older than this reading was known to it.
+    processes.note(&Event::Exec { tgid, time_ns: 1 }, &mut told, now);
+    assert_eq!(told.processes[&tgid], placed);
+}
+
+#[test]
+fn after_a_loss_no_sample_has_mappings_until_its_process_is_read() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let tgid = child.id();
+    let (mut told, mut processes) = (Told::default(), processes(tgid, now));
+    processes.scan_all(&mut told);
+    let taken = |told: &Told| sample(tgid, told.generation, monotonic_ns());
+    assert!(processes.mappings_of(&taken(&told)).is_some());
+    processes.note(&Event::Lost { until_ns: 1 }, &mut told, now);
+    assert!(processes.mappings_of(&taken(&told)).is_some(), "it was read since");
+
+    processes.note(&Event::Lost { until_ns: monotonic_ns() }, &mut told, now);
+    let suspect = taken(&told);
+    assert!(processes.mappings_of(&suspect).is_none());
+    // Nor has a child, nor does what a process maps beside the rest make it trusted.
+    let (forked, mapped) = (u32::MAX - 1, processes.known[&tgid].mappings.clone());
+    processes.note(&Event::Forked { tgid: forked, parent: tgid, time_ns: monotonic_ns() }, &mut told, now);
+    assert!(processes.mappings_of(&sample(forked, told.generation, monotonic_ns())).is_none());
+    let beside = ExecutableMapping { start: 0x1000, end: 0x2000, ..mapped[0].clone() };
+    processes.note(&announced(tgid, &[beside], monotonic_ns())[0], &mut told, now);
+    assert!(processes.mappings_of(&taken(&told)).is_none());
+    // An exec does.
+    processes.note(&Event::Exec { tgid: forked, time_ns: monotonic_ns() }, &mut told, now);
+    let events = announced(forked, &mapped, monotonic_ns());
+    events.iter().for_each(|event| processes.note(event, &mut told, now));
+    processes.set_announced(&mut told);
+    let generation = processes.known[&forked].stated.unwrap().last;
+    assert!(processes.mappings_of(&sample(forked, generation, monotonic_ns())).is_some());
+
+    // Its sample has it read at once, whatever the pause after the reading of all.
+    processes.scan_due(&mut told, now);
+    let generation = told.generation;
+    processes.note(&Event::Lost { until_ns: monotonic_ns() }, &mut told, now + 100 * MS);
+    processes.note(&Event::Sample(suspect.clone()), &mut told, now + 100 * MS);
+    processes.scan_due(&mut told, now + 100 * MS);
+    assert_eq!(told.generation, generation, "what is the same is not set again");
+    assert!(processes.mappings_of(&taken(&told)).is_some());
+    assert!(processes.mappings_of(&suspect).is_none(), "of what it mapped then nobody knows");
+}
