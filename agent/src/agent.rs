@@ -33,6 +33,7 @@ use crate::shipper::{SPOOL_BUDGET_BYTES, Shipped, Shipper};
 use crate::spool::Spool;
 use crate::status::StatusListener;
 use crate::table_cache::{TableCache, TableCacheError};
+use crate::table_refresh::DEFAULT_REFRESH_AFTER;
 use crate::tables::Tables;
 
 /// Samples a second on each CPU, unless said otherwise: odd, so as not to beat with timers.
@@ -75,6 +76,8 @@ pub struct Config {
     pub table_budget_bytes: u64,
     /// Most bytes of tables on disk.
     pub table_cache_bytes: u64,
+    /// How long a table counts before the service is asked whether it has another.
+    pub refresh_after: Duration,
     /// Most bytes of unsent profiles on disk.
     pub spool_bytes: u64,
     /// Longest time at the start in which samples are taken only to learn which tables are needed, and
@@ -99,6 +102,7 @@ impl Config {
             token: None,
             table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES,
             table_cache_bytes: DEFAULT_TABLE_CACHE_BYTES,
+            refresh_after: DEFAULT_REFRESH_AFTER,
             spool_bytes: SPOOL_BUDGET_BYTES,
             warm_up: Duration::ZERO,
         }
@@ -360,7 +364,7 @@ fn prepare(
     let now = Instant::now();
     let mut processes = Processes::new(config.selection(), now);
     processes.scan_all(&mut *backend);
-    let tables = Tables::start(runtime, &service, cache);
+    let tables = Tables::start(runtime, &service, cache, config.refresh_after);
     let shipper = Shipper::start(runtime, service.clone(), spool, metrics.clone());
     if let Some(listener) = listener {
         let address = listener.address;

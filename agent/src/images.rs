@@ -221,6 +221,14 @@ impl Images {
         due
     }
 
+    /// Where the table of an image is, if it is placed.
+    pub(crate) fn placed(&self, id: BuildId) -> Option<Location> {
+        match self.tables.get(&id)?.state {
+            TableState::Placed(location) => Some(location),
+            _ => None,
+        }
+    }
+
     /// The placed tables.
     pub(crate) fn placed_tables(&self) -> impl Iterator<Item = PlacedTable> {
         self.tables.iter().filter_map(|(id, entry)| match entry.state {

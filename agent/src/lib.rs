@@ -10,7 +10,8 @@
 //!   [`scan_schedule`]
 //! - [`process`]: what one maps; [`proc_maps`], [`mapped_file`]
 //! - [`images`] and [`image`]: what is mapped; `frame_pointers`: which of it can be walked without a table
-//! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`]
+//! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`];
+//!   `table_refresh`: whether it is still the service's
 //! - [`otlp`], [`shipper`], [`spool`], [`compression`]: how samples become profiles and reach the service
 //! - [`resource`], [`cgroup`]: of which service, container and pod they are
 //! - [`kallsyms`]: the kernel's own addresses
@@ -60,6 +61,7 @@ pub mod spool;
 mod status;
 pub mod table_cache;
 mod table_queue;
+mod table_refresh;
 pub mod tables;
 
 pub use agent::{Agent, BackendChoice, Config, StartError, StopError, Summary, WarmUp};

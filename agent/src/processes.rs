@@ -372,6 +372,7 @@ impl Processes {
         let unavailable =
             |reason: String| (Some(TableState::Unavailable { since: now }), Placement::Unavailable(reason));
         let (state, placement) = match &result.outcome {
+            TableOutcome::Newer(file) => return self.replace_table(result.id, &file.table(), backend, now),
             TableOutcome::ImageGone(_) => (None, Placement::Postponed),
             TableOutcome::Unavailable(reason) => unavailable(reason.clone()),
             TableOutcome::Table(file) => match self.place_with_room(result.id, &file.table(), backend, now) {

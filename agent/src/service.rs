@@ -8,7 +8,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
+use reqwest::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, ETAG, IF_NONE_MATCH, RETRY_AFTER,
+};
 use reqwest::{RequestBuilder, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
 use windlass_schema::BuildId;
@@ -43,8 +45,15 @@ pub struct Service {
 /// Answer to a request for a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TableAnswer {
-    /// What was sent, unchecked: its wire form, if the service has it.
-    Table(Vec<u8>),
+    /// A table.
+    Table {
+        /// What was sent, unchecked: its wire form, if the service has it.
+        sent: Vec<u8>,
+        /// By what the service tells it from others (RFC 9110, 8.8.3).
+        tag: Option<String>,
+    },
+    /// The one with the tag that was named.
+    Unchanged,
     /// It is being made.
     Making {
         /// When to ask again.
@@ -152,7 +161,9 @@ impl Service {
         }
         let response = request.send().await?;
         let status = response.status();
-        if status.is_success() || status == StatusCode::NOT_FOUND || status == StatusCode::CONFLICT {
+        let is_answer =
+            matches!(status, StatusCode::NOT_FOUND | StatusCode::CONFLICT | StatusCode::NOT_MODIFIED);
+        if status.is_success() || is_answer {
             return Ok(response);
         }
         if status.is_server_error()
@@ -165,23 +176,28 @@ impl Service {
         Err(refusal(response).await)
     }
 
-    /// `GET /api/v1/buildid/ID/unwind`.
-    pub async fn table(&self, id: BuildId) -> Result<TableAnswer, ServiceError> {
-        self.counted(Request::Table, self.table_uncounted(id)).await
+    /// `GET /api/v1/buildid/ID/unwind`, unless it is the one with the tag `known`.
+    pub async fn table(&self, id: BuildId, known: Option<&str>) -> Result<TableAnswer, ServiceError> {
+        self.counted(Request::Table, self.table_uncounted(id, known)).await
     }
 
-    async fn table_uncounted(&self, id: BuildId) -> Result<TableAnswer, ServiceError> {
+    async fn table_uncounted(&self, id: BuildId, known: Option<&str>) -> Result<TableAnswer, ServiceError> {
         let url = format!("{}/api/v1/buildid/{id}/unwind", self.base);
-        let request = self.http.get(url).header(ACCEPT, UNWIND_WIRE_TYPE);
+        let mut request = self.http.get(url).header(ACCEPT, UNWIND_WIRE_TYPE);
+        if let Some(known) = known {
+            request = request.header(IF_NONE_MATCH, known);
+        }
         let mut response = self.send(request).await?;
         match response.status() {
             StatusCode::NOT_FOUND => return Ok(TableAnswer::UnknownImage),
             StatusCode::ACCEPTED => {
                 return Ok(TableAnswer::Making { retry_after: retry_after(&response) });
             }
+            StatusCode::NOT_MODIFIED if known.is_some() => return Ok(TableAnswer::Unchanged),
             StatusCode::OK => {}
             _ => return Err(refusal(response).await),
         }
+        let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok()).map(str::to_owned);
         let mut table = Vec::new();
         while let Some(part) = response.chunk().await? {
             if table.len() + part.len() > MAX_TABLE_BYTES {
@@ -190,7 +206,7 @@ impl Service {
             }
             table.extend_from_slice(&part);
         }
-        Ok(TableAnswer::Table(table))
+        Ok(TableAnswer::Table { sent: table, tag })
     }
 
     /// `PUT /api/v1/buildid/ID/KIND`. That other content is already there (409) is no failure: the
@@ -220,7 +236,7 @@ impl Service {
             .body(body.map_err(|error| ServiceError::Client(error.to_string()))?);
         let response = self.send(request).await?;
         match response.status() {
-            StatusCode::NOT_FOUND => Err(refusal(response).await),
+            StatusCode::NOT_FOUND | StatusCode::NOT_MODIFIED => Err(refusal(response).await),
             _ => Ok(()),
         }
     }

@@ -14,7 +14,7 @@
 //! holds up sampling; a service that fails for one image holds up no other (`table_queue`).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
@@ -26,6 +26,7 @@ use crate::service::{Service, ServiceError, TableAnswer};
 use crate::skeleton::skeleton;
 use crate::table_cache::TableCache;
 use crate::table_queue::{Job, Queue};
+use crate::table_refresh::Refresh;
 
 /// Requests under way for images that samples wait for.
 const URGENT_WORKERS: usize = 6;
@@ -82,6 +83,8 @@ pub struct TableResult {
 pub enum TableOutcome {
     /// Its bytes, checked.
     Table(TableFile),
+    /// Those of another one, checked, where there is one already.
+    Newer(TableFile),
     /// Nothing, and why.
     Unavailable(String),
     /// The image could not be read any more when the service wanted it.
@@ -95,12 +98,19 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Starts the workers on `runtime`.
-    pub fn start(runtime: &tokio::runtime::Handle, service: &Service, cache: TableCache) -> Self {
+    /// Starts the workers on `runtime`. Tables that are here for `refresh_after` are asked for again.
+    pub fn start(
+        runtime: &tokio::runtime::Handle,
+        service: &Service,
+        cache: TableCache,
+        refresh_after: Duration,
+    ) -> Self {
         let queue = Arc::new(Queue::default());
         let (sender, results) = mpsc::channel(RESULTS);
         let skeletons = Semaphore::new(SKELETONS);
-        let source = Arc::new(TableSource { service: service.clone(), cache: Arc::new(cache), skeletons });
+        let (cache, refresh) = (Arc::new(cache), Arc::new(Refresh::new(refresh_after)));
+        runtime.spawn(refresh.clone().run(service.clone(), cache.clone(), sender.clone()));
+        let source = Arc::new(TableSource { service: service.clone(), cache, refresh, skeletons });
         for worker in 0..URGENT_WORKERS + WORKERS {
             let only_urgent = worker < URGENT_WORKERS;
             runtime.spawn(work(queue.clone(), source.clone(), sender.clone(), only_urgent));
@@ -201,21 +211,33 @@ enum Attempt {
 struct TableSource {
     service: Service,
     cache: Arc<TableCache>,
+    refresh: Arc<Refresh>,
     skeletons: Semaphore,
 }
 
 impl TableSource {
     async fn attempt(&self, job: &mut Job) -> Attempt {
         let id = job.request.id;
-        if let Ok(Some(table)) = self.with_cache(move |cache| cache.get(id)).await {
+        let cached = move |cache: &TableCache| {
+            let asked = cache.validator(id).and_then(|validator| validator.asked);
+            Some((cache.get(id)?, asked))
+        };
+        if let Ok(Some((table, asked))) = self.with_cache(cached).await {
+            self.refresh.watch(id, asked, Instant::now());
             return Attempt::Cached(table);
         }
         let unavailable = |reason: String| Attempt::Done(TableOutcome::Unavailable(reason));
         loop {
-            match self.service.table(id).await {
-                Ok(TableAnswer::Table(sent)) => {
-                    return match self.with_cache(move |cache| cache.put(id, &sent)).await {
-                        Ok(Ok(table)) => Attempt::Done(TableOutcome::Table(table)),
+            match self.service.table(id, None).await {
+                Ok(TableAnswer::Unchanged) => {
+                    return unavailable("the service sent no table, though none was named".to_owned());
+                }
+                Ok(TableAnswer::Table { sent, tag }) => {
+                    return match self.with_cache(move |cache| cache.put(id, &sent, tag.as_deref())).await {
+                        Ok(Ok(table)) => {
+                            self.refresh.watch(id, Some(SystemTime::now()), Instant::now());
+                            Attempt::Done(TableOutcome::Table(table))
+                        }
                         Ok(Err(error)) => unavailable(format!("the service sent no usable table: {error}")),
                         Err(error) => unavailable(error.to_string()),
                     };

@@ -240,5 +240,6 @@ async fn a_killed_agent_leaves_no_program_and_no_torn_file() {
 /// The images whose tables are in a cache.
 fn cached(folder: &Path) -> Vec<BuildId> {
     let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    files.filter_map(|file| file.path().file_stem()?.to_str()?.parse().ok()).collect()
+    let tables = files.map(|file| file.path()).filter(|path| path.extension().is_some_and(|it| it == "wluw"));
+    tables.filter_map(|path| path.file_stem()?.to_str()?.parse().ok()).collect()
 }

@@ -8,7 +8,7 @@ use windlass_schema::pprof::Profile;
 use windlass_tests::program::{program, run, text, windlass};
 use windlass_tests::service::decode;
 use windlass_tests::skip::{bpf_is_permitted, may_sample_own_processes};
-use windlass_tests::stacks::{Frame, stacks, total};
+use windlass_tests::stacks::{stacks, total};
 
 use crate::live::{assert_complete, assert_expected};
 
@@ -28,7 +28,7 @@ fn one_command_gives_a_profile_of_this_machine() {
     check_counts(&summary);
     check_functions(&summary);
     let profile = check_outputs(&summary, folder.path());
-    check_workload(&summary, &profile);
+    check_workload(&summary, &profile, workload_pid(&output.stderr));
     check_with_pprof(&folder.path().join(summary["outputs"]["pprof"].as_str().expect("outputs: pprof")));
 }
 
@@ -46,15 +46,19 @@ fn check_with_pprof(file: &Path) {
     }
 }
 
+/// The process of its own workload, as it says: others of the same name may run on the machine.
+#[track_caller]
+fn workload_pid(stderr: &[u8]) -> u32 {
+    let text = String::from_utf8_lossy(stderr);
+    let pid = text.lines().find_map(|line| line.split_once("workload runs as process ")?.1.parse().ok());
+    pid.unwrap_or_else(|| panic!("no process of the workload in {text}"))
+}
+
 /// The workload's stacks are all there, inlined functions with them, and nearly all of them are whole.
 #[track_caller]
-fn check_workload(summary: &Value, profile: &Profile) {
-    let all = stacks(profile);
-    let in_workload =
-        |frame: &Frame| frame.image.ends_with(&format!("/{}", windlass_workload::EXECUTABLE_NAME));
-    let pid =
-        all.iter().find(|stack| stack.frames.iter().any(in_workload)).expect("the workload was seen").pid;
-    let of_workload: Vec<_> = all.into_iter().filter(|stack| stack.pid == pid).collect();
+fn check_workload(summary: &Value, profile: &Profile, pid: u32) {
+    let of_workload: Vec<_> =
+        stacks(profile).into_iter().filter(|stack| stack.pid == i64::from(pid)).collect();
     assert_eq!(u64::try_from(total(&of_workload)), Ok(count(&summary["workload"]["samples"])), "{summary}");
     assert_expected(&of_workload);
     assert_complete(&of_workload);

@@ -1,4 +1,4 @@
-//! Placing a table where another was.
+//! Placing a table where another was: of another image that has to go, or of the same image.
 //!
 //! The order is what makes it safe. Mappings stop naming what is to go, then the backend waits for the walks that may still go
 //! by it and frees its place, and only then is the new table written. If all that may go is not enough, nothing goes.
@@ -9,7 +9,7 @@ use std::time::Instant;
 use windlass_schema::maps::Location;
 use windlass_schema::{BuildId, Table};
 
-use super::Processes;
+use super::{Placement, Processes};
 use crate::backend::{Backend, PlaceError};
 use crate::eviction;
 use crate::images::TableState;
@@ -44,6 +44,37 @@ impl Processes {
         backend.remove_tables(&locations[..evicted.len()])?;
         tracing::debug!(tables = evicted.len(), for_image = %id, "unwind tables evicted");
         backend.place_table(table)
+    }
+
+    /// Places another table of an image that has one: beside the old one, so that walks go on, and if there is no room for both,
+    /// in its place.
+    pub(super) fn replace_table(
+        &mut self,
+        id: BuildId,
+        table: &Table<'_>,
+        backend: &mut dyn Backend,
+        now: Instant,
+    ) -> Placement {
+        let Some(old) = self.images.placed(id) else {
+            // The next that needs it has it from the disk.
+            return Placement::Postponed;
+        };
+        let beside = backend.place_table(table);
+        let state = beside.as_ref().map_or(TableState::Evicted, |new| TableState::Placed(*new));
+        self.images.set_table(id, Some(state));
+        self.set_again(&HashSet::from([id]), backend);
+        let placed = match (backend.remove_tables(&[old]), beside) {
+            (Ok(()), Err(PlaceError::Budget { .. })) => self.place_with_room(id, table, backend, now),
+            (_, beside) => beside,
+        };
+        match placed {
+            Ok(location) => {
+                self.images.set_table(id, Some(TableState::Placed(location)));
+                Placement::Placed
+            }
+            // Asked for again by the next sample that needs it.
+            Err(_) => Placement::Postponed,
+        }
     }
 
     /// The images that living processes map.

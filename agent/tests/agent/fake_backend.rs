@@ -23,7 +23,8 @@ pub(crate) fn now_ns() -> u64 {
 #[derive(Default)]
 struct State {
     processes: HashMap<u32, Vec<PlacedMapping>>,
-    tables: Vec<BuildId>,
+    /// Their places, in order, and whether each was freed.
+    tables: Vec<(BuildId, bool)>,
     generations: HashMap<u32, u32>,
     last_generation: u32,
 }
@@ -50,8 +51,9 @@ impl FakeBackend {
 impl Backend for FakeBackend {
     fn place_table(&mut self, table: &Table<'_>) -> Result<Location, PlaceError> {
         let tables = &mut self.state.lock().unwrap().tables;
-        assert!(!tables.contains(&table.build_id()), "{} is placed twice", table.build_id());
-        tables.push(table.build_id());
+        let live = tables.iter().filter(|(id, freed)| *id == table.build_id() && !freed).count();
+        assert!(live < 2, "{} is placed beside two others", table.build_id());
+        tables.push((table.build_id(), false));
         Ok(Location::new(0, 8 * tables.len() as u32))
     }
 
@@ -59,7 +61,13 @@ impl Backend for FakeBackend {
         None
     }
 
-    fn remove_tables(&mut self, _tables: &[Location]) -> Result<(), PlaceError> {
+    fn remove_tables(&mut self, tables: &[Location]) -> Result<(), PlaceError> {
+        let state = &mut *self.state.lock().unwrap();
+        for table in tables {
+            let named = state.processes.values().flatten().any(|placed| placed.mapping.image == *table);
+            assert!(!named, "walks may still go by {table:?}");
+            state.tables[place(*table)].1 = true;
+        }
         Ok(())
     }
 
@@ -119,10 +127,22 @@ impl View {
             .find(|mapping| (mapping.start..mapping.mapping.end).contains(&address))
     }
 
+    /// How often a table of an image was placed.
+    pub(crate) fn placements(&self, id: BuildId) -> usize {
+        self.state.lock().unwrap().tables.iter().filter(|(placed, _)| *placed == id).count()
+    }
+
     /// The image whose table lies at a location.
     pub(crate) fn placed_id(&self, location: Location) -> BuildId {
-        self.state.lock().unwrap().tables[location.offset() as usize / 8 - 1]
+        let (id, freed) = self.state.lock().unwrap().tables[place(location)];
+        assert!(!freed, "{id} is no longer at {location:?}");
+        id
     }
+}
+
+/// The number of a place.
+fn place(location: Location) -> usize {
+    location.offset() as usize / 8 - 1
 }
 
 /// A sample of this process.

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::Read as _;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -31,6 +32,8 @@ pub(crate) enum Tables {
     Failing,
     /// What this makes of the image's table.
     Changed(fn(Vec<u8>) -> Vec<u8>),
+    /// A table with this many rows in its header, under a tag that names the number: 304 to whoever names that.
+    Tagged,
     /// The connection ends within the table, always.
     CutOff,
 }
@@ -56,6 +59,10 @@ struct Shared {
     turns: Semaphore,
     /// What the next of them are answered; then 200.
     answers: Mutex<VecDeque<StatusCode>>,
+    /// What the header of [`Tables::Tagged`] says.
+    rows: AtomicU32,
+    /// What becomes of them on their way.
+    damage: Mutex<fn(Vec<u8>) -> Vec<u8>>,
 }
 
 type Service = State<Arc<Shared>>;
@@ -126,6 +133,12 @@ impl FakeService {
         self.shared.answers.lock().unwrap().extend(statuses);
     }
 
+    /// From now on [`Tables::Tagged`] are others, and this becomes of them on their way.
+    pub(crate) fn change_tables(&self, rows: u32, damage: fn(Vec<u8>) -> Vec<u8>) {
+        *self.shared.damage.lock().unwrap() = damage;
+        self.shared.rows.store(rows, Ordering::SeqCst);
+    }
+
     /// The samples that arrived, in order.
     pub(crate) fn samples(&self) -> Vec<ShippedSample> {
         self.shared.profiles.lock().unwrap().iter().flat_map(samples_of).collect()
@@ -140,6 +153,8 @@ fn shared(tables: Tables) -> Arc<Shared> {
         profiles: Mutex::default(),
         turns: Semaphore::new(1),
         answers: Mutex::default(),
+        rows: AtomicU32::new(0),
+        damage: Mutex::new(|table| table),
     })
 }
 
@@ -150,7 +165,7 @@ impl Shared {
     }
 }
 
-async fn unwind(State(shared): Service, Path(id): Path<String>) -> Response {
+async fn unwind(State(shared): Service, Path(id): Path<String>, headers: HeaderMap) -> Response {
     let request = format!("GET {id} unwind");
     let table = |id: &str| table_of(id.parse().unwrap());
     match shared.tables {
@@ -163,6 +178,16 @@ async fn unwind(State(shared): Service, Path(id): Path<String>) -> Response {
             (shared.note(request, StatusCode::INTERNAL_SERVER_ERROR), axum::Json(body)).into_response()
         }
         Tables::Changed(change) => (shared.note(request, StatusCode::OK), change(table(&id))).into_response(),
+        Tables::Tagged => {
+            let rows = shared.rows.load(Ordering::SeqCst);
+            let tag = format!("\"rows-{rows}\"");
+            if headers.get("if-none-match").is_some_and(|known| *known == *tag) {
+                return shared.note(request, StatusCode::NOT_MODIFIED).into_response();
+            }
+            let damage = *shared.damage.lock().unwrap();
+            let sent = damage(table_with(id.parse().unwrap(), rows));
+            (shared.note(request, StatusCode::OK), [("etag", tag)], sent).into_response()
+        }
         Tables::CutOff => {
             let table = table(&id);
             let length = [("content-length", table.len().to_string())];
@@ -303,10 +328,16 @@ fn samples_of(request: &ExportProfilesServiceRequest) -> Vec<ShippedSample> {
 
 /// A table of `id` without a row.
 pub(crate) fn table_of(id: BuildId) -> Vec<u8> {
+    table_with(id, 0)
+}
+
+/// One that says that it has `rows` rows, of which no lookup takes note.
+pub(crate) fn table_with(id: BuildId, rows: u32) -> Vec<u8> {
     let mut file = vec![0; HEADER_BYTES];
     file[..4].copy_from_slice(&MAGIC);
     file[4..6].copy_from_slice(&VERSION.to_le_bytes());
     file[6] = windlass_agent::table_cache::HOST_ARCHITECTURE as u8;
+    file[36..40].copy_from_slice(&rows.to_le_bytes());
     file[40] = id.as_bytes().len() as u8;
     file[41..41 + id.as_bytes().len()].copy_from_slice(id.as_bytes());
     let sum = checksum(&file);

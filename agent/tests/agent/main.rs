@@ -5,6 +5,7 @@
 mod fake_backend;
 mod fake_service;
 mod service_faults;
+mod table_refresh;
 
 use std::time::{Duration, Instant};
 
