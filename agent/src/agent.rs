@@ -21,7 +21,7 @@ use crate::compression::Compression;
 use crate::copied::{AttachError, CopiedStacks};
 use crate::jit_code::JitCode;
 use crate::kallsyms::KernelImage;
-use crate::kernel::{DEFAULT_TABLE_BUDGET_BYTES, Kernel, LoadError, Options};
+use crate::kernel::{DEFAULT_TABLE_BUDGET_BYTES, Kernel, LoadError, Options, Turns};
 use crate::metrics::Metrics;
 use crate::perf_map_upload::PerfMapUpload;
 use crate::processes::Processes;
@@ -83,6 +83,8 @@ pub struct Config {
     /// Longest time at the start in which samples are taken only to learn which tables are needed, and
     /// are not kept; it ends when those are there. Zero keeps every sample.
     pub warm_up: Duration,
+    /// How walks in the kernel make their turns.
+    pub turns: Turns,
 }
 
 impl Config {
@@ -105,6 +107,7 @@ impl Config {
             refresh_after: DEFAULT_REFRESH_AFTER,
             spool_bytes: SPOOL_BUDGET_BYTES,
             warm_up: Duration::ZERO,
+            turns: Turns::from_environment(),
         }
     }
 
@@ -232,6 +235,7 @@ impl Agent {
                     let options = Options {
                         frequency_hz: config.frequency_hz,
                         table_budget_bytes: config.table_budget_bytes,
+                        turns: config.turns,
                     };
                     Box::new(Kernel::load(&options)?)
                 }

@@ -9,14 +9,15 @@
 
 mod chunk_maps;
 mod map_sizes;
+mod program;
 pub(crate) mod sideband;
 
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
+use aya::programs::ProgramError;
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
-use aya::programs::{PerfEvent, ProgramError};
 use aya::{Ebpf, EbpfLoader};
 use windlass_schema::maps::{
     Counter, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_MAPPINGS, SEGMENT_SLOTS,
@@ -28,6 +29,7 @@ use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsuppor
 use crate::chunks::ChunkSpace;
 pub use chunk_maps::ChunkMaps;
 use map_sizes::MapSizes;
+pub use program::Turns;
 use sideband::Sideband;
 
 /// The program and its maps, as `cargo xtask build-ebpf` made them.
@@ -44,12 +46,14 @@ pub struct Options {
     pub frequency_hz: u32,
     /// Most kernel memory for tables.
     pub table_budget_bytes: u64,
+    /// How walks make their turns.
+    pub turns: Turns,
 }
 
 impl Default for Options {
     /// 19 Hz; tables up to the default budget.
     fn default() -> Self {
-        Self { frequency_hz: 19, table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES }
+        Self { frequency_hz: 19, table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES, turns: Turns::default() }
     }
 }
 
@@ -59,9 +63,15 @@ pub enum LoadError {
     /// The capabilities for it are missing.
     #[error("loading BPF programs is not permitted")]
     NotPermitted,
+    /// A kernel from before the program's helpers.
+    #[error("the kernel has no {missing}, and is too old for the BPF program: Linux 5.15 or newer is needed")]
+    TooOld {
+        /// What it lacks.
+        missing: &'static str,
+    },
     /// A kernel that the program does not load on.
     #[error(
-        "the kernel refused the BPF program: {0} (Linux 6.1 or newer with BTF, /sys/kernel/btf/vmlinux, is needed)"
+        "the kernel refused the BPF program: {0} (Linux 5.15 or newer with BTF, /sys/kernel/btf/vmlinux, is needed)"
     )]
     Refused(String),
     /// Sampling could not be switched on.
@@ -113,19 +123,7 @@ unsafe impl aya::Pod for PlainSegment {}
 
 impl From<ProgramError> for LoadError {
     fn from(error: ProgramError) -> Self {
-        match &error {
-            ProgramError::LoadError { io_error, verifier_log } => {
-                if io_error.kind() == std::io::ErrorKind::PermissionDenied
-                    && verifier_log.to_string().is_empty()
-                {
-                    return Self::NotPermitted;
-                }
-                let log = verifier_log.to_string();
-                tracing::debug!("the verifier's log: {log}");
-                Self::Refused(format!("{io_error}: {}", refusal(&log)))
-            }
-            _ => Self::Refused(describe(&error)),
-        }
+        Self::Refused(describe(&error))
     }
 }
 
@@ -210,17 +208,8 @@ impl Kernel {
         let chunk_maps = ChunkMaps::from_map(take(names::CHUNKS)?)?;
         let cpus =
             aya::util::online_cpus().map_err(|(path, error)| LoadError::Cpus(format!("{path}: {error}")))?;
-        let program = bpf
-            .program_mut(names::PROGRAM)
-            .ok_or_else(|| LoadError::Refused(format!("the object has no program {}", names::PROGRAM)))?;
-        let program: &mut PerfEvent = program.try_into()?;
-        let start = Instant::now();
-        program.load()?;
-        tracing::info!(
-            load_ms = start.elapsed().as_millis(),
-            verified_instructions = program.info().ok().and_then(|info| info.verified_instruction_count()),
-            "the kernel verified the BPF program"
-        );
+        let name = program::load(&mut bpf, options.turns)?;
+        let program = program::program(&mut bpf, name)?;
         // Events before samples: what happens between the scan of /proc and the first sample is then known.
         let sideband = Sideband::open(&cpus)?;
         for cpu in cpus {

@@ -9,6 +9,7 @@
 //! SCRATCH    per-CPU array                         one sample under construction
 //! RECENT     per-CPU array                         records that recent walks found
 //! COUNTERS   per-CPU array Counter              -> u64
+//! TURNS      array                                 nothing: one element for each turn of a walk
 //! ```
 //! Everything is plain old data without padding; integers are in the byte order of the machine.
 //!
@@ -324,4 +325,6 @@ pub mod names {
     pub const COUNTERS: &str = "COUNTERS";
     /// The perf_event program.
     pub const PROGRAM: &str = "windlass_sample";
+    /// The one for kernels without `bpf_loop`.
+    pub const PROGRAM_WITHOUT_LOOP: &str = "windlass_sample_each";
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use gimli::{BaseAddresses, EhFrame, LittleEndian, RegisterRule, UnwindContext, UnwindSection as _, X86_64};
 use object::{Object as _, ObjectSection as _};
+use windlass_agent::kernel::Turns;
 use windlass_agent::{Agent, BackendChoice, Config};
 use windlass_schema::StopReason;
 use windlass_schema::http::ArtefactKind;
@@ -35,12 +36,20 @@ const PRINTED_FRAMES: usize = 12;
 
 /// The workload's stacks, sampled while it runs and named by the service.
 pub(crate) async fn profile_workload(backend: impl FnOnce(u32) -> BackendChoice) -> Vec<Stack> {
+    profile_workload_by(Turns::default(), backend).await
+}
+
+/// The same, by walks that make their turns in a certain way.
+pub(crate) async fn profile_workload_by(
+    turns: Turns,
+    backend: impl FnOnce(u32) -> BackendChoice,
+) -> Vec<Stack> {
     let service = TestService::start().await;
     let build_id = build_id_of(ELF).expect("the workload has a build-ID");
     service.put(build_id, ArtefactKind::Executable, ELF.to_vec()).await;
 
     let mut workload = Workload::start(service.folder());
-    let stacks = profile_process(&service, workload.pid(), backend(workload.pid())).await;
+    let stacks = profile_process_by(turns, &service, workload.pid(), backend(workload.pid())).await;
     assert!(workload.is_running(), "the workload ended by itself");
     service.stop().await;
     stacks
@@ -48,11 +57,21 @@ pub(crate) async fn profile_workload(backend: impl FnOnce(u32) -> BackendChoice)
 
 /// The stacks of a process, sampled while it runs and named by the service.
 pub(crate) async fn profile_process(service: &TestService, pid: u32, backend: BackendChoice) -> Vec<Stack> {
+    profile_process_by(Turns::default(), service, pid, backend).await
+}
+
+async fn profile_process_by(
+    turns: Turns,
+    service: &TestService,
+    pid: u32,
+    backend: BackendChoice,
+) -> Vec<Stack> {
     let mut config = Config::new(service.url(), service.folder().join("tables"));
     config.frequency_hz = FREQUENCY_HZ;
     config.ship_interval = SHIP_INTERVAL;
     config.only_pid = Some(pid);
     config.backend = backend;
+    config.turns = turns;
     let agent = tokio::task::spawn_blocking(move || Agent::start(config))
         .await
         .expect("the agent's start does not panic")

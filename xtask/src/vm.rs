@@ -5,7 +5,7 @@
 //! KVM and without a disk: an initial file system holds `windlass` and a first process that profiles the bundled
 //! workload and prints what came of it on the console, which is read and checked here. Kernels come as
 //! packages from the Debian archive that this machine uses and are only unpacked, never installed. It takes
-//! a minute a kernel and a few hundred MB of packages, so it is no part of `cargo xtask test`.
+//! two minutes a kernel and a few hundred MB of packages, so it is no part of `cargo xtask test`.
 
 mod initramfs;
 mod machine;
@@ -16,13 +16,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::checkout::{cargo, command, output, root, run as run_command};
+use crate::checkout::{cargo, command, line_of, output, root, run as run_command};
 use crate::programs::{self, Program};
 use package::Archive;
 use report::Report;
 
 /// Series of kernels to run in: Debian 12's, 13's, and the newest long-term one.
 pub(crate) const DEFAULT_SERIES: [&str; 3] = ["6.1", "6.12", "6.18"];
+/// How walks make their turns, as the agent's variable for that says it: as the kernel can, and as those before 5.17.
+const TURNS: [&str; 2] = ["probed", "without-loop"];
+/// The page that has the table of the series that are run unless others are named.
+const PAGE: &str = "docs/kernels.md";
 /// Where packages, kernels and consoles are kept between runs.
 const FOLDER: &str = "target/vm";
 /// The guest's first process.
@@ -67,15 +71,18 @@ pub(crate) fn run(series: &[String], seconds: u32, required: bool) -> Result<()>
                 continue;
             }
         };
-        println!("--- {series}: {}", kernel.display());
-        let console = machine::run(&kernel, &initramfs, seconds)?;
-        let kept = folder.join(format!("console-{series}.txt"));
-        std::fs::write(&kept, &console)?;
-        let report = Report::read(&console);
-        rows.push(report.row(series));
-        let findings = report.findings();
-        if !findings.is_empty() {
-            failures.push(format!("{series}: {} (all of it: {})", findings.join("; "), kept.display()));
+        for turns in TURNS {
+            println!("--- {series}, {turns}: {}", kernel.display());
+            let console = machine::run(&kernel, &initramfs, seconds, turns)?;
+            let kept = folder.join(format!("console-{series}-{turns}.txt"));
+            std::fs::write(&kept, &console)?;
+            let report = Report::read(&console);
+            rows.push(report.row(series));
+            let findings = report.findings();
+            if !findings.is_empty() {
+                let findings = findings.join("; ");
+                failures.push(format!("{series}, {turns}: {findings} (all of it: {})", kept.display()));
+            }
         }
     }
     println!("---\n{}", rows.join("\n"));
@@ -87,7 +94,23 @@ pub(crate) fn run(series: &[String], seconds: u32, required: bool) -> Result<()>
     if !failures.is_empty() {
         bail!("{} kernels failed", failures.len());
     }
+    if skipped.is_empty() && series == DEFAULT_SERIES {
+        std::fs::write(root().join(PAGE), page(&rows)).with_context(|| format!("write {PAGE}"))?;
+    }
     Ok(())
+}
+
+/// The page with these rows.
+fn page(rows: &[String]) -> String {
+    let version = line_of("git", &["describe", "--always", "--dirty"]);
+    let date = line_of("date", &["--utc", "+%Y-%m-%d"]);
+    let emulator = line_of("qemu-system-x86_64", &["--version"]);
+    let emulator = emulator.lines().next().unwrap_or_default();
+    format!(
+        "{}\n\nWindlass {version}; {date}; {emulator}.\n\n{}\n",
+        include_str!("vm/page.md").trim_end(),
+        rows.join("\n")
+    )
 }
 
 /// The guest's files, as an archive that a kernel unpacks.

@@ -1,18 +1,18 @@
 //! The program and its maps.
 
 use core::ffi::c_void;
+use core::hint::black_box;
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, addr_of_mut};
 
 use aya_ebpf::bindings::{
     BPF_F_NO_PREALLOC, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE,
-    bpf_perf_event_data, pt_regs, task_struct,
+    bpf_perf_event_data,
 };
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, RingBuf};
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_get_smp_processor_id,
-    bpf_get_stack, bpf_ktime_get_ns, bpf_loop, bpf_probe_read_kernel, bpf_probe_read_user,
-    bpf_ringbuf_output, bpf_ringbuf_query, bpf_task_pt_regs,
+    bpf_for_each_map_elem, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_smp_processor_id,
+    bpf_get_stack, bpf_ktime_get_ns, bpf_loop, bpf_probe_read_user, bpf_ringbuf_output, bpf_ringbuf_query,
 };
 use aya_ebpf::macros::{btf_map, perf_event};
 use aya_ebpf::programs::PerfEventContext;
@@ -21,13 +21,14 @@ use windlass_agent_ebpf::memory::{StackMemory, Tables};
 use windlass_agent_ebpf::recent::RecentRecords;
 use windlass_agent_ebpf::stack_window::StackWindow;
 use windlass_agent_ebpf::walk::Walk;
-use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::maps::{
     CHUNK_BYTES, Chunk, Counter, MAX_CHUNKS, MAX_KERNEL_FRAMES, MAX_MAPPING_SEGMENTS, MAX_PROCESSES,
     MAX_USER_FRAMES, MappingSegment, ProcessEntry, SAMPLES_RING_BYTES, SampleBuffer, SampleHeader,
     SegmentKey,
 };
 use windlass_schema::{ProcessAddress, Record, StopReason};
+
+use crate::machine::{Registers, is_user, user_registers};
 
 #[btf_map]
 pub(crate) static PROCESSES: HashMap<
@@ -68,6 +69,10 @@ pub(crate) static RECENT: PerCpuArray<RecentRecords, 1> = PerCpuArray::new();
 
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
+
+/// As many elements as a walk has turns: what a kernel without `bpf_loop` goes through instead. Nobody reads them.
+#[btf_map]
+static TURNS: Array<u64, { MAX_TURNS as usize }> = Array::new();
 
 /// What one sample needs while it is made.
 #[repr(C)]
@@ -183,125 +188,88 @@ fn count(counter: Counter) {
 /// Most turns of a walk: each makes a step, or is one of a search between two of them.
 const MAX_TURNS: u32 = (MAX_USER_FRAMES + MAX_SEARCH_TURNS) as u32;
 
-/// One turn of the walk: records a frame and steps to its caller.
+/// One turn of the walk in `bpf_loop`; 1 if it was the last.
 unsafe extern "C" fn turn(_number: u64, context: *mut c_void) -> i64 {
-    // SAFETY: the context is what `walk_from_registers` made. The values are this CPU's own, and the kernel runs one of
-    // these programs on a CPU at a time.
-    let (Scratch { walk, stack, sample }, recent) = unsafe {
-        let turns = &*context.cast::<Turns>();
-        (&mut *turns.scratch, turns.recent)
-    };
-    let kernel = Kernel { recent, stack };
+    // SAFETY: the context is what `walk` passes.
+    let turns = unsafe { &*context.cast::<Turns>() };
+    i64::from(!make_turn(turns))
+}
+
+/// The same for an element of `TURNS`.
+unsafe extern "C" fn turn_of_element(
+    _map: *mut c_void,
+    _key: *const c_void,
+    _value: *mut c_void,
+    context: *mut c_void,
+) -> i64 {
+    // SAFETY: the context is what `walk_elements` passes.
+    let turns = unsafe { &*context.cast::<Turns>() };
+    i64::from(!make_turn(turns))
+}
+
+/// Records a frame and steps to its caller; false if that was the last.
+#[inline(always)]
+fn make_turn(turns: &Turns) -> bool {
+    // SAFETY: the values are this CPU's own, and the kernel runs one of these programs on a CPU at a time.
+    let Scratch { walk, stack, sample } = unsafe { &mut *turns.scratch };
+    let kernel = Kernel { recent: turns.recent, stack };
     if walk.is_at_frame() {
         let frame = walk.frames as usize;
         if frame >= MAX_USER_FRAMES {
-            return 1;
+            return false;
         }
         sample.addresses[frame] = walk.address();
         walk.frames = frame as u32 + 1;
     }
     match walk.advance(&kernel, &kernel) {
-        Ok(()) => 0,
+        Ok(()) => true,
         Err(reason) => {
             sample.header.stop = reason as u8;
-            1
+            false
         }
     }
 }
 
-/// Whether these are registers of 64-bit or 32-bit user mode: the privilege level is in the low bits of cs.
+/// Makes ready to walk the user stack of what the event interrupted; the reason if it cannot be walked.
 #[inline(always)]
-fn is_user(cs: u64) -> bool {
-    cs & 3 == 3
-}
-
-/// Fills the registers of user mode; a reason if there are none.
-#[inline(always)]
-fn user_registers(data: *mut bpf_perf_event_data, into: &mut Registers) -> Result<(), StopReason> {
-    // SAFETY: the context's registers may be read by their fields; `bpf_task_pt_regs` gives the saved
-    // registers of the current task, read with a helper that checks.
-    unsafe {
-        let interrupted = addr_of!((*data).regs);
-        if is_user((*interrupted).cs) {
-            copy_registers(&*interrupted, into);
-            return Ok(());
-        }
-        let saved: *const pt_regs =
-            bpf_task_pt_regs(bpf_get_current_task_btf() as *mut task_struct) as *const pt_regs;
-        let mut registers: pt_regs = core::mem::zeroed();
-        if bpf_probe_read_kernel(addr_of_mut!(registers).cast(), size_of::<pt_regs>() as u32, saved.cast())
-            != 0
-        {
-            return Err(StopReason::RegistersUnavailable);
-        }
-        // A kernel thread's saved registers are zero (copy_thread in arch/x86/kernel/process.c).
-        if !is_user(registers.cs) {
-            return Err(StopReason::KernelThread);
-        }
-        copy_registers(&registers, into);
-    }
-    Ok(())
-}
-
-#[inline(always)]
-fn copy_registers(from: &pt_regs, into: &mut Registers) {
-    // In the order of DWARF numbers.
-    into.general[0] = from.rax;
-    into.general[1] = from.rdx;
-    into.general[2] = from.rcx;
-    into.general[3] = from.rbx;
-    into.general[4] = from.rsi;
-    into.general[5] = from.rdi;
-    into.general[6] = from.rbp;
-    into.general[7] = from.rsp;
-    into.general[8] = from.r8;
-    into.general[9] = from.r9;
-    into.general[10] = from.r10;
-    into.general[11] = from.r11;
-    into.general[12] = from.r12;
-    into.general[13] = from.r13;
-    into.general[14] = from.r14;
-    into.general[15] = from.r15;
-    into.rip = from.rip;
-    into.known = 0xffff;
-    into.exact = 1;
-}
-
-/// Walks the user stack; the reason why it ended.
-#[inline(always)]
-fn walk_user(data: *mut bpf_perf_event_data, scratch: *mut Scratch, tgid: u32) -> StopReason {
+fn start_walk(data: *mut bpf_perf_event_data, scratch: *mut Scratch, tgid: u32) -> Result<Turns, StopReason> {
     // SAFETY: the slot is this CPU's own.
     unsafe {
         (*scratch).walk.restart(tgid);
         (*scratch).sample.header.generation = 0;
-        match user_registers(data, &mut (*scratch).walk.registers) {
-            Ok(()) => walk_from_registers(scratch, tgid),
-            Err(reason) => reason,
-        }
+        user_registers(&raw const (*data).regs, &mut (*scratch).walk.registers)?;
     }
+    start_from_registers(scratch, tgid)
 }
 
-/// Walks from the registers that are in place; the reason why the walk ended.
+/// The same from the registers that are in place.
 #[inline(always)]
-pub(crate) fn walk_from_registers(scratch: *mut Scratch, tgid: u32) -> StopReason {
-    // SAFETY: the slot is this CPU's own; `turn` reborrows it while nothing here holds a reference.
+fn start_from_registers(scratch: *mut Scratch, tgid: u32) -> Result<Turns, StopReason> {
+    // SAFETY: the slot is this CPU's own.
     unsafe {
         let Some(process) = PROCESSES.get(tgid) else {
             // Known or not, where the thread stands is worth reporting.
             (*scratch).sample.addresses[0] = (*scratch).walk.address();
             (*scratch).walk.frames = 1;
-            return StopReason::ProcessUnknown;
+            return Err(StopReason::ProcessUnknown);
         };
         (*scratch).walk.process = *process;
         (*scratch).sample.header.generation = (*scratch).walk.process.generation;
         (*scratch).sample.header.stop = StopReason::FrameLimit as u8;
-        let Some(recent) = RECENT.get_ptr_mut(0) else { return StopReason::TableCorrupt };
         // Of another walk.
         (*scratch).stack.clear();
-        let mut turns = Turns { scratch, recent };
-        bpf_loop(MAX_TURNS, turn as *const () as *mut c_void, (&raw mut turns).cast(), 0);
+        let recent = RECENT.get_ptr_mut(0).ok_or(StopReason::TableCorrupt)?;
+        Ok(Turns { scratch, recent })
+    }
+}
+
+/// Why the walk ended whose last turn was made.
+#[inline(always)]
+fn end_walk(scratch: *mut Scratch) -> StopReason {
+    // SAFETY: the slot is this CPU's own.
+    unsafe {
         // The agent may have replaced the mappings meanwhile; then some frame may be of the old ones.
-        match PROCESSES.get(tgid) {
+        match PROCESSES.get((*scratch).walk.tgid) {
             Some(now) if now.generation == (*scratch).walk.process.generation => {}
             _ => return StopReason::MappingsChanged,
         }
@@ -309,6 +277,33 @@ pub(crate) fn walk_from_registers(scratch: *mut Scratch, tgid: u32) -> StopReaso
             Ok(reason) => reason,
             Err(_) => StopReason::TableCorrupt,
         }
+    }
+}
+
+/// Makes the turns of a walk that was started; the reason why it ended.
+#[inline(always)]
+fn walk(mut turns: Turns) -> StopReason {
+    // SAFETY: `turn` takes such a context, and nothing here holds a reference to what it reborrows.
+    unsafe { bpf_loop(MAX_TURNS, turn as *const () as *mut c_void, (&raw mut turns).cast(), 0) };
+    end_walk(turns.scratch)
+}
+
+/// The same without `bpf_loop`.
+#[inline(always)]
+fn walk_elements(mut turns: Turns) -> StopReason {
+    let (elements, turn) = (addr_of!(TURNS).cast_mut(), turn_of_element as *const ());
+    // SAFETY: as in `walk`.
+    unsafe { bpf_for_each_map_elem(elements.cast(), turn as *mut c_void, (&raw mut turns).cast(), 0) };
+    end_walk(turns.scratch)
+}
+
+/// Walks from the registers that are in place; the reason why the walk ended.
+#[cfg(feature = "timing")]
+#[inline(always)]
+pub(crate) fn walk_from_registers(scratch: *mut Scratch, tgid: u32) -> StopReason {
+    match start_from_registers(scratch, tgid) {
+        Ok(turns) => walk(turns),
+        Err(reason) => reason,
     }
 }
 
@@ -333,31 +328,58 @@ fn wake_flags(stop: StopReason) -> u64 {
 /// Takes one sample. The program's name in the object is `windlass_sample`.
 #[perf_event]
 fn windlass_sample(context: PerfEventContext) -> u32 {
+    take_sample(context, walk)
+}
+
+/// The same for kernels without `bpf_loop`.
+#[perf_event]
+fn windlass_sample_each(context: PerfEventContext) -> u32 {
+    take_sample(context, walk_elements)
+}
+
+#[inline(always)]
+fn take_sample(context: PerfEventContext, walk: impl FnOnce(Turns) -> StopReason) -> u32 {
+    // SAFETY: the helper has no preconditions.
+    let pid_tgid = unsafe { bpf_get_current_pid_tgid() };
+    let tgid = (pid_tgid >> 32) as u32;
+    if tgid == 0 {
+        // The idle task.
+        return 0;
+    }
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return 0 };
+    count(Counter::Samples);
+    let stop = match start_walk(context.ctx, scratch, tgid) {
+        Ok(turns) => walk(turns),
+        Err(reason) => reason,
+    };
+    send_sample(context.ctx, scratch, pid_tgid, stop);
+    0
+}
+
+/// A number that the verifier knows to be at most `MOST`. The compiler knows of a copy that it made before as much as of what
+/// was compared; older verifiers, as that of Linux 6.1, do not.
+#[inline(always)]
+fn at_most<const MOST: usize>(number: usize) -> usize {
+    black_box(if number > MOST { MOST } else { number })
+}
+
+/// Adds what a sample has beside its user frames, and sends it.
+#[inline(always)]
+fn send_sample(data: *mut bpf_perf_event_data, scratch: *mut Scratch, pid_tgid: u64, stop: StopReason) {
     // SAFETY: helpers are called as their documentation asks; buffers are the per-CPU scratch value.
     unsafe {
-        let pid_tgid = bpf_get_current_pid_tgid();
-        let tgid = (pid_tgid >> 32) as u32;
-        if tgid == 0 {
-            // The idle task.
-            return 0;
-        }
-        let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return 0 };
-        count(Counter::Samples);
-        let stop = walk_user(context.ctx, scratch, tgid);
-        let user_frames = (*scratch).walk.frames as usize;
-        let user_frames = if user_frames > MAX_USER_FRAMES { MAX_USER_FRAMES } else { user_frames };
+        let user_frames = at_most::<MAX_USER_FRAMES>((*scratch).walk.frames as usize);
         let mut kernel_frames = 0;
-        if !is_user((*context.ctx).regs.cs) {
+        if !is_user(&raw const (*data).regs) {
             let at = addr_of_mut!((*scratch).sample.addresses).cast::<u64>().add(user_frames);
-            let bytes = bpf_get_stack(context.ctx.cast(), at.cast(), (8 * MAX_KERNEL_FRAMES) as u32, 0);
+            let bytes = bpf_get_stack(data.cast(), at.cast(), (8 * MAX_KERNEL_FRAMES) as u32, 0);
             if bytes > 0 {
-                kernel_frames = bytes as usize / 8;
+                kernel_frames = at_most::<MAX_KERNEL_FRAMES>(bytes as usize / 8);
             }
         }
-        let kernel_frames = if kernel_frames > MAX_KERNEL_FRAMES { MAX_KERNEL_FRAMES } else { kernel_frames };
         let header = addr_of_mut!((*scratch).sample.header);
         (*header).time_ns = bpf_ktime_get_ns();
-        (*header).tgid = tgid;
+        (*header).tgid = (pid_tgid >> 32) as u32;
         (*header).tid = pid_tgid as u32;
         (*header).cpu = bpf_get_smp_processor_id() as u32;
         (*header).user_frames = user_frames as u16;
@@ -377,7 +399,6 @@ fn windlass_sample(context: PerfEventContext) -> u32 {
             count(Counter::RingFull);
         }
     }
-    0
 }
 
 /// The kernel lets programs use its GPL-only helpers if they declare a compatible licence.

@@ -2,7 +2,7 @@
  * The first process of the guest: sets up what a distribution's would, profiles the workload, says on the console
  * what came of it, and powers off.
  *
- * Arguments: the seconds to sample. Every line that the host reads starts with "@ "; report.rs says which there are.
+ * Arguments: the seconds to sample, and how walks make their turns. Every line that the host reads starts with "@ "; report.rs says which there are.
  * What BPF objects cost is asked of the kernel by their ids: in this machine all of them are the agent's, and those
  * that it has closed count too.
  */
@@ -164,6 +164,8 @@ int main(int count, char **arguments)
     uname(&kernel);
     printf("\n@ kernel %s\n", kernel.release);
     fflush(stdout);
+    if (count > 2)
+        setenv("WINDLASS_BPF_TURNS", arguments[2], 1);
     pid_t child = start(count > 1 ? arguments[1] : "10");
     /* As the first process this one inherits orphans too. */
     while ((ended = waitpid(-1, &status, WNOHANG)) != child && !(ended < 0 && errno == ECHILD)) {

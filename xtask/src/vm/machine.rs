@@ -22,14 +22,14 @@ const MEMORY_MIB: &str = "1024";
 /// Two processors, so that maps for each of them and walks at the same time are tried.
 const PROCESSORS: &str = "2";
 
-/// Boots `kernel`, lets it sample for `seconds`, and returns what it wrote on its console; that is all there is to
+/// Boots `kernel`, lets it sample for `seconds` by walks that make their turns as `turns` says, and returns what it wrote on its console; that is all there is to
 /// read also of one that was ended because it took too long.
-pub(super) fn run(kernel: &Path, initramfs: &Path, seconds: u32) -> Result<String> {
+pub(super) fn run(kernel: &Path, initramfs: &Path, seconds: u32, turns: &str) -> Result<String> {
     let console = tempfile::NamedTempFile::new()?;
     // Both streams write behind what is there, whoever writes first.
     let written = File::options().append(true).open(console.path())?;
     // A panic reboots at once, which `-no-reboot` turns into an end.
-    let words = format!("console=ttyS0 quiet loglevel=1 panic=-1 rdinit=/init -- {seconds}");
+    let words = format!("console=ttyS0 quiet loglevel=1 panic=-1 rdinit=/init -- {seconds} {turns}");
     let mut child = command("qemu-system-x86_64")
         .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", PROCESSORS, "-m", MEMORY_MIB])
         .args(["-nographic", "-no-reboot", "-nic", "none", "-append", &words])

@@ -42,6 +42,8 @@ pub(super) struct Report {
     map_bytes: u64,
     verified_instructions: u64,
     load_ms: Option<u64>,
+    /// The helper that makes the turns of walks.
+    turns: Option<String>,
     log: Vec<String>,
     summary: serde_json::Value,
     /// The workload's stacks.
@@ -61,8 +63,8 @@ struct Stack {
 
 impl Report {
     /// The head of the table whose rows [`Report::row`] gives.
-    pub(super) const HEADING: &str = "| series | kernel | verified instructions | load, ms (emulated) | maps, KiB | workload's walks with tables \
-         | complete | stacks found |\n|---|---|---:|---:|---:|---:|---:|---:|";
+    pub(super) const HEADING: &str = "| series | kernel | turns by | verified instructions | load, ms (emulated) | maps, KiB \
+         | workload's walks with tables | complete | stacks found |\n|---|---|---|---:|---:|---:|---:|---:|---:|";
 
     /// Reads a console, up to where it ends.
     pub(super) fn read(console: &str) -> Self {
@@ -84,10 +86,13 @@ impl Report {
             }
         }
         report.summary = serde_json::from_str(&summary).unwrap_or_default();
-        report.load_ms = report.log.iter().find_map(|line| {
-            let digits = line.split_once("load_ms=")?.1.split(' ').next()?;
-            digits.parse().ok()
-        });
+        let field = |name| {
+            let line = report.log.iter().find_map(|line| Some(line.split_once(name)?.1))?;
+            line.split(' ').next()
+        };
+        let load_ms = field("load_ms=").and_then(|digits| digits.parse().ok());
+        let turns = field("turns=").map(|helper| helper.trim_matches('"').to_owned());
+        (report.load_ms, report.turns) = (load_ms, turns);
         report
     }
 
@@ -132,10 +137,11 @@ impl Report {
     pub(super) fn row(&self, series: &str) -> String {
         let kernel = self.kernel.as_deref().unwrap_or("unknown");
         if self.summary["mode"] != "bpf" {
-            return format!("| {series} | {kernel} | not loaded | | | | | |");
+            return format!("| {series} | {kernel} | not loaded | | | | | | |");
         }
         let (samples, complete) = self.samples();
-        let mut row = format!("| {series} | {kernel} | {} | ", self.verified_instructions);
+        let turns = self.turns.as_deref().unwrap_or("unknown");
+        let mut row = format!("| {series} | {kernel} | `{turns}` | {} | ", self.verified_instructions);
         let load = self.load_ms.map_or("unknown".to_owned(), |load_ms| load_ms.to_string());
         let bound = if self.map_memory_is_measured() { "" } else { "at most " };
         let percent = if samples == 0 { 0.0 } else { 100.0 * complete as f64 / samples as f64 };
@@ -221,7 +227,8 @@ mod tests {
     /// A console on which all is well.
     fn console() -> String {
         let mut console = "SeaBIOS\r\n\r\n@ kernel 6.12.1-amd64\r\n@ maps 13 2048\r\n@ program 1 16384 75634\r\n\
-                           @ log x INFO y: the kernel verified the BPF program load_ms=7 verified_instructions=1\r\n\
+                           @ log x INFO y: the kernel verified the BPF program load_ms=7 verified_instructions=1 \
+                           turns=\"bpf_loop\"\r\n\
                            @ json {\"mode\":\r\n@ json \"bpf\"}\r\n"
             .to_owned();
         for expected in EXPECTED {
@@ -245,7 +252,7 @@ mod tests {
     #[test]
     fn a_guest_that_did_all_has_no_findings() {
         check(&console(), &[]);
-        let expect = "| 6.12 | 6.12.1-amd64 | 75634 | 7 | 2 | 35 | 100.0% | 7 of 7 |";
+        let expect = "| 6.12 | 6.12.1-amd64 | `bpf_loop` | 75634 | 7 | 2 | 35 | 100.0% | 7 of 7 |";
         assert_eq!(Report::read(&console()).row("6.12"), expect);
         let before = console().replace("6.12.1-amd64", "6.1.0-56-amd64");
         assert!(Report::read(&before).row("6.1").contains("| at most 2 |"));
