@@ -73,6 +73,7 @@ pub struct Metrics {
     tables_loaded: AtomicU64,
     tables_unavailable: AtomicU64,
     tables_evicted: AtomicU64,
+    kernel_tables_evicted: AtomicU64,
     requests: [AtomicU64; Request::ALL.len()],
     failures: [[AtomicU64; FAILURES.len()]; Request::ALL.len()],
     batches_sent: AtomicU64,
@@ -92,6 +93,7 @@ impl Default for Metrics {
             tables_loaded: AtomicU64::default(),
             tables_unavailable: AtomicU64::default(),
             tables_evicted: AtomicU64::default(),
+            kernel_tables_evicted: AtomicU64::default(),
             requests: Default::default(),
             failures: Default::default(),
             batches_sent: AtomicU64::default(),
@@ -148,6 +150,10 @@ impl Metrics {
         add(&self.tables_evicted, 1);
     }
 
+    pub(crate) fn kernel_tables_evicted(&self, count: u64) {
+        add(&self.kernel_tables_evicted, count);
+    }
+
     pub(crate) fn request(&self, request: Request, error: Option<&ServiceError>) {
         add(&self.requests[request as usize], 1);
         if let Some(error) = error {
@@ -189,6 +195,9 @@ impl Metrics {
         text.line(&[], &self.tables_unavailable);
         text.counter("tables_evicted", "Unwind tables deleted from disk to keep within the budget.");
         text.line(&[], &self.tables_evicted);
+        let help = "Unwind tables that made room for others in kernel memory.";
+        text.counter("kernel_tables_evicted", help);
+        text.line(&[], &self.kernel_tables_evicted);
         text.counter("requests", "Requests to the service.");
         for (request, count) in Request::ALL.iter().zip(&self.requests) {
             text.line(&[("request", request.as_str())], count);
@@ -258,6 +267,7 @@ mod tests {
         assert_eq!(metrics.set_lost_samples(5), 5);
         assert_eq!(metrics.set_lost_samples(7), 2);
         metrics.table_loaded();
+        metrics.kernel_tables_evicted(3);
         metrics.request(Request::Table, None);
         metrics.request(Request::Profiles, Some(&ServiceError::NoAnswer("x".to_owned())));
         metrics.shipped(Shipped { sent: 2, spooled: 3, dropped: 1 }, 300);
@@ -270,6 +280,7 @@ mod tests {
             "windlass_agent_unsupported_rows_total{reason=\"stack_switch\"} 1",
             "windlass_agent_lost_samples_total 7",
             "windlass_agent_tables_loaded_total 1",
+            "windlass_agent_kernel_tables_evicted_total 3",
             "windlass_agent_requests_total{request=\"table\"} 1",
             "windlass_agent_request_failures_total{request=\"profiles\",failure=\"no_answer\"} 1",
             "windlass_agent_batches_sent_total 3",

@@ -56,6 +56,8 @@ pub struct Processes {
     lost_events: bool,
     /// No event that is newer was lost.
     lost_until_ns: u64,
+    /// Tables that made room for others, since that was asked last.
+    evicted: u64,
     last_full_scan: Option<Instant>,
     last_sweep: Instant,
 }
@@ -131,6 +133,7 @@ impl Processes {
             selection,
             lost_events: false,
             lost_until_ns: 0,
+            evicted: 0,
             last_full_scan: None,
             last_sweep: now,
         }
@@ -327,6 +330,11 @@ impl Processes {
     /// Number of tables that were asked for and are not here yet.
     pub fn pending_tables(&self) -> usize {
         self.images.pending_tables()
+    }
+
+    /// Number of tables that made room for others since the last call.
+    pub fn take_evicted(&mut self) -> u64 {
+        std::mem::take(&mut self.evicted)
     }
 
     /// Path and reason of the mapped files that were found unreadable since the last call.

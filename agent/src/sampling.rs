@@ -223,6 +223,7 @@ impl Sampling {
             }
             changed.insert(result.id);
         }
+        self.metrics.kernel_tables_evicted(self.processes.take_evicted());
         if !changed.is_empty() {
             self.processes.set_again(&changed, &mut *self.backend);
         }

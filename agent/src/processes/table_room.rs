@@ -41,6 +41,7 @@ impl Processes {
         }
         // Processes that ended lately count as well: what they map is still in the backend.
         self.set_again(&evicted.iter().map(|table| table.id).collect(), backend);
+        self.evicted += evicted.len() as u64;
         backend.remove_tables(&locations[..evicted.len()])?;
         tracing::debug!(tables = evicted.len(), for_image = %id, "unwind tables evicted");
         backend.place_table(table)

@@ -238,6 +238,7 @@ fn a_table_goes_when_no_mapping_names_it_and_comes_again_when_a_sample_wants_it(
     assert_eq!(place(&mut processes, &mut told, second_id, now), Placement::Placed);
     assert_eq!(image_of(&told, second), Location::new(0, 8));
     assert_eq!(image_of(&told, first), no_table::location(budget));
+    assert_eq!([processes.take_evicted(), processes.take_evicted()], [1, 0]);
 
     assert_eq!(touch(&mut processes, first, budget, now), [first_id], "it is wanted at once");
     assert!(refused(place(&mut processes, &mut told, first_id, now)), "and refused: the other is in use");

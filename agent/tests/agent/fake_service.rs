@@ -34,6 +34,8 @@ pub(crate) enum Tables {
     Changed(fn(Vec<u8>) -> Vec<u8>),
     /// A table with this many rows in its header, under a tag that names the number: 304 to whoever names that.
     Tagged,
+    /// Nothing, ever, though the connection stands.
+    Silent,
     /// The connection ends within the table, always.
     CutOff,
 }
@@ -187,6 +189,10 @@ async fn unwind(State(shared): Service, Path(id): Path<String>, headers: HeaderM
             let damage = *shared.damage.lock().unwrap();
             let sent = damage(table_with(id.parse().unwrap(), rows));
             (shared.note(request, StatusCode::OK), [("etag", tag)], sent).into_response()
+        }
+        Tables::Silent => {
+            shared.note(request, StatusCode::CONTINUE);
+            std::future::pending().await
         }
         Tables::CutOff => {
             let table = table(&id);

@@ -150,6 +150,91 @@ fn sampling_goes_on_while_the_service_does_not_answer() {
 }
 
 #[test]
+fn sampling_and_shipping_go_on_while_tables_are_never_answered() {
+    let service = FakeService::start(Tables::Silent);
+    let cache = tempfile::tempdir().unwrap();
+    let (agent, view) = start(config(&service, &cache));
+    for tid in 1..=3 {
+        view.send(Event::Sample(sample(tid, StopReason::TablePending, &[own_address() | EXACT_ADDRESS])));
+        eventually("the sample is sent", || shipped(&service).contains(&tid));
+    }
+    assert!(service.requests().iter().any(|line| line.ends_with("unwind 100")), "{:?}", service.requests());
+    let image = view.mapping(own_pid(), own_address()).unwrap().mapping.image;
+    assert_eq!(image, no_table::location(StopReason::TablePending));
+    get(agent.status_address().unwrap(), "/healthz", 200);
+    let summary = stop(agent);
+    assert_eq!((summary.samples, summary.tables_loaded, summary.dropped_batches), (3, 0, 0), "{summary:?}");
+}
+
+/// A file system of few bytes, unmounted when dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    const BYTES: usize = 64 * 1024;
+
+    /// `None` where this process may not mount.
+    fn mount() -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = std::ffi::CString::new(folder.path().to_str().unwrap()).unwrap();
+        let options = std::ffi::CString::new(format!("size={}", Self::BYTES)).unwrap();
+        // SAFETY: all strings end in a zero byte and outlive the call.
+        let mounted = unsafe {
+            libc::mount(c"tmpfs".as_ptr(), path.as_ptr(), c"tmpfs".as_ptr(), 0, options.as_ptr().cast())
+        };
+        (mounted == 0).then_some(Self(folder))
+    }
+
+    fn fill(&self) -> std::path::PathBuf {
+        let path = self.0.path().join("other");
+        let mut file = std::fs::File::create(&path).unwrap();
+        while file.write_all(&[1; 1024]).is_ok() {}
+        path
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let path = std::ffi::CString::new(self.0.path().to_str().unwrap()).unwrap();
+        // SAFETY: as in `mount`.
+        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
+#[test]
+fn a_full_disk_costs_what_it_does_not_take_and_nothing_else() {
+    let Some(disk) = SmallDisk::mount() else {
+        eprintln!("skipped: this process may not mount a small disk");
+        return;
+    };
+    let other = disk.fill();
+    // No service, and no room for the batch.
+    let service = FakeService::reserve();
+    let mut config = Config::new(service.url(), disk.0.path());
+    config.ship_interval = std::time::Duration::from_millis(100);
+    let (agent, view) = start(config.clone());
+    send(&view, 1);
+    eventually("the batch is lost", || number(&agent, "batches_dropped_total") == 1);
+    get(agent.status_address().unwrap(), "/healthz", 200);
+    std::fs::remove_file(&other).unwrap();
+    send(&view, 2);
+    eventually("the next is spooled", || number(&agent, "spooled_batches") == 1);
+    let other = disk.fill();
+    // A table is used though it cannot be kept.
+    let service = service.open(Tables::FromSkeletons);
+    eventually("the spool is empty", || number(&agent, "spooled_batches") == 0);
+    view.send(Event::Sample(sample(3, StopReason::TablePending, &[own_address() | EXACT_ADDRESS])));
+    let image = || view.mapping(own_pid(), own_address()).unwrap().mapping.image;
+    eventually("the table is placed", || no_table::reason(image()).is_none());
+    eventually("the batches are sent", || shipped(&service) == [2, 3]);
+    stop(agent);
+    let tables = std::fs::read_dir(disk.0.path().join("tables")).unwrap().flatten();
+    let torn =
+        tables.filter(|table| table.metadata().unwrap().len() == 0 || table.path().extension().is_none());
+    assert_eq!(torn.count(), 0, "a part of a table stays");
+    std::fs::remove_file(other).unwrap();
+}
+
+#[test]
 fn the_spool_keeps_the_newest_within_its_limit_and_sends_them_in_order() {
     let service = FakeService::reserve();
     let cache = tempfile::tempdir().unwrap();
