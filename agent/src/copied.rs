@@ -9,15 +9,21 @@
 //! tells whether they were known already when it was taken, and what the process mapped since comes
 //! as events from the same rings.
 
+#[cfg(target_arch = "aarch64")]
+#[path = "copied/aarch64.rs"]
+mod machine;
+#[cfg(not(target_arch = "aarch64"))]
+#[path = "copied/x86_64.rs"]
+mod machine;
+
 use std::collections::HashMap;
 use std::io;
 use std::time::Duration;
 
+use machine::{REGISTERS, Registers};
 use windlass_agent_ebpf::memory::{StackMemory, Tables};
 use windlass_agent_ebpf::walk::Walk;
-use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::maps::{Chunk, Location, MappingSegment, ProcessEntry, SegmentKey};
-use windlass_schema::record::{DWARF_RSP, REGISTERS};
 use windlass_schema::{StopReason, Table};
 
 use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
@@ -25,8 +31,7 @@ use crate::chunks::{ChunkSpace, MOST_TABLE_BYTES, empty_chunk};
 use crate::kernel::sideband::{TimeOrder, event_of};
 use crate::kernel::{max_sample_rate, next_generation, sampling_advice, segments_of};
 use crate::perf_ring::{
-    COPIED_REGISTERS, COPIED_TIME_FROM_END, PerfEventAttr, PerfRing, PerfScope, RingRecord, monotonic_ns,
-    record as record_kind,
+    COPIED_TIME_FROM_END, PerfEventAttr, PerfRing, PerfScope, RingRecord, monotonic_ns, record as record_kind,
 };
 
 /// Bytes of stack in each sample: half of what a perf record, whose size is 16 bits, has room for.
@@ -36,10 +41,6 @@ const STACK_BYTES: u32 = 32 * 1024;
 const RING_PAGES: usize = 64;
 /// How often new threads are looked for.
 const THREAD_SCAN: Duration = Duration::from_millis(100);
-
-/// DWARF number of each register in a copied sample, in the order of `enum perf_event_x86_regs`:
-/// ax, bx, cx, dx, si, di, bp, sp; then ip; then r8 to r15.
-const REGISTER_ORDER: [usize; 8] = [0, 3, 2, 1, 4, 5, 6, 7];
 
 /// A process's stacks could not be sampled.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +117,7 @@ impl CopiedStacks {
     pub fn attach(pid: u32, frequency_hz: u32) -> Result<Self, AttachError> {
         let mut sampler = Self {
             pid,
-            attr: PerfEventAttr::copied_stacks(frequency_hz, STACK_BYTES),
+            attr: PerfEventAttr::copied_stacks(frequency_hz, REGISTERS, STACK_BYTES),
             rings: HashMap::new(),
             names: HashMap::new(),
             tables: LocalTables::default(),
@@ -171,7 +172,7 @@ impl CopiedStacks {
             user.push(Walk::new(copied.pid, ProcessEntry::default(), registers).address());
             return Some(self.stack_of(&copied, 0, StopReason::ProcessUnknown, user));
         };
-        let memory = CopiedStack { start: registers.general[DWARF_RSP as usize], bytes: copied.stack };
+        let memory = CopiedStack { start: machine::stack_pointer(&registers), bytes: copied.stack };
         let mut walk = Walk::new(copied.pid, *process, registers);
         let stop = walk.run(&self.tables, &memory, |address| user.push(address));
         let unsupported = unsupported_reason(stop, walk.unsupported);
@@ -239,16 +240,11 @@ impl<'a> CopiedSample<'a> {
         let abi = word(next(8)?);
         let mut registers = None;
         if abi != 0 {
-            let mut general = [0; REGISTERS];
-            for number in REGISTER_ORDER {
-                general[number] = word(next(8)?);
-            }
-            let rip = word(next(8)?);
-            for register in general.iter_mut().skip(8) {
+            let mut words = [0; REGISTERS.count_ones() as usize];
+            for register in &mut words {
                 *register = word(next(8)?);
             }
-            const _: () = assert!(COPIED_REGISTERS.count_ones() as usize == REGISTERS + 1);
-            registers = Some(Registers::innermost(general, rip));
+            registers = Some(machine::registers(&words));
         }
         let size = usize::try_from(word(next(8)?)).ok()?;
         let mut stack: &[u8] = &[];

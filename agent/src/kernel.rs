@@ -33,7 +33,11 @@ pub use program::Turns;
 use sideband::Sideband;
 
 /// The program and its maps, as `cargo xtask build-ebpf` made them.
+#[cfg(not(target_arch = "aarch64"))]
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!("../bpf/windlass.bpf.o");
+/// The same for this instruction set, whose registers are others.
+#[cfg(target_arch = "aarch64")]
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!("../bpf/windlass-aarch64.bpf.o");
 
 /// Most kernel memory for tables in bytes, unless said otherwise: every ELF file of a Debian developer's machine (23
 /// million rows) takes three quarters.

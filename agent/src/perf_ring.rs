@@ -76,10 +76,6 @@ pub(crate) mod record {
     pub(crate) const MMAP2: u32 = 10;
 }
 
-/// User registers in a copied sample: bits of `enum perf_event_x86_regs` for ax, bx, cx, dx, si, di,
-/// bp, sp, ip and r8 to r15.
-pub(crate) const COPIED_REGISTERS: u64 = 0x1ff | 0xff << 16;
-
 impl PerfEventAttr {
     fn software(config: u64, flags: u64) -> Self {
         Self {
@@ -103,8 +99,9 @@ impl PerfEventAttr {
         }
     }
 
-    /// Samples user registers and `stack_bytes` of the user stack; carries the thread's process events.
-    pub(crate) fn copied_stacks(frequency_hz: u32, stack_bytes: u32) -> Self {
+    /// Samples user registers, of which `registers` has a bit each, and `stack_bytes` of the user stack; carries the
+    /// thread's process events.
+    pub(crate) fn copied_stacks(frequency_hz: u32, registers: u64, stack_bytes: u32) -> Self {
         let flags = FLAG_DISABLED
             | FLAG_EXCLUDE_KERNEL
             | FLAG_EXCLUDE_CALLCHAIN_KERNEL
@@ -113,7 +110,7 @@ impl PerfEventAttr {
         Self {
             sample_period_or_frequency: u64::from(frequency_hz),
             sample_type: SAMPLE_COPIED_STACK,
-            sample_regs_user: COPIED_REGISTERS,
+            sample_regs_user: registers,
             sample_stack_user: stack_bytes,
             ..Self::software(CONFIG_TASK_CLOCK, flags)
         }

@@ -16,8 +16,27 @@ use anyhow::{Context, Result, bail};
 use crate::checkout::{cargo, command, output, root, run};
 use crate::programs::{can_install, cargo_home, find, install};
 
-/// The committed object.
-const OBJECT: &str = "agent/bpf/windlass.bpf.o";
+/// An object for agents of one instruction set.
+struct Object {
+    path: &'static str,
+    /// For which the bindings of the kernel's types are.
+    architecture: &'static str,
+    /// What else cargo is told.
+    options: &'static [&'static str],
+}
+
+/// The committed objects.
+const OBJECTS: [Object; 2] = [
+    Object { path: "agent/bpf/windlass.bpf.o", architecture: "x86_64", options: &[] },
+    Object {
+        path: "agent/bpf/windlass-aarch64.bpf.o",
+        architecture: "aarch64",
+        options: &["--features", "aarch64"],
+    },
+];
+/// That with the programs that time the walk; not committed.
+const TIMING: Object =
+    Object { path: "target/bpf/timing.bpf.o", architecture: "x86_64", options: &["--features", "timing"] };
 /// The last bpf-linker that opens LLVM 22 at run time on Debian 12.
 const LINKER_VERSION: &str = "0.10.1";
 /// Debian packages of the compiler, and of the sources of `core`.
@@ -53,42 +72,57 @@ struct Toolchain {
     sources: PathBuf,
 }
 
-/// Builds, and puts the object in its place.
+/// Builds, and puts the objects in their places.
 pub(crate) fn update() -> Result<()> {
-    let built = build(&Toolchain::ensure()?, &[])?;
-    let object = root().join(OBJECT);
-    std::fs::create_dir_all(object.parent().expect("OBJECT names a folder"))?;
-    std::fs::write(&object, &built).with_context(|| format!("write {}", object.display()))?;
-    println!("{OBJECT}: {} bytes", built.len());
+    let toolchain = Toolchain::ensure()?;
+    for object in &OBJECTS {
+        let bytes = put(&toolchain, object)?;
+        println!("{}: {bytes} bytes", object.path);
+    }
     Ok(())
 }
 
 /// Builds the object with the programs that time the walk; where it lies.
 pub(crate) fn build_timing() -> Result<PathBuf> {
-    let built = build(&Toolchain::ensure()?, &["--features", "timing"])?;
-    let object = root().join("target/bpf/timing.bpf.o");
-    std::fs::write(&object, built).with_context(|| format!("write {}", object.display()))?;
-    Ok(object)
+    put(&Toolchain::ensure()?, &TIMING)?;
+    Ok(root().join(TIMING.path))
 }
 
-/// Builds, and compares with the object that is there. Returns why the bytes could not be compared, if so.
+/// Builds an object and puts it in its place; its size.
+fn put(toolchain: &Toolchain, object: &Object) -> Result<usize> {
+    let built = build(toolchain, object)?;
+    let path = root().join(object.path);
+    std::fs::create_dir_all(path.parent().expect("objects lie in folders"))?;
+    std::fs::write(&path, &built).with_context(|| format!("write {}", path.display()))?;
+    Ok(built.len())
+}
+
+/// Builds, and compares with the objects that are there. Returns why the bytes could not be compared, if so.
 pub(crate) fn check() -> Result<Option<String>> {
-    let built = build(&Toolchain::ensure()?, &[])?;
-    let committed = std::fs::read(root().join(OBJECT)).with_context(|| format!("read {OBJECT}"))?;
+    let toolchain = Toolchain::ensure()?;
+    let mut not_compared = None;
+    for object in &OBJECTS {
+        not_compared = check_one(&build(&toolchain, object)?, object.path)?.or(not_compared);
+    }
+    Ok(not_compared)
+}
+
+fn check_one(built: &[u8], path: &str) -> Result<Option<String>> {
+    let committed = std::fs::read(root().join(path)).with_context(|| format!("read {path}"))?;
     if built == committed {
-        println!("{OBJECT} is what the sources give: {} bytes", built.len());
+        println!("{path} is what the sources give: {} bytes", built.len());
         return Ok(None);
     }
-    let (ours, theirs) = (compiler_of(&built), compiler_of(&committed));
+    let (ours, theirs) = (compiler_of(built), compiler_of(&committed));
     if ours != theirs {
         // An update of the distribution's compiler must not stop everyone's work; it must be seen.
         return Ok(Some(format!(
-            "{OBJECT} was built by rustc {theirs}, here is {ours}: it builds, but its bytes were not compared; \
+            "{path} was built by rustc {theirs}, here is {ours}: it builds, but its bytes were not compared; \
              bring it up to date with: cargo xtask build-ebpf"
         )));
     }
     bail!(
-        "{OBJECT} ({} bytes) is not what the sources give ({} bytes); update it with: cargo xtask build-ebpf",
+        "{path} ({} bytes) is not what the sources give ({} bytes); update it with: cargo xtask build-ebpf",
         committed.len(),
         built.len()
     )
@@ -104,7 +138,7 @@ fn compiler_of(object: &[u8]) -> String {
 }
 
 /// Compiles and links; the object's bytes depend on the sources and the toolchain only.
-fn build(toolchain: &Toolchain, options: &[&str]) -> Result<Vec<u8>> {
+fn build(toolchain: &Toolchain, object: &Object) -> Result<Vec<u8>> {
     let target_folder = root().join("target/bpf");
     // bpf-linker searches a folder for a file whose name starts with libLLVM; a folder of its own
     // keeps it from another LLVM beside the right one.
@@ -132,9 +166,11 @@ fn build(toolchain: &Toolchain, options: &[&str]) -> Result<Vec<u8>> {
         .args(["build", "--quiet", "--release", "--locked", "--package", "windlass-bpf"])
         .args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"])
         .arg(&target_folder)
-        .args(options)
+        .args(object.options)
         .env("RUSTC", &toolchain.rustc)
         .env("RUSTC_BOOTSTRAP", "1")
+        // Whose registers aya's bindings are for; without it, of the machine that compiles.
+        .env("AYA_BPF_TARGET_ARCH", object.architecture)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
         .env("CARGO_PROFILE_RELEASE_DEBUG", "full")
         .env("LD_LIBRARY_PATH", llvm_folder.path());
@@ -143,8 +179,8 @@ fn build(toolchain: &Toolchain, options: &[&str]) -> Result<Vec<u8>> {
         compile.env_remove(variable);
     }
     run(&mut compile).context("build the BPF program")?;
-    let object = target_folder.join("bpfel-unknown-none/release/windlass-bpf");
-    std::fs::read(&object).with_context(|| format!("read {}", object.display()))
+    let built = target_folder.join("bpfel-unknown-none/release/windlass-bpf");
+    std::fs::read(&built).with_context(|| format!("read {}", built.display()))
 }
 
 impl Toolchain {

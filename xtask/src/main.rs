@@ -36,7 +36,7 @@ enum Command {
         #[arg(long)]
         fast: bool,
     },
-    /// Builds the BPF program into agent/bpf/windlass.bpf.o
+    /// Builds the BPF program for each instruction set into agent/bpf
     BuildEbpf {
         /// Build elsewhere and compare with the committed object
         #[arg(long)]

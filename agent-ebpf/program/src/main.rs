@@ -12,7 +12,10 @@
 //! Built for `bpfel-unknown-none` by `cargo xtask build-ebpf`; for other targets this is empty.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
-#[cfg(target_arch = "bpf")]
+#[cfg(all(target_arch = "bpf", feature = "aarch64"))]
+#[path = "aarch64.rs"]
+mod machine;
+#[cfg(all(target_arch = "bpf", not(feature = "aarch64")))]
 #[path = "x86_64.rs"]
 mod machine;
 #[cfg(target_arch = "bpf")]

@@ -133,16 +133,34 @@ fn leave_signal_frame<M: StackMemory>(
     memory: &M,
 ) -> Result<(), StopReason> {
     let at = offset(registers.general[DWARF_SP as usize], i64::from(record.a()));
-    let Some(context) = memory.words::<SIGNAL_CONTEXT_WORDS>(at) else {
-        return Err(memory.unreadable(at));
-    };
-    for (number, word) in context.iter().take(SIGNAL_CONTEXT_WORDS - 1).enumerate() {
-        registers.general[number & 31] = *word;
-    }
-    registers.pc = context[SIGNAL_CONTEXT_WORDS - 1];
+    // On two pages at most: where the first and the last can be read, those between can.
+    let [sp, pc] = part::<2, M>(memory, at, SIGNAL_CONTEXT_WORDS - 2)?;
+    put(registers, 0, part::<8, M>(memory, at, 0)?);
+    put(registers, 8, part::<8, M>(memory, at, 8)?);
+    put(registers, 16, part::<8, M>(memory, at, 16)?);
+    put(registers, 24, part::<7, M>(memory, at, 24)?);
+    registers.general[DWARF_SP as usize] = sp;
+    registers.pc = pc;
     registers.known = Registers::ALL;
     registers.exact = 1;
     Ok(())
+}
+
+/// `N` words of the context at `at`, from word `first` on: all at once are half of what a BPF program has for a stack.
+#[inline(always)]
+fn part<const N: usize, M: StackMemory>(memory: &M, at: u64, first: usize) -> Result<[u64; N], StopReason> {
+    let at = offset(at, 8 * first as i64);
+    match memory.words(at) {
+        Some(words) => Ok(words),
+        None => Err(memory.unreadable(at)),
+    }
+}
+
+#[inline(always)]
+fn put<const N: usize>(registers: &mut Registers, first: usize, words: [u64; N]) {
+    for (number, word) in words.iter().enumerate() {
+        registers.general[(first + number) & 31] = *word;
+    }
 }
 
 #[cfg(test)]
