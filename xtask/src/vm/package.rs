@@ -47,7 +47,7 @@ impl Archive {
     pub(super) fn open(folder: &Path) -> Result<Self> {
         ensure!(
             std::env::consts::ARCH == "x86_64",
-            "the agent does not sample machines other than x86-64 yet"
+            "kernels are run on x86-64 for machines of that kind alone"
         );
         let (main, security) = sites()?;
         let lines = RELEASES.map(|(release, is_security)| {
