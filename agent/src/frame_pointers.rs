@@ -4,8 +4,8 @@
 //! of node, without CFI, and each call from one JavaScript function to another passes through some. What that compiler
 //! makes at run time is of the same make. That it keeps frame pointers cannot be read off a frame: code compiled without
 //! optimisation has no prologue of its own but calls a function for it. So it is read off the image, as the
-//! service does where nearly all of an image is such code; but the service has no more than a skeleton of most images,
-//! and what is asked here takes no DWARF: `.eh_frame_hdr` says where functions with CFI begin (LSB Core, 10.6.2), and a
+//! service does where nearly all of an image is such code; but the service has no more than a skeleton of most images, into
+//! which such code goes, and tables are not always to be had; and what is asked here takes no DWARF: `.eh_frame_hdr` says where functions with CFI begin (LSB Core, 10.6.2), and a
 //! wide gap between two of them is looked at.
 
 use std::ops::Range;
@@ -21,6 +21,8 @@ use crate::image::ProgramHeader;
 const MIN_GAP_BYTES: u64 = 256 * 1024;
 /// Widest gap that is looked at, in bytes: it is read at once.
 const MAX_GAP_BYTES: u64 = 16 * 1024 * 1024;
+/// Most bytes of such code in a skeleton: of V8 there are one and a half million.
+const MAX_KEPT_BYTES: u64 = 2 * MAX_GAP_BYTES;
 /// Largest `.eh_frame_hdr` read, in bytes: two million functions.
 const MAX_HEADER_BYTES: u64 = 16 * 1024 * 1024;
 /// Fewest functions to tell by whether code keeps frame pointers.
@@ -53,6 +55,29 @@ pub(crate) fn frame_pointer_code<'data, R: ReadRef<'data>>(
     kept
 }
 
+/// Code that goes into a skeleton, for the service to tell the frames in it: where it is, and in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct KeptCode {
+    pub(crate) address: u64,
+    pub(crate) file: Range<u64>,
+}
+
+/// Where the file has [`frame_pointer_code`], as much of it as is sent.
+pub(crate) fn kept_code<'data, R: ReadRef<'data>>(
+    program_headers: &[ProgramHeader],
+    image: R,
+) -> Vec<KeptCode> {
+    let file = Loaded { program_headers, image };
+    let mut left = MAX_KEPT_BYTES;
+    let kept = frame_pointer_code(program_headers, image).into_iter().filter_map(|range| {
+        let size = range.end - range.start;
+        let offset = file.offset(range.start, size, true)?;
+        left = left.checked_sub(size)?;
+        Some(KeptCode { address: range.start, file: offset..offset + size })
+    });
+    kept.collect()
+}
+
 /// An image by its addresses.
 struct Loaded<'h, R> {
     program_headers: &'h [ProgramHeader],
@@ -60,16 +85,20 @@ struct Loaded<'h, R> {
 }
 
 impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
-    /// The bytes at an address, in one segment.
-    fn bytes(&self, address: u64, count: u64, executable: bool) -> Option<&'data [u8]> {
+    /// Where the file has the bytes at an address, in one segment.
+    fn offset(&self, address: u64, count: u64, executable: bool) -> Option<u64> {
         self.program_headers.iter().find_map(|segment| {
             let is_load = segment.p_type(LE) == elf::PT_LOAD;
             let at = address.checked_sub(segment.p_vaddr(LE)).filter(|_| is_load)?;
             let is_inside = at.checked_add(count)? <= segment.p_filesz(LE);
             let has_kind = !executable || segment.p_flags(LE).contains(elf::PF_X);
-            let offset = segment.p_offset(LE).checked_add(at).filter(|_| is_inside && has_kind)?;
-            self.image.read_bytes_at(offset, count).ok()
+            segment.p_offset(LE).checked_add(at).filter(|_| is_inside && has_kind)
         })
+    }
+
+    /// The bytes at an address, in one segment.
+    fn bytes(&self, address: u64, count: u64, executable: bool) -> Option<&'data [u8]> {
+        self.image.read_bytes_at(self.offset(address, count, executable)?, count).ok()
     }
 
     /// Wide gaps between functions with CFI.
@@ -181,6 +210,28 @@ mod tests {
         });
         let is_inside = |address| ranges.iter().any(|range| range.contains(&address));
         assert!(builtins.into_iter().all(|symbol| is_inside(symbol.address())), "{ranges:x?}");
+    }
+
+    /// The service sees of such code what it would see of the whole image.
+    #[test]
+    fn skeletons_have_the_code() {
+        use object::{Object as _, ObjectSection as _};
+        let Ok(file) = std::fs::read("/usr/bin/node") else { return };
+        let skeleton = crate::skeleton::skeleton(&file[..]).unwrap();
+        let (whole, cut) =
+            (object::File::parse(&file[..]).unwrap(), object::File::parse(&skeleton[..]).unwrap());
+        let ranges = found("/usr/bin/node").unwrap();
+        let mut sections = cut.sections().filter(|section| {
+            section.kind() == object::SectionKind::Text && section.data().is_ok_and(|data| !data.is_empty())
+        });
+        for range in ranges {
+            let section = sections.next().expect("a section with the code");
+            let size = range.end - range.start;
+            assert_eq!((section.address(), section.size()), (range.start, size));
+            let text = whole.section_by_name(".text").unwrap();
+            assert_eq!(section.data().ok(), text.data_range(range.start, size).unwrap());
+        }
+        assert!(sections.next().is_none());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use windlass_schema::maps::{Location, no_table};
-use windlass_schema::{BuildId, StopReason};
+use windlass_schema::{BuildId, ImageAddress, Rule, StopReason, Table};
 
 use crate::eviction::{IN_USE, PlacedTable};
 use crate::image::{Image, ImageError, ImageId, identify};
@@ -58,11 +58,13 @@ struct TableEntry {
     sampled: Option<Instant>,
     /// Whether it was said that there is no room for it.
     refusal_said: bool,
+    /// Whether the table that is placed has rows for code without CFI that keeps frame pointers.
+    has_frame_pointer_rows: bool,
 }
 
 impl TableEntry {
     fn new(state: TableState) -> Self {
-        Self { state, sampled: None, refusal_said: false }
+        Self { state, sampled: None, refusal_said: false, has_frame_pointer_rows: false }
     }
 }
 
@@ -196,6 +198,26 @@ impl Images {
                 no_table::location(StopReason::TableBudget)
             }
         }
+    }
+
+    /// Whether the image's table is placed and has rows for code without CFI that keeps frame pointers.
+    pub fn has_frame_pointer_rows(&self, id: BuildId) -> bool {
+        let entry = self.tables.get(&id);
+        entry
+            .is_some_and(|entry| matches!(entry.state, TableState::Placed(_)) && entry.has_frame_pointer_rows)
+    }
+
+    /// Notes what the table that is placed for an image has rows for: one that was made without the image's code has none
+    /// for code without CFI.
+    pub(crate) fn note_rows(&mut self, id: BuildId, table: &Table<'_>) {
+        let Some(entry) = self.tables.get_mut(&id) else { return };
+        let images = self.files.values().chain(self.vdsos.iter().map(|(_, identified)| identified));
+        let image = images.flatten().find(|image| image.id.build_id() == id);
+        let mut ranges = image.into_iter().flat_map(|image| &image.frame_pointer_code);
+        entry.has_frame_pointer_rows = ranges.all(|range| {
+            let middle = range.start + (range.end - range.start) / 2;
+            table.rule(ImageAddress::new(middle)) != Rule::NoCfi
+        });
     }
 
     /// Notes a wish for the image's table, because samples touch it (`urgent`) or may. True if

@@ -227,7 +227,8 @@ pub fn plan(mappings: &[ExecutableMapping], images: &Images) -> Vec<PlacedMappin
         })
         .flat_map(|mapping| match &mapping.content {
             Content::Image { image, bias, .. } => {
-                parts(mapping, image, *bias, images.location(image.id.build_id()))
+                let id = image.id.build_id();
+                parts(mapping, image, *bias, images.location(id), images.has_frame_pointer_rows(id))
             }
             Content::NoTable(StopReason::Jit) if keeps_frame_pointers => {
                 vec![part(mapping.start, mapping.end, 0, no_table::JIT_FRAME_POINTERS)]
@@ -245,16 +246,18 @@ fn part(start: u64, end: u64, bias: u64, image: Location) -> PlacedMapping {
     PlacedMapping { start, mapping: Mapping { end, bias, image, generation: 0 } }
 }
 
-/// The mapping of an image whose table is at `location`; what of it keeps frame pointers and has no CFI apart.
+/// The mapping of an image whose table is at `location`; what of it keeps frame pointers and has no CFI apart, unless
+/// the table has rows for that.
 fn parts(
     mapping: &ExecutableMapping,
     image: &Image,
     bias: LoadBias,
     location: Location,
+    has_rows: bool,
 ) -> Vec<PlacedMapping> {
     let (mut parts, mut at) = (Vec::new(), mapping.start);
     let to_process = |address: u64| ImageAddress::new(address).to_process(bias).get();
-    for range in &image.frame_pointer_code {
+    for range in image.frame_pointer_code.iter().filter(|_| !has_rows) {
         let (start, end) = (to_process(range.start).max(at), to_process(range.end).min(mapping.end));
         if start < end {
             parts.extend((at < start).then(|| part(at, start, bias.get(), location)));
@@ -487,6 +490,12 @@ mod tests {
             assert_eq!(placed[1..], expect, "{ranges:x?}");
             assert!(plan[1..].iter().all(|placed| placed.mapping.bias == bias.get()));
         }
+        // Not where the table has rows for it.
+        let mut image = (**image).clone();
+        image.frame_pointer_code.clear();
+        image.frame_pointer_code.push(address(start + 16)..address(end - 16));
+        let whole = |has_rows| parts(mapping, &image, *bias, Location::new(2, 16), has_rows).len();
+        assert_eq!((whole(false), whole(true)), (3, 1));
     }
 
     #[test]

@@ -395,6 +395,9 @@ impl Processes {
             },
         };
         self.images.set_table(result.id, state);
+        if let TableOutcome::Table(file) = &result.outcome {
+            self.images.note_rows(result.id, &file.table());
+        }
         placement
     }
 

@@ -4,18 +4,20 @@
 //! opentelemetry-ebpf-profiler #1009), or upload the whole binary, code included. A skeleton is the
 //! image without its code and data: a valid ELF file of the same type, with the same program headers
 //! and sections in the same order at the same addresses, in which only notes, unwind sections, symbol
-//! tables and the links to debug files have contents.
+//! tables and the links to debug files have contents. And code that nothing else tells the frames of.
 //!
 //! ```text
 //! ELF header
 //! program headers        p_offset as in the image, so that file offsets still turn into addresses;
 //!                        only PT_NOTE and PT_GNU_EH_FRAME point at their kept bytes. Segments that
 //!                        readers would follow to bytes that are gone (PT_DYNAMIC, PT_INTERP) are PT_NULL.
-//! kept bytes             each part congruent to its old place modulo 64
+//! kept bytes             wide code without CFI that keeps frame pointers (V8's in node) as well: what its frames are like
+//!                        is only to be told by its instructions; each part congruent to its old place modulo 64
 //! identity note          only if the image has no GNU build-ID: its file hash as one, because the hash
 //!                        of the skeleton would be another
 //! section names
-//! section headers        SHT_NOBITS with the size in memory where the contents were left out
+//! section headers        SHT_NOBITS with the size in memory where the contents were left out; behind them one of its own
+//!                        for each part of code that is kept
 //! ```
 //! An image without section headers (`sstrip`) gets some: `.note` for each `PT_NOTE`, `.eh_frame_hdr`
 //! from `PT_GNU_EH_FRAME`, `.eh_frame` from the pointer in it. Its dynamic symbols are left out.
@@ -29,6 +31,7 @@ use object::read::ReadRef;
 use object::read::elf::{FileHeader as _, ProgramHeader as _, SectionHeader as _};
 use windlass_schema::BuildId;
 
+use crate::frame_pointers::kept_code;
 use crate::image::{
     FileHeader, ImageError, ProgramHeader, SectionHeader, file_hash, file_header, gnu_build_id,
     program_headers, section_headers,
@@ -42,6 +45,9 @@ const MAX_SECTION_NAMES_BYTES: u64 = 1024 * 1024;
 const PART_ALIGNMENT: u64 = 64;
 /// Bytes of an `.eh_frame_hdr` up to the end of an `eh_frame_ptr` of four bytes.
 const EH_FRAME_HDR_BYTES: u64 = 8;
+
+/// Name of a section that holds a part of another, which has none of its bytes.
+const CODE_SECTION: &[u8] = b".text.without_cfi";
 
 /// Why there is no skeleton of an image.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,6 +86,15 @@ pub fn skeleton<'data, R: ReadRef<'data>>(elf: R) -> Result<Vec<u8>, SkeletonErr
     };
     let kept: Vec<bool> =
         sections.iter().map(|section| is_kept(section, &names) && range_of(section).end <= length).collect();
+    let mut kept = kept;
+    if header.e_machine(LE) == elf::EM_X86_64 {
+        for code in kept_code(&segments, elf).into_iter().filter(|code| code.file.end <= length) {
+            let mut code = section(&mut names, CODE_SECTION, elf::SHT_PROGBITS, code.address, code.file);
+            code.sh_flags.set(LE, elf::SHF_ALLOC | elf::SHF_EXECINSTR);
+            sections.push(code);
+            kept.push(true);
+        }
+    }
     let parts = Parts::collect(&segments, &sections, &kept, length);
     if parts.bytes() > MAX_SKELETON_BYTES {
         return Err(SkeletonError::Size { bytes: parts.bytes() });

@@ -73,6 +73,12 @@ pub(crate) trait Frames {
     /// frame behind it.
     fn step(code: &[u8], address: u64, state: Self::State) -> Option<Step<Self::State>>;
 
+    /// Whether the frame is known by the frame pointer.
+    fn has_frame_pointer(state: Self::State) -> bool;
+
+    /// Length of the instruction that `code` begins with, at `address`, and where control goes behind it.
+    fn passes(code: &[u8], address: u64) -> Option<(usize, Flow)>;
+
     /// The rule of a frame.
     fn rule(state: Self::State) -> Rule;
 }
@@ -275,6 +281,6 @@ impl<'a, F: Frames> Walk<'a, F> {
 }
 
 /// Whether a frame is that of a function's first instruction.
-fn is_entry<F: Frames>(state: F::State) -> bool {
+pub(crate) fn is_entry<F: Frames>(state: F::State) -> bool {
     F::join(F::ENTRY, state).is_some()
 }

@@ -13,7 +13,8 @@
 //! - `entries`: its CIEs and FDEs; `instructions`: the rows of each; `plain`: those of nearly all, sooner
 //! - `go`, `go_functions`: the rows of Go code, which has other tables
 //! - `code_bytes`, `recognise`, `function_set`, `function_walk`: the rows of code that none of these covers, from its
-//!   instructions; `x86_64`, `aarch64`: what instructions mean; `frame_pointers`, `uncovered`
+//!   instructions; `x86_64`, `aarch64`: what instructions mean; `framed_code`, `frame_pointers`,
+//!   `uncovered`
 //! - `projection`, `expression`: a row of CFI as a [`Rule`](windlass_schema::Rule)
 //! - `shapes`, `chains`: what functions have in common, once
 //! - `rows`: what several FDEs say of one address
@@ -48,6 +49,7 @@ mod entries;
 mod expression;
 mod fold;
 mod frame_pointers;
+mod framed_code;
 mod function_set;
 mod function_walk;
 mod go;

@@ -54,6 +54,9 @@ pub(crate) trait Code: Frames {
     /// whole section.
     fn linkage(code: &[u8], address: u64, is_section: bool) -> Option<Linkage>;
 
+    /// Whether code behind `before` is behind padding that only stands between functions.
+    fn is_padded(before: &[u8]) -> bool;
+
     /// Where a direct call leads that `code` begins with, at `address`.
     fn call(code: &[u8], address: u64) -> Option<u64>;
 }

@@ -7,13 +7,16 @@
 
 use std::ops::Range;
 
-use windlass_schema::{Record, UnsupportedReason};
+use windlass_schema::{Architecture, Record, UnsupportedReason};
 
+use crate::code_bytes::CodeBytes;
 use crate::elf::Image;
 use crate::frame_pointers::keeps_frame_pointers;
-use crate::recognise::{Recognised, is_padding, recognise};
+use crate::framed_code::framed_code;
+use crate::recognise::{Recognised, Starts, is_padding, recognise};
 use crate::report::RecognisedKind;
 use crate::stretch::Stretch;
+use crate::{aarch64, x86_64};
 
 /// For how many bytes of code an image may have one under CFI and still count as one without: what linkers and
 /// start files bring has some.
@@ -47,15 +50,21 @@ impl Uncovered {
             return Self::default();
         }
         let starts = image.starts(&gaps);
-        let recognised = recognise(image.architecture, &code, &gaps, &starts);
-        let mut frame_pointers_only = Vec::new();
+        let mut framed = Framed::default();
+        gaps.retain(|gap| !framed.take(image.architecture, &code, gap, &starts));
+        let mut recognised = recognise(image.architecture, &code, &gaps, &starts);
+        let mut frame_pointers_only = framed.rest;
         let covered_bytes = code.len() - all_bytes;
         if covered_bytes.saturating_mul(CODE_BYTES_PER_COVERED) <= code.len()
             && keeps_frame_pointers(image.architecture, &code, &gaps, &starts)
         {
-            frame_pointers_only = rest(&gaps, &recognised);
+            frame_pointers_only.extend(rest(&gaps, &recognised));
         }
-        Self { bytes: bytes_of(&gaps), recognised, frame_pointers_only }
+        let bytes = bytes_of(&gaps) + framed.bytes;
+        recognised.extend(framed.recognised);
+        recognised.sort_unstable_by_key(|one| one.range.start);
+        frame_pointers_only.sort_unstable_by_key(|range| range.start);
+        Self { bytes, recognised, frame_pointers_only }
     }
 
     /// Rows for a table.
@@ -78,6 +87,36 @@ impl Uncovered {
     /// How many bytes can be walked by frame pointers only.
     pub(crate) fn frame_pointer_bytes(&self) -> u64 {
         bytes_of(&self.frame_pointers_only)
+    }
+}
+
+/// Wide code that keeps frame pointers, whatever else the image has.
+#[derive(Default)]
+struct Framed {
+    bytes: u64,
+    recognised: Vec<Recognised>,
+    /// What of it can be walked by frame pointers only.
+    rest: Vec<Range<u64>>,
+}
+
+impl Framed {
+    /// Takes `gap`, if it is such code.
+    fn take(
+        &mut self,
+        architecture: Architecture,
+        code: &CodeBytes<'_>,
+        gap: &Range<u64>,
+        starts: &Starts,
+    ) -> bool {
+        let found = match architecture {
+            Architecture::X86_64 => framed_code::<x86_64::code::Machine>(code, gap, starts),
+            Architecture::Aarch64 => framed_code::<aarch64::code::Machine>(code, gap, starts),
+        };
+        let Some(found) = found else { return false };
+        self.bytes += gap.end - gap.start;
+        self.rest.extend(rest(std::slice::from_ref(gap), &found));
+        self.recognised.extend(found);
+        true
     }
 }
 

@@ -15,11 +15,12 @@
 //! that move arguments). Those have no prologue. So what looks like a function's end in front of the
 //! innermost address is too much doubt, and so is an instruction that gives rsp another value.
 //!
-//! Where all code is known to keep frame pointers, callers need no proof, and of the innermost frame more is certain:
+//! Where all code is known to keep frame pointers, callers need no proof. And of the innermost frame more is certain in memory
+//! of a JIT compiler:
 //!
-//! 4. Behind padding of `int3` and no prologue, a function has no frame: its return address is at rsp, or is not found.
-//! 5. In memory of a JIT compiler, where the third case holds without a prologue: V8's baseline code calls a function that
-//!    builds the frame.
+//! 4. Where the third case holds without a prologue: V8's baseline code calls a function that builds the frame.
+//!
+//! In an image, code that keeps frame pointers has rows wherever its frame is known; the rest is as doubtful as any.
 //!
 //! Each caller's address has to lie in executable memory, behind a call. A return address that an earlier call left in the
 //! frame makes a stop, not a frame.
@@ -116,6 +117,12 @@ fn moves_return_address(code: u64) -> bool {
     loads_rsp || pushes || pushes_high
 }
 
+/// Whether a JIT compiler made the code whose functions all keep frame pointers.
+#[inline(always)]
+fn is_of_known_compiler(code: &CodeWithoutTable) -> bool {
+    code.keeps_frame_pointers && code.is_jit
+}
+
 impl Registers {
     /// The caller by what lies at `at` on the stack: its address.
     #[inline(always)]
@@ -196,12 +203,8 @@ impl Registers {
         let signs = Signs::of(bytes, behind & is_first.wrapping_sub(1), at).first(count);
         search.at = at;
         search.seen |= signs.seen();
-        if code.keeps_frame_pointers && signs.is_behind_padding() {
-            if code.is_jit {
-                return self.without_prologue(search, code);
-            }
-            // Up to here the function has built no frame, or a prologue would have been met.
-            return self.caller_at(self.general[DWARF_RSP as usize], self.get(DWARF_RBP)?, memory);
+        if is_of_known_compiler(code) && signs.is_behind_padding() {
+            return self.search_stack(search);
         }
         if signs.prologues == 0 {
             return Ok(None);
@@ -211,7 +214,7 @@ impl Registers {
         }
         match search.seen {
             0 => self.caller_by_frame_pointer(memory),
-            seen if self.exact != 0 && seen & FUNCTION_END != 0 && !code.keeps_frame_pointers => {
+            seen if self.exact != 0 && seen & FUNCTION_END != 0 && !is_of_known_compiler(code) => {
                 Err(code.unproved)
             }
             _ => self.search_stack(search),
@@ -225,7 +228,7 @@ impl Registers {
         search: &mut Search,
         code: &CodeWithoutTable,
     ) -> Result<Option<Candidate>, StopReason> {
-        if code.keeps_frame_pointers && code.is_jit { self.search_stack(search) } else { Err(code.unproved) }
+        if is_of_known_compiler(code) { self.search_stack(search) } else { Err(code.unproved) }
     }
 
     /// Goes on with the words on the stack.

@@ -165,6 +165,20 @@ fn number(code: &[u8], effect: Effect, number: Option<u32>) -> Option<u32> {
     number.filter(|_| !is_written)
 }
 
+/// Where control goes behind an instruction at `address`.
+fn flow(effect: Effect, address: u64) -> Flow {
+    let target = |to: i32| address.wrapping_add_signed(to.into());
+    match effect {
+        Effect::Call(to) => Flow::Call(to.map(target)),
+        Effect::Branch(to) => Flow::Branch(target(to)),
+        Effect::Jump(Some(to)) => Flow::Jump(target(to)),
+        Effect::Return => Flow::Return,
+        Effect::Jump(None) => Flow::Leave,
+        Effect::Trap => Flow::Trap,
+        _ => Flow::Next,
+    }
+}
+
 impl Frames for Machine {
     type State = State;
 
@@ -178,24 +192,25 @@ impl Frames for Machine {
 
     fn step(code: &[u8], address: u64, state: State) -> Option<Step<State>> {
         let effect = decode(code)?;
-        let target = |to: i32| address.wrapping_add_signed(to.into());
         let flow = match effect {
-            Effect::Call(to) => Flow::Call(to.map(target)),
-            Effect::Branch(to) => Flow::Branch(target(to)),
-            Effect::Jump(Some(to)) => Flow::Jump(target(to)),
-            Effect::Return => Flow::Return,
-            Effect::Jump(None) => Flow::Leave,
-            Effect::Trap => Flow::Trap,
             Effect::SystemCall
                 if state.number.is_some_and(|number| ENDING_SYSTEM_CALLS.contains(&number)) =>
             {
                 Flow::Call(None)
             }
-            _ => Flow::Next,
+            effect => flow(effect, address),
         };
         let behind = state.behind(effect)?.checked()?;
         let behind = State { number: number(code, effect, state.number), ..behind };
         Some(Step { bytes: BYTES, flow, behind })
+    }
+
+    fn has_frame_pointer(state: State) -> bool {
+        state.frame.is_some()
+    }
+
+    fn passes(code: &[u8], address: u64) -> Option<(usize, Flow)> {
+        Some((BYTES, flow(decode(code)?, address)))
     }
 
     fn rule(state: State) -> Rule {
@@ -308,6 +323,11 @@ impl Code for Machine {
 
     fn linkage(code: &[u8], address: u64, is_section: bool) -> Option<Linkage> {
         plt::run(code, address, is_section)
+    }
+
+    /// Nobody pads with traps here.
+    fn is_padded(_: &[u8]) -> bool {
+        false
     }
 
     fn call(code: &[u8], address: u64) -> Option<u64> {

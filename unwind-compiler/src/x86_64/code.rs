@@ -21,6 +21,8 @@ pub(crate) struct State {
     frame: Option<i32>,
     /// Where the caller's rbp is saved, if it is. Otherwise rbp is the caller's.
     saved: Option<i32>,
+    /// The register that the return address was popped into, if it was. Then `depth` counts from what lay below it.
+    popped: Option<u8>,
     /// The constant in eax, the number of a system call, if known.
     number: Option<u32>,
 }
@@ -36,6 +38,11 @@ impl State {
             RBP => self.frame?.checked_sub(memory.displacement),
             _ => None,
         }
+    }
+
+    /// Whether a `push` is of the word at `place`.
+    fn pushes(self, instruction: Instruction, place: i32) -> bool {
+        instruction.memory.and_then(|memory| self.place(memory)) == Some(place)
     }
 
     /// Whether the word at `place` shares a byte with what this frame has to keep: return address and saved rbp.
@@ -63,8 +70,29 @@ impl State {
         Self { frame: None, saved: None, ..self }
     }
 
+    /// Behind an instruction while the return address is in a register. What is not known to leave that alone is refused:
+    /// `pop %r10; lea (%rsp, %rcx, 8), %rsp; push %r10; ret` drops arguments whose number is known at run time.
+    fn behind_popped(self, popped: u8, instruction: Instruction) -> Option<Self> {
+        match instruction.effect {
+            // Back on top: whatever lies above belongs to the caller, or is the next function's.
+            Effect::Push(Some(register)) if register == popped => {
+                Some(Self { depth: Some(WORD), popped: None, ..self })
+            }
+            Effect::Push(_) => self.moved(WORD),
+            // The arguments are gone, and the caller's frame ends here.
+            Effect::Address(RSP, _) if self.depth == Some(0) => Some(self),
+            Effect::Add(RSP, value) if self.depth == Some(0) && value > 0 && instruction.memory.is_none() => {
+                Some(self)
+            }
+            _ => None,
+        }
+    }
+
     /// This state, if it makes sense: what the frame has to keep is not below rsp, and there is a CFA.
     fn checked(self) -> Option<Self> {
+        if self.popped.is_some() {
+            return self.depth.is_some_and(|depth| depth >= 0).then_some(self);
+        }
         let is_above = |depth: i32| depth >= self.saved.unwrap_or(WORD).max(WORD);
         match self.depth {
             Some(depth) => is_above(depth),
@@ -75,7 +103,14 @@ impl State {
 
     /// Behind an instruction that passes control on.
     fn behind(self, instruction: Instruction) -> Option<Self> {
+        if let Some(popped) = self.popped {
+            return self.behind_popped(popped, instruction);
+        }
         match instruction.effect {
+            // The return address again, for what lay above it to be arguments of the function that is jumped to.
+            Effect::Push(None) if self.saved.is_none() && self.pushes(instruction, WORD) => {
+                Some(Self { depth: Some(WORD), ..self })
+            }
             Effect::Push(register) => {
                 let state = self.moved(WORD)?;
                 match (register, state.saved) {
@@ -86,10 +121,15 @@ impl State {
             Effect::Pop(Some(RBP)) if self.saved.is_none() || self.saved != self.depth => None,
             Effect::Pop(Some(RBP)) => self.restored().moved(-WORD),
             Effect::Pop(Some(RSP) | None) => None,
+            Effect::Pop(Some(register)) if self.depth == Some(WORD) && self.saved.is_none() => {
+                Some(Self { depth: Some(0), popped: Some(register), ..self })
+            }
             Effect::Pop(_) => self.moved(-WORD),
             Effect::Leave if self.frame.is_none() || self.frame != self.saved => None,
             Effect::Leave => Self { depth: self.frame, ..self }.restored().moved(-WORD),
             Effect::Load(RSP, Operand::Register(RBP)) => Some(Self { depth: Some(self.frame?), ..self }),
+            // rsp as it was saved before it was aligned: the frame pointer has to do.
+            Effect::Load(RSP, Operand::Memory(_)) if self.frame.is_some() => Some(Self { depth: None, ..self }),
             Effect::Load(RSP, _) | Effect::Subtract(RSP, _) => None,
             Effect::Load(RBP, Operand::Register(RSP)) if self.saved.is_some() => {
                 Some(Self { frame: Some(self.depth?), ..self })
@@ -105,7 +145,14 @@ impl State {
             Effect::Address(RSP, of) => Some(Self { depth: Some(self.place(of)?), ..self }),
             Effect::Address(RBP, of) if self.saved.is_some() => Some(Self { frame: self.place(of), ..self }),
             Effect::Address(RBP, _) => None,
-            Effect::Add(RSP, value) => self.moved(value.checked_neg()?),
+            Effect::Add(RSP, value) => {
+                // What `pop` stores.
+                let place = instruction.memory.and_then(|memory| self.place(memory));
+                if place.is_some_and(|place| self.is_kept(place)) {
+                    return None;
+                }
+                self.moved(value.checked_neg()?)
+            }
             Effect::Store(RBP, to)
                 // Behind the return address: above it the frame is the caller's.
                 if self.saved.is_none() && to.base == Some(RSP) && self.place(to)? >= 2 * WORD =>
@@ -174,41 +221,74 @@ fn number(code: &[u8], number: Option<u32>) -> Option<u32> {
     }
 }
 
+/// Where control goes behind an instruction whose end is `next`.
+fn flow(effect: Effect, next: u64) -> Flow {
+    let target = |to: i32| next.wrapping_add_signed(to.into());
+    match effect {
+        Effect::Call(to) => Flow::Call(to.map(target)),
+        Effect::Branch(to) => Flow::Branch(target(to)),
+        Effect::Jump(Some(to)) => Flow::Jump(target(to)),
+        Effect::Return => Flow::Return,
+        Effect::Jump(None) => Flow::Leave,
+        Effect::Trap => Flow::Trap,
+        _ => Flow::Next,
+    }
+}
+
+/// DWARF numbers of registers by those in instructions (System V ABI for AMD64, figure 3.36; Intel SDM volume 2,
+/// table 3-1).
+const DWARF_NUMBERS: [u16; 16] = [0, 2, 1, 3, 7, 6, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15];
+
 impl Frames for Machine {
     type State = State;
 
-    const ENTRY: State = State { depth: Some(WORD), frame: None, saved: None, number: None };
+    const ENTRY: State = State { depth: Some(WORD), frame: None, saved: None, popped: None, number: None };
 
     fn join(one: State, other: State) -> Option<State> {
         let number = one.number.filter(|_| one.number == other.number);
-        let joined = State { number, ..one };
-        (joined == State { number, ..other }).then_some(joined)
+        // Of two places for rsp, the frame pointer has to do.
+        let has_frame_pointer = one.frame.is_some() && one.saved.is_some();
+        let depth = one.depth.filter(|_| one.depth == other.depth || !has_frame_pointer);
+        let joined = State { depth, number, ..one };
+        let other = State { depth: if has_frame_pointer { depth } else { other.depth }, number, ..other };
+        (joined == other).then_some(joined)
     }
 
     fn step(code: &[u8], address: u64, state: State) -> Option<Step<State>> {
         let instruction = decode(code)?;
-        let next = address.checked_add(instruction.bytes as u64)?;
-        let target = |to: i32| next.wrapping_add_signed(to.into());
         let flow = match instruction.effect {
-            Effect::Call(to) => Flow::Call(to.map(target)),
-            Effect::Branch(to) => Flow::Branch(target(to)),
-            Effect::Jump(Some(to)) => Flow::Jump(target(to)),
-            Effect::Return => Flow::Return,
-            Effect::Jump(None) => Flow::Leave,
-            Effect::Trap => Flow::Trap,
             Effect::SystemCall
                 if state.number.is_some_and(|number| ENDING_SYSTEM_CALLS.contains(&number)) =>
             {
                 Flow::Call(None)
             }
-            _ => Flow::Next,
+            effect => flow(effect, address.checked_add(instruction.bytes as u64)?),
         };
         let behind = state.behind(instruction)?.checked()?;
         let behind = State { number: number(code, state.number), ..behind };
         Some(Step { bytes: instruction.bytes, flow, behind })
     }
 
+    fn has_frame_pointer(state: State) -> bool {
+        state.frame.is_some()
+    }
+
+    fn passes(code: &[u8], address: u64) -> Option<(usize, Flow)> {
+        let instruction = decode(code)?;
+        let next = address.checked_add(instruction.bytes as u64)?;
+        Some((instruction.bytes, flow(instruction.effect, next)))
+    }
+
     fn rule(state: State) -> Rule {
+        if let Some(popped) = state.popped {
+            let number = Register::new(Architecture::X86_64, DWARF_NUMBERS[usize::from(popped & 15)]);
+            let cfa = CfaRule::Offset(Register::RSP, state.depth.unwrap_or_default());
+            return number.map_or(Rule::NoCfi, |register| Rule::Frame {
+                cfa,
+                return_address: ReturnAddressRule::Register(register),
+                frame_pointer: FramePointerRule::Same,
+            });
+        }
         let cfa = match (state.frame, state.depth) {
             (Some(frame), _) => CfaRule::Offset(Register::RBP, frame),
             (None, depth) => CfaRule::Offset(Register::RSP, depth.unwrap_or_default()),
@@ -241,6 +321,9 @@ fn changes_move(prefix: &u8) -> bool {
 }
 
 const NOP: u8 = 0x90;
+
+/// int3
+const TRAP: u8 = 0xcc;
 
 /// How far back a call would reach whose displacement ends in [`NOP`].
 const CALL_ENDING_IN_NOP_BYTES: u64 = (0x100 - NOP as u64 - 1) << 24;
@@ -329,6 +412,11 @@ impl Code for Machine {
     #[inline]
     fn linkage(code: &[u8], address: u64, is_section: bool) -> Option<Linkage> {
         plt::run(code, address, is_section)
+    }
+
+    /// Behind two traps: a single one may be what a call that does not return comes back to.
+    fn is_padded(before: &[u8]) -> bool {
+        before.ends_with(&[TRAP, TRAP])
     }
 
     fn call(code: &[u8], address: u64) -> Option<u64> {

@@ -265,8 +265,15 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
             c.end_writing([])
         }
         0x9c => c.end(Effect::Push(None)),
-        // Into the flags, so into no register.
-        0x9d if is_plain => c.end(Effect::Pop(Some(RAX))),
+        // Into the flags.
+        0x9d if is_plain => c.end(Effect::Add(RSP, 8)),
+        // pop into memory. By rsp, that is counted from where it then is (Intel SDM volume 2, POP).
+        0x8f if is_plain => {
+            let (0, Operand::Memory(Memory { base, displacement })) = c.operands()? else { return None };
+            let popped = if base == Some(RSP) { 8 } else { 0 };
+            c.memory = Some(Memory { base, displacement: displacement.checked_add(popped)? });
+            c.end(Effect::Add(RSP, 8))
+        }
         0xa8 => c.skip(1).and_then(|()| c.end_writing([])),
         0xa9 => c.skip(constant_bytes).and_then(|()| c.end_writing([])),
         0xb0..=0xb7 => c.skip(1).and_then(|()| c.end_writing([c.extended(opcode, 0)])),
@@ -278,6 +285,8 @@ fn one_byte(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -> Option<Instruc
             c.operands().and_then(|(_, operand)| c.skip(1).and_then(|()| c.end_writing(register_of(operand))))
         }
         0xd0..=0xd3 | 0xfe => c.operands().and_then(|(_, operand)| c.end_writing(register_of(operand))),
+        // ret n: what it pops beside the address is the function's own arguments, above the CFA.
+        0xc2 => c.skip(2).and_then(|()| c.end(Effect::Return)),
         0xc3 => c.end(Effect::Return),
         0xc9 if is_plain => c.end(Effect::Leave),
         0xc6 | 0xc7 => {
@@ -493,6 +502,12 @@ mod tests {
         check(&[0xff, 0xd7], Effect::Call(None));
         check(&[0xe8, 4, 1, 0, 0], Effect::Call(Some(260)));
         check(&[0xc9], Effect::Leave);
+        // popf; pop 8(%rbx); ret 16
+        check(&[0x9d], Effect::Add(RSP, 8));
+        check(&[0x8f, 0x43, 8], Effect::Add(RSP, 8));
+        check(&[0xc2, 16, 0], Effect::Return);
+        assert_eq!(decode(&[0x8f, 0x44, 0x24, 8]).unwrap().memory, Some(at(RSP, 16)));
+        assert_eq!(decode(&[0x8f, 0xc0]), None);
         check(&[0x6a, 1], Effect::Push(None));
         check(&[0x68, 1, 2, 3, 4], Effect::Push(None));
         check(&[0xff, 0xe0], Effect::Jump(None));
