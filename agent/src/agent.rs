@@ -22,8 +22,8 @@ use crate::copied::{AttachError, CopiedStacks};
 use crate::jit_code::JitCode;
 use crate::kallsyms::KernelImage;
 use crate::kernel::{DEFAULT_TABLE_BUDGET_BYTES, Kernel, LoadError, Options, Turns};
+use crate::kernel_modules::KernelModules;
 use crate::metrics::Metrics;
-use crate::perf_map_upload::PerfMapUpload;
 use crate::processes::Processes;
 use crate::resource::Resources;
 use crate::sampling::{OpenBatch, Sampling};
@@ -32,6 +32,7 @@ use crate::service::{Service, ServiceError};
 use crate::shipper::{SPOOL_BUDGET_BYTES, Shipped, Shipper};
 use crate::spool::Spool;
 use crate::status::StatusListener;
+use crate::symbol_upload::SymbolUpload;
 use crate::table_cache::{TableCache, TableCacheError};
 use crate::table_refresh::DEFAULT_REFRESH_AFTER;
 use crate::tables::Tables;
@@ -336,12 +337,12 @@ fn run(
     let warm_up = sampling.warm_up(config.warm_up, stop);
     let _ = started.send(Ok(warm_up));
     sampling.run(stop);
-    let Sampling { backend, shipper, perf_maps, mut summary, .. } = sampling;
+    let Sampling { backend, shipper, symbols, mut summary, .. } = sampling;
     summary.lost_samples = backend.lost_samples();
     // Sampling ends before the last batches go out.
     drop(backend);
     let (Shipped { sent, spooled, dropped }, ()) =
-        runtime.block_on(async { tokio::join!(shipper.finish(), perf_maps.finish()) });
+        runtime.block_on(async { tokio::join!(shipper.finish(), symbols.finish()) });
     summary.sent_batches = sent;
     summary.spooled_batches = spooled;
     summary.dropped_batches += dropped;
@@ -375,7 +376,7 @@ fn prepare(
         listener.start(runtime, metrics.clone()).map_err(|error| StartError::Listen(address, error))?;
         tracing::info!("status at http://{address}/metrics and http://{address}/healthz");
     }
-    let perf_maps = PerfMapUpload::start(runtime, service.clone());
+    let symbols = SymbolUpload::start(runtime, service.clone());
     let kernel = match KernelImage::read() {
         Ok(kernel) => {
             runtime.spawn(kernel.clone().upload(service));
@@ -392,8 +393,9 @@ fn prepare(
         tables,
         shipper,
         kernel,
+        modules: KernelModules::read(),
         jit: JitCode::default(),
-        perf_maps,
+        symbols,
         frequency_hz: config.frequency_hz,
         ship_interval: config.ship_interval,
         host_name: config.host_name.clone().unwrap_or_else(host_name),

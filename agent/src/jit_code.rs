@@ -25,8 +25,8 @@ use crate::code_map::{Code, CodeMap, Met};
 use crate::code_records::{Progress, RecordsError};
 use crate::image::ImageId;
 use crate::otlp::Module;
-use crate::perf_map_upload::PerfMapUpload;
 use crate::perf_ring::monotonic_ns;
+use crate::symbol_upload::SymbolUpload;
 
 /// Most processes looked after at once, with two open files each.
 const MAX_PROCESSES: usize = 128;
@@ -234,7 +234,7 @@ impl JitCode {
     }
 
     /// Sends the functions of the batch that were not sent before, and says in which mappings its addresses are.
-    pub fn name_batch(&mut self, upload: &PerfMapUpload) -> BatchCode {
+    pub fn name_batch(&mut self, upload: &SymbolUpload) -> BatchCode {
         let found = std::mem::take(&mut self.found);
         let mut of_process: HashMap<u32, HashSet<&Function>> = HashMap::new();
         for ((reading, _), function) in &found {

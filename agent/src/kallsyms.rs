@@ -8,7 +8,7 @@
 //! linked address = address - (address of _text now - address of _text as linked)
 //! ```
 //! and the symbols go to the service under the kernel's build-ID, as linked, once for a whole fleet.
-//! Modules and BPF programs lie elsewhere, and keep their addresses.
+//! Modules are images of their own ([`crate::kernel_modules`]). BPF programs keep their addresses.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write as _};
@@ -131,7 +131,7 @@ fn read_error(error: io::Error) -> KallsymsError {
     KallsymsError::Read("/proc/kallsyms", error)
 }
 
-fn open_kallsyms() -> Result<BufReader<File>, KallsymsError> {
+pub(crate) fn open_kallsyms() -> Result<BufReader<File>, KallsymsError> {
     File::open("/proc/kallsyms").map(BufReader::new).map_err(read_error)
 }
 
@@ -174,6 +174,13 @@ impl Text {
         }
         Ok(symbols)
     }
+}
+
+/// The four fields of `ADDRESS TYPE NAME\t[MODULE]`.
+pub(crate) fn symbol_of_module(line: &str) -> Option<(u64, &str, &str, &str)> {
+    let (symbol_line, module) = line.split_once('\t')?;
+    let (address, kind, name) = symbol(symbol_line)?;
+    Some((address, kind, name, module.strip_prefix('[')?.strip_suffix(']')?))
 }
 
 /// `ADDRESS TYPE NAME`, and for modules `\t[MODULE]`, which are left out.

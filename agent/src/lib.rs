@@ -14,9 +14,9 @@
 //!   `table_refresh`: whether it is still the service's
 //! - [`otlp`], [`shipper`], [`spool`], [`compression`]: how samples become profiles and reach the service
 //! - [`resource`], [`cgroup`]: of which service, container and pod they are
-//! - [`kallsyms`]: the kernel's own addresses
+//! - [`kallsyms`], [`kernel_modules`]: the kernel's own addresses
 //! - [`jit_code`]: code of just-in-time compilers; [`code_file`], [`code_records`] ([`mod@perf_map`], [`jitdump`]),
-//!   [`code_map`], [`perf_map_upload`]
+//!   [`code_map`], [`symbol_upload`]
 //! - [`metrics`], `status`: what it says of itself; [`privilege`]: what it may not do
 //! - [`service`]: what is asked of the service
 //! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory; `eviction`: which of them go for others
@@ -40,11 +40,11 @@ pub mod jitdump;
 pub mod kallsyms;
 pub mod kernel;
 pub mod kernel_memory;
+pub mod kernel_modules;
 pub mod mapped_file;
 pub mod metrics;
 pub mod otlp;
 pub mod perf_map;
-pub mod perf_map_upload;
 mod perf_ring;
 pub mod privilege;
 pub mod proc_maps;
@@ -59,6 +59,7 @@ pub mod shipper;
 pub mod skeleton;
 pub mod spool;
 mod status;
+pub mod symbol_upload;
 pub mod table_cache;
 mod table_queue;
 mod table_refresh;

@@ -18,14 +18,15 @@ use crate::backend::{Backend, Event, Sample};
 use crate::compression::Compression;
 use crate::jit_code::JitCode;
 use crate::kallsyms::KernelImage;
+use crate::kernel_modules::KernelModules;
 use crate::metrics::Metrics;
 use crate::otlp::{Batch, Frame, Labels, Recording};
-use crate::perf_map_upload::PerfMapUpload;
 use crate::process::{Met, frame, is_made_code, lookup_address};
 use crate::processes::{Placement, Processes};
 use crate::resource::Resources;
 use crate::shipper::Shipper;
 use crate::spool::EncodedBatch;
+use crate::symbol_upload::SymbolUpload;
 use crate::tables::Tables;
 
 /// Shortest warm-up: within it each CPU has a sample or several, and the images that those touch are asked for.
@@ -45,8 +46,9 @@ pub(crate) struct Sampling {
     pub(crate) tables: Tables,
     pub(crate) shipper: Shipper,
     pub(crate) kernel: Option<KernelImage>,
+    pub(crate) modules: KernelModules,
     pub(crate) jit: JitCode,
-    pub(crate) perf_maps: PerfMapUpload,
+    pub(crate) symbols: SymbolUpload,
     pub(crate) frequency_hz: u32,
     pub(crate) ship_interval: Duration,
     pub(crate) host_name: String,
@@ -170,15 +172,18 @@ impl Sampling {
         self.summary.count(stop);
         // Not that of a walk which turned out to be of other mappings.
         self.metrics.sample(stop, sample.unsupported.filter(|_| stop == StopReason::UnsupportedRule));
+        for module in sample.kernel.iter().filter_map(|address| self.modules.meet(*address)) {
+            self.symbols.send_module(module);
+        }
         let kernel = sample.kernel.iter().enumerate().map(|(depth, address)| {
             // Only the innermost kernel address is that of an instruction.
             let address = match depth {
                 0 => *address,
                 _ => ReturnAddress::new(*address).lookup_address().get(),
             };
-            self.kernel
-                .as_ref()
-                .map_or(Frame { module: None, address, reading: None }, |kernel| kernel.frame(address))
+            let in_module = self.modules.frame(address);
+            let frame = in_module.or_else(|| Some(self.kernel.as_ref()?.frame(address)));
+            frame.unwrap_or(Frame { module: None, address, reading: None })
         });
         let mut met = Met::new(mappings);
         let user = sample.user.iter().map(|address| {
@@ -255,7 +260,8 @@ impl Sampling {
             duration_ns: u64::try_from(open.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             batch_id: batch_id(&self.host_name, start, open.number),
         };
-        let code = self.jit.name_batch(&self.perf_maps);
+        self.modules.review();
+        let code = self.jit.name_batch(&self.symbols);
         let request = open.batch.into_request(&recording, &code).encode_to_vec();
         match self.compression.compress(&request) {
             Ok(request) => {

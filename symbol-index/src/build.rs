@@ -5,6 +5,9 @@ use crate::elf::{self, ElfError};
 use crate::symbol::{self, Symbol};
 use crate::{call_frames, dwarf, elf_symbols, extent_table, kallsyms, perf_map, symbol_table};
 
+/// Where a kernel's code starts, in its file (arch/x86/kernel/vmlinux.lds.S) and in its list of symbols.
+const KERNEL_TEXT: &str = "_text";
+
 /// What is known of an image. Each part is optional.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Input<'a> {
@@ -54,7 +57,9 @@ pub fn build(input: Input<'_>) -> Result<Vec<u8>, BuildError> {
     let mut functions = files.iter().rev().map(|(_, file)| call_frames::functions(file));
     let functions = functions.find(|functions| !functions.is_empty()).unwrap_or_default();
     call_frames::limit_symbols(&mut symbols, &functions);
-    symbols.extend(input.kallsyms.map(kallsyms::symbols).unwrap_or_default());
+    let mut of_kernel = input.kallsyms.map(kallsyms::symbols).unwrap_or_default();
+    symbol::align(&mut of_kernel, &symbols, KERNEL_TEXT);
+    symbols.extend(of_kernel);
     symbols.extend(input.perf_map.map(perf_map::symbols).unwrap_or_default());
 
     let mut parts = Parts { broken: unreadable.is_some(), ..Parts::default() };

@@ -82,6 +82,20 @@ pub(crate) fn flatten(mut symbols: Vec<Symbol<'_>>) -> Vec<Segment<'_>> {
     segments
 }
 
+/// Moves `symbols` so that the one called `landmark` lies where `fixed` has it; they stay if one of the two has none. Who
+/// sends a kernel's symbols knows how far each is from the kernel's start, and may not know where that was linked to.
+pub(crate) fn align(symbols: &mut [Symbol<'_>], fixed: &[Symbol<'_>], landmark: &str) {
+    let start = |symbols: &[Symbol<'_>]| {
+        symbols.iter().find(|symbol| symbol.name == landmark).map(|symbol| symbol.start)
+    };
+    let (Some(from), Some(to)) = (start(symbols), start(fixed)) else { return };
+    for symbol in symbols {
+        for address in [&mut symbol.start, &mut symbol.end, &mut symbol.limit] {
+            *address = address.wrapping_sub(from).wrapping_add(to);
+        }
+    }
+}
+
 /// Ends the open symbols that end at or before `until`, innermost first.
 fn close<'a>(segments: &mut Vec<Segment<'a>>, open: &mut Vec<&Symbol<'a>>, at: &mut u64, until: u64) {
     while let Some(symbol) = open.pop_if(|symbol| symbol.end <= until) {
@@ -140,6 +154,16 @@ mod tests {
         let segments = flatten(symbols);
         let got: Vec<_> = segments.iter().map(|s| (s.start, s.end, s.name)).collect();
         assert_eq!(got, expect);
+    }
+
+    #[test]
+    fn aligned_at_a_landmark() {
+        let fixed = [symbol(10, 0, "other"), symbol(500, 0, "_text")];
+        let mut symbols = [symbol(100, 0, "_text"), symbol(120, 5, "f")];
+        align(&mut symbols, &fixed[..1], "_text");
+        assert_eq!(symbols[1].start, 120);
+        align(&mut symbols, &fixed, "_text");
+        assert_eq!((symbols[1].start, symbols[1].end, symbols[1].limit), (520, 525, 1400));
     }
 
     #[test]

@@ -119,7 +119,9 @@ impl Namer {
     fn mapped_images(&self) -> BTreeSet<BuildId> {
         let nameless = self.nameless().into_iter();
         nameless
-            .filter(|(_, address, mapping, _)| segments::is_mapped(mapping, *address))
+            .filter(|(_, address, mapping, _)| {
+                segments::is_mapped(mapping, self.strings.get(mapping.filename), *address)
+            })
             .map(|(.., build_id)| build_id)
             .collect()
     }
@@ -128,7 +130,9 @@ impl Namer {
     fn images(&mut self, segments: &HashMap<BuildId, Segments>) -> Vec<(BuildId, Vec<u64>)> {
         for (position, address, mapping, build_id) in self.nameless() {
             let address = match segments.get(&build_id) {
-                Some(segments) if segments::is_mapped(&mapping, address) => {
+                Some(segments)
+                    if segments::is_mapped(&mapping, self.strings.get(mapping.filename), address) =>
+                {
                     segments.image_address(&mapping, address)
                 }
                 _ => Some(address),

@@ -10,8 +10,14 @@
 //! `memory_start = file_offset - p_offset + p_vaddr`. Put into the equations, this gives the address itself. So
 //! one rule serves both, and nobody need say which kind a profile is.
 //!
+//! The kernel is not mapped from its file. Its mapping starts at its first byte of code, `_text`, wherever the sender
+//! takes that to be, and is not longer than its segment with code:
+//!
+//! ```text
+//! image address = address - memory_start + p_vaddr       of the first PT_LOAD with code
+//! ```
 //! Two kinds of address are taken as they are: those outside their mapping, which cannot be the process's, and
-//! those of the kernel, which is not mapped from its file. An address that no segment holds has no name
+//! those of the kernel in any other mapping. An address that no segment holds has no name
 //! rather than a wrong one. If no file that says where the segments were is stored, addresses are
 //! taken as they are: a process's own are then far above those of the image, and find nothing.
 
@@ -35,6 +41,8 @@ use crate::service::App;
 const HEAD_BYTES: u64 = 4096;
 /// Addresses from here on are the kernel's, on x86-64 and aarch64.
 const KERNEL_START: u64 = 1 << 63;
+/// The path of the kernel's mapping.
+const KERNEL_PATH: &str = "[kernel.kallsyms]";
 
 /// A `PT_LOAD` with code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,19 +53,36 @@ struct Segment {
 }
 
 /// Where the code of a file is among its image's addresses.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Segments(Vec<Segment>);
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Segments {
+    /// Those of which the file has the bytes.
+    in_file: Vec<Segment>,
+    /// Start and size in memory of the first one.
+    text: Option<(u64, u64)>,
+}
 
-/// Whether `address` may be one of a process in which the file is mapped like this.
-pub(super) fn is_mapped(mapping: &Mapping, address: u64) -> bool {
-    (mapping.memory_start..mapping.memory_limit).contains(&address) && address < KERNEL_START
+/// Whether `address` is not the image's own but lies in this mapping of it, whose path is `path`.
+pub(super) fn is_mapped(mapping: &Mapping, path: &str, address: u64) -> bool {
+    let is_image = address < KERNEL_START || is_kernel(mapping, path);
+    (mapping.memory_start..mapping.memory_limit).contains(&address) && is_image
+}
+
+/// Whether it is the mapping of the kernel as perf and our agents name it.
+fn is_kernel(mapping: &Mapping, path: &str) -> bool {
+    mapping.memory_start >= KERNEL_START && path == KERNEL_PATH
 }
 
 impl Segments {
     /// The image address of a mapped address, if a segment holds it.
     pub(super) fn image_address(&self, mapping: &Mapping, address: u64) -> Option<u64> {
+        if address >= KERNEL_START {
+            return Some(self.kernel_address(mapping, address).unwrap_or(address));
+        }
+        if self.in_file.is_empty() {
+            return Some(address);
+        }
         let offset = address.checked_sub(mapping.memory_start)?.checked_add(mapping.file_offset)?;
-        let mut found = self.0.iter().filter_map(|segment| {
+        let mut found = self.in_file.iter().filter_map(|segment| {
             let into = offset.checked_sub(segment.offset).filter(|into| *into < segment.size)?;
             segment.address.checked_add(into)
         });
@@ -66,20 +91,27 @@ impl Segments {
         found.all(|other| other == address).then_some(address)
     }
 
+    /// The image address of an address in the kernel's mapping.
+    fn kernel_address(&self, mapping: &Mapping, address: u64) -> Option<u64> {
+        let (start, size) = self.text?;
+        let length = mapping.memory_limit.checked_sub(mapping.memory_start)?;
+        (length <= size).then(|| (address - mapping.memory_start).checked_add(start)).flatten()
+    }
+
     /// Segments out of program headers. `strict` are those of a debug file: where it was made by emptying sections, a
     /// segment with code has lost bytes, and its offset says nothing any more.
     fn new(headers: &[ProgramHeader64<Endianness>], endian: Endianness, strict: bool) -> Self {
         let code = headers.iter().filter(|header| {
-            header.p_type(endian) == elf::PT_LOAD
-                && header.p_flags(endian).0 & elf::PF_X.0 != 0
-                && (!strict || header.p_filesz(endian) == header.p_memsz(endian))
+            header.p_type(endian) == elf::PT_LOAD && header.p_flags(endian).0 & elf::PF_X.0 != 0
         });
+        let text = code.clone().next().map(|header| (header.p_vaddr(endian), header.p_memsz(endian)));
+        let code = code.filter(|header| !strict || header.p_filesz(endian) == header.p_memsz(endian));
         let segments = code.map(|header| Segment {
             offset: header.p_offset(endian),
             size: header.p_filesz(endian),
             address: header.p_vaddr(endian),
         });
-        Self(segments.filter(|segment| segment.size > 0).collect())
+        Self { in_file: segments.filter(|segment| segment.size > 0).collect(), text }
     }
 }
 
@@ -88,7 +120,7 @@ pub(super) async fn find(app: &Arc<App>, id: BuildId) -> Result<Option<Segments>
     for kind in [ArtefactKind::Executable, ArtefactKind::Skeleton, ArtefactKind::Debuginfo] {
         let Some(artefact) = app.sound_artefact(id, kind).await? else { continue };
         match read(app, artefact.blob, kind == ArtefactKind::Debuginfo).await {
-            Ok(Some(segments)) if !segments.0.is_empty() => return Ok(Some(segments)),
+            Ok(Some(segments)) if segments.text.is_some() => return Ok(Some(segments)),
             Ok(_) => {}
             Err(BlobError::Damaged { hash, .. }) => app.mark_damaged(hash).await?,
             Err(error) => return Err(error.into()),
@@ -150,7 +182,8 @@ mod tests {
     };
 
     fn segments(list: &[[u64; 3]]) -> Segments {
-        Segments(list.iter().map(|&[offset, size, address]| Segment { offset, size, address }).collect())
+        let in_file = list.iter().map(|&[offset, size, address]| Segment { offset, size, address }).collect();
+        Segments { in_file, text: list.first().map(|&[_, size, address]| (address, size)) }
     }
 
     /// `mapping` as memory_start, length and file_offset.
@@ -158,7 +191,7 @@ mod tests {
     fn check(segments: &Segments, mapping: [u64; 3], address: u64, expect: Option<u64>) {
         let [memory_start, length, file_offset] = mapping;
         let mapping = Mapping { memory_start, memory_limit: memory_start + length, file_offset, ..MAPPING };
-        assert!(is_mapped(&mapping, address));
+        assert!(is_mapped(&mapping, "/usr/bin/program", address));
         assert_eq!(segments.image_address(&mapping, address), expect);
     }
 
@@ -190,10 +223,26 @@ mod tests {
     fn the_kernel_and_what_lies_outside_the_mapping_are_left_alone() {
         let mapping = Mapping { memory_start: 0x1000, memory_limit: 0x2000, ..MAPPING };
         for address in [0xfff, 0x2000] {
-            assert!(!is_mapped(&mapping, address));
+            assert!(!is_mapped(&mapping, "", address));
         }
         let start = 0xffff_ffff_8100_0000;
         let kernel = Mapping { memory_start: start, memory_limit: start + 0x1000, ..MAPPING };
-        assert!(!is_mapped(&kernel, start));
+        assert!(!is_mapped(&kernel, "[guest.kernel.kallsyms]", start));
+    }
+
+    #[test]
+    fn the_kernel_lies_where_its_file_was_linked_to() {
+        let text = segments(&[[0x20_0000, 0x100_0000, 0xffff_ffff_8100_0000]]);
+        let kernel = |start, length| Mapping { memory_start: start, memory_limit: start + length, ..MAPPING };
+        let at = |mapping: &Mapping, address| {
+            is_mapped(mapping, KERNEL_PATH, address).then(|| text.image_address(mapping, address).unwrap())
+        };
+        let linked = kernel(0xffff_ffff_8100_0000, 0xf0_0000);
+        assert_eq!(at(&linked, 0xffff_ffff_8100_1234), Some(0xffff_ffff_8100_1234));
+        let random = kernel(0xffff_ffff_a340_0000, 0xf0_0000);
+        assert_eq!(at(&random, 0xffff_ffff_a340_1234), Some(0xffff_ffff_8100_1234));
+        assert_eq!(at(&random, 0xffff_ffff_a330_0000), None);
+        let all = kernel(0xffff_ffff_8000_0000, 0x4000_0000);
+        assert_eq!(at(&all, 0xffff_ffff_8100_1234), Some(0xffff_ffff_8100_1234), "that starts elsewhere");
     }
 }

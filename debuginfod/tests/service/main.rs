@@ -5,6 +5,7 @@
 mod debuginfod;
 mod decoders;
 mod faults;
+mod kernel;
 mod naming;
 mod server;
 mod tables;

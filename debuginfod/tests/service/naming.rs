@@ -22,7 +22,7 @@ use windlass_schema::pprof::{self, Profile};
 
 use crate::server::{Server, TWICE_LINE, build, sha256, symbol};
 
-async fn symbolize(server: &Server, images: Vec<ImageAddresses>) -> SymbolizeResponse {
+pub(crate) async fn symbolize(server: &Server, images: Vec<ImageAddresses>) -> SymbolizeResponse {
     let request = SymbolizeRequest { images };
     let response = server.client.post(server.url("/api/v1/symbolize")).json(&request).send().await.unwrap();
     assert_eq!(response.status(), 200);
@@ -45,7 +45,7 @@ fn inlined_address() -> u64 {
 }
 
 /// Function names of one address, innermost first.
-fn names(response: &SymbolizeResponse, image: usize, address: usize) -> Vec<(&str, Provenance)> {
+pub(crate) fn names(response: &SymbolizeResponse, image: usize, address: usize) -> Vec<(&str, Provenance)> {
     response.images[image].addresses[address]
         .iter()
         .map(|frame| &response.functions[response.frames[*frame as usize].function as usize])
@@ -123,7 +123,7 @@ async fn requests_that_cannot_be_answered() {
     }
 }
 
-const START_NS: u64 = 1_800_000_000_000_000_000;
+pub(crate) const START_NS: u64 = 1_800_000_000_000_000_000;
 const STRINGS: [&str; 12] = [
     "",
     "samples",
@@ -140,7 +140,7 @@ const STRINGS: [&str; 12] = [
 ];
 
 /// A batch as an agent sends it: two samples of one stack in two threads, one of them outside any image.
-fn batch(start_ns: u64, addresses: &[u64], values: [i64; 2]) -> ExportProfilesServiceRequest {
+pub(crate) fn batch(start_ns: u64, addresses: &[u64], values: [i64; 2]) -> ExportProfilesServiceRequest {
     let attribute = |key: i32, value: Value| KeyValueAndUnit {
         key_strindex: key,
         value: Some(AnyValue { value: Some(value) }),
@@ -210,13 +210,13 @@ fn batch(start_ns: u64, addresses: &[u64], values: [i64; 2]) -> ExportProfilesSe
     ExportProfilesServiceRequest { resource_profiles: vec![resource], dictionary: Some(dictionary) }
 }
 
-async fn send(server: &Server, batch: &ExportProfilesServiceRequest) -> Response {
+pub(crate) async fn send(server: &Server, batch: &ExportProfilesServiceRequest) -> Response {
     let body = zstd::stream::encode_all(&batch.encode_to_vec()[..], 3).unwrap();
     let request = server.client.post(server.url("/v1development/profiles")).header(CONTENT_ENCODING, "zstd");
     request.header(CONTENT_TYPE, "application/x-protobuf").body(body).send().await.unwrap()
 }
 
-async fn decode(response: Response) -> Profile {
+pub(crate) async fn decode(response: Response) -> Profile {
     assert_eq!(response.status(), 200);
     assert_eq!(response.headers()[CONTENT_TYPE], "application/vnd.google.pprof");
     let mut bytes = Vec::new();
