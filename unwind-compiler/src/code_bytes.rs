@@ -57,6 +57,12 @@ impl<'a> CodeBytes<'a> {
         bytes.get((range.start - piece.start) as usize..)?.get(..length)
     }
 
+    /// The bytes from `address` to the end of its piece.
+    pub(crate) fn from(&self, address: u64) -> Option<&'a [u8]> {
+        let (piece, bytes) = self.piece(address)?;
+        bytes.get((address - piece.start) as usize..)
+    }
+
     /// Calls `visit` with the parts that `covered`, sorted by start, leaves: each within a piece, in order.
     pub(crate) fn gaps(
         &self,
@@ -108,6 +114,10 @@ mod tests {
     #[test]
     fn bytes_are_those_of_one_piece() {
         let code = CodeBytes::new(vec![(16, &BYTES[..]), (u64::MAX - 4, &BYTES[..]), (8, &[])]);
+        assert_eq!(
+            [15, 16, 47, 48].map(|at| code.from(at).map(<[u8]>::len)),
+            [None, Some(32), Some(1), None]
+        );
         assert_eq!((code.len(), code.start()), (32, Some(16)));
         assert_eq!(code.get(&(16..48)).map(<[u8]>::len), Some(32));
         assert_eq!(code.get(&(16..49)), None);

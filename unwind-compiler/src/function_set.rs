@@ -2,7 +2,7 @@
 //!
 //! # Why this shape
 //! What instructions do to a frame is certain, if only the frame is at the first of them. It is where a call leads; so
-//! it is at `.init` and `.fini` and the words of `.init_array` and its like, which the loader calls, and where a function
+//! it is at `main`, whose address the process entry hands over, at `.init` and `.fini` and the words of `.init_array` and its like, which the loader calls, and where a function
 //! that is believed calls or jumps to with that frame. A symbol says less: compilers give one to the
 //! unlikely part of a function, which is jumped to with any frame (GCC's `.cold`). From there on an instruction that
 //! returns is the proof, as nothing returns with a frame of its own left; or a jump to where the frame is known
@@ -82,8 +82,9 @@ impl<'s, 'a, C: Code> Functions<'s, 'a, C> {
         }
     }
 
-    /// The rows of the functions that are believed, disjoint and in order. The process entry calls `called`.
-    pub(crate) fn follow(mut self, called: Option<u64>) -> impl Iterator<Item = (Range<u64>, Rule)> {
+    /// The rows of the functions that are believed, disjoint and in order. For the process entry's sake, `called` are
+    /// called.
+    pub(crate) fn follow(mut self, called: Vec<u64>) -> impl Iterator<Item = (Range<u64>, Rule)> {
         let starts = self.starts;
         called.into_iter().chain(starts.called.iter().copied()).for_each(|start| self.believe(start));
         // The symbol of the last function that is believed.

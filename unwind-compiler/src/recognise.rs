@@ -6,7 +6,7 @@
 //! take the frame pointer, or the last function's rule. Here a rule is stated where the instructions leave no
 //! other, and only in gaps, so that what CFI says stays. What is recognised:
 //!
-//! 1. the process entry: up to its call, there is no caller
+//! 1. the process entry: up to its call, there is no caller; what it calls, and what it hands over, are functions
 //! 2. linkage tables: [`Code::linkage`]
 //! 3. trampolines of signals: [`Code::trampoline`]
 //! 4. functions all of whose ways can be followed; see [`function_set`](crate::function_set)
@@ -43,6 +43,12 @@ pub(crate) trait Code: Frames {
 
     /// Bytes of a process entry up to its call, if `code` begins with one.
     fn process_entry(code: &[u8]) -> Option<usize>;
+
+    /// The function whose address a process entry, `entry` up to behind its call, at `address`, hands to what it
+    /// calls, if it does so: a program's `main`.
+    fn handed_over(_entry: &[u8], _address: u64) -> Option<u64> {
+        None
+    }
 
     /// The trampoline that stands at `at` in `code`, which is `address`. The image's code begins at `first_code`.
     fn trampoline(code: &[u8], at: usize, first_code: u64, address: u64) -> Option<Trampoline>;
@@ -142,7 +148,8 @@ pub(crate) fn recognise(
 }
 
 fn recognised<C: Code>(code: &CodeBytes<'_>, gaps: &[Range<u64>], starts: &Starts) -> Vec<Recognised> {
-    let mut scan = Scan::<C> { code, starts, found: Vec::new(), called: None, architecture: PhantomData };
+    let mut scan =
+        Scan::<C> { code, starts, found: Vec::new(), called: Vec::new(), architecture: PhantomData };
     let mut open = Vec::new();
     for gap in gaps {
         let Some(bytes) = code.get(gap) else { continue };
@@ -155,7 +162,14 @@ fn recognised<C: Code>(code: &CodeBytes<'_>, gaps: &[Range<u64>], starts: &Start
         }
         open.extend((at < gap.end).then_some(at..gap.end));
     }
-    let Scan { mut found, called, .. } = scan;
+    let Scan { mut found, mut called, .. } = scan;
+    // CFI may cover it, and not what it hands over: Rust's `main` with panic=abort.
+    let entry = code.from(starts.process);
+    if let Some(entry) = entry
+        && let Some(length) = C::process_entry(entry)
+    {
+        called.extend(C::handed_over(&entry[..length], starts.process));
+    }
     let is_linkage = |one: &&Recognised| one.kind == RecognisedKind::LinkageTable;
     let linkage = found.iter().filter(is_linkage).map(|one| one.range.clone()).collect();
     let followed = Functions::<C>::new(code, &open, starts, linkage).follow(called);
@@ -171,7 +185,7 @@ struct Scan<'s, 'a, C> {
     starts: &'s Starts,
     found: Vec<Recognised>,
     /// What the process entry calls.
-    called: Option<u64>,
+    called: Vec<u64>,
     architecture: PhantomData<C>,
 }
 
@@ -189,7 +203,7 @@ impl<C: Code> Scan<'_, '_, C> {
             {
                 self.add(address..address + length as u64, Rule::End, RecognisedKind::ProcessEntry);
                 let call = length.saturating_sub(C::CALL_BYTES);
-                self.called = C::call(&rest[call..length], address + call as u64);
+                self.called.extend(C::call(&rest[call..length], address + call as u64));
                 Some(length)
             } else if let Some(Linkage { bytes: length, rows }) =
                 C::linkage(rest, address, is_section && at == 0)

@@ -70,6 +70,43 @@ fn x86_64_process_entry_and_what_it_calls() {
 }
 
 #[test]
+fn x86_64_main_that_the_process_entry_hands_over() {
+    // push rbx; call -6; pop rbx; ret: its return is behind a call, and proves nothing.
+    let main = [0x53, 0xe8, 0xfa, 0xff, 0xff, 0xff, 0x5b, 0xc3];
+    let expect = [
+        "24..25 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "25..31 function cfa=rsp+16 ra=*(cfa-8) rbp=same",
+        "31..32 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    let starts = Starts { process: START, ..symbols(&[(24, 8)]) };
+    // lea rdi, [rip+13]; mov rdi, 0x1018; lea rsi, [rip+13]: to behind the entry, in another register.
+    let relative = [0x48, 0x8d, 0x3d, 15, 0, 0, 0];
+    let constant = [0x48, 0xc7, 0xc7, 0x18, 0x10, 0, 0];
+    let other = [0x48, 0x8d, 0x35, 15, 0, 0, 0];
+    for (first, expect) in [(relative, &expect[..]), (constant, &expect), (other, &[])] {
+        // xor ebp, ebp; ...; call [rip]; hlt
+        let mut code: Vec<u8> = [0x31, 0xed].into_iter().chain(first).collect();
+        code.extend([0xff, 0x15, 0, 0, 0, 0, 0xf4]);
+        code.resize(24, 0xcc);
+        code.extend(main);
+        let bytes = CodeBytes::new(vec![(START, &code[..])]);
+        // CFI covers the entry.
+        let behind = START + 16..START + 32;
+        let found = recognise(X86_64, &bytes, std::slice::from_ref(&behind), &starts);
+        let text = |one: &Recognised| {
+            format!(
+                "{}..{} {} {}",
+                one.range.start - START,
+                one.range.end - START,
+                one.kind.as_str(),
+                one.rule
+            )
+        };
+        assert_eq!(found.iter().map(text).collect::<Vec<_>>(), expect);
+    }
+}
+
+#[test]
 fn x86_64_lazy_linkage() {
     let mut code = vec![0xff, 0x35, 1, 2, 3, 4, 0xff, 0x25, 1, 2, 3, 4, 0x0f, 0x1f, 0x40, 0];
     for (number, to) in [(0, 0xe0), (1, 0xd0)] {

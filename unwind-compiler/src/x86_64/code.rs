@@ -361,6 +361,30 @@ impl Code for Machine {
         None
     }
 
+    /// In front of its call, glibc's entry has `main` in rdi, the first argument of `__libc_start_main`
+    /// (sysdeps/x86_64/start.S).
+    fn handed_over(entry: &[u8], address: u64) -> Option<u64> {
+        let mut at = 0;
+        let mut last = None;
+        while let Some(rest) = entry.get(at..).filter(|rest| !rest.is_empty()) {
+            let next = at + decode(rest)?.bytes;
+            if next == entry.len() {
+                return last;
+            }
+            last = match *rest {
+                // lea of an address relative to rip; mov of a constant.
+                [0x48, 0x8d, 0x3d, a, b, c, d, ..] => {
+                    let behind = address.checked_add(next as u64)?;
+                    Some(behind.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into()))
+                }
+                [0x48, 0xc7, 0xc7, a, b, c, d, ..] => u64::try_from(i32::from_le_bytes([a, b, c, d])).ok(),
+                _ => None,
+            };
+            at = next;
+        }
+        None
+    }
+
     /// When a handler has returned, rsp is at the `ucontext` (arch/x86/kernel/signal_64.c, `rt_sigreturn`). Its return
     /// address is the trampoline's first byte, so that it is looked up one byte before: as in
     /// glibc's own CFI, that is a part of the trampoline if it is a nop.
