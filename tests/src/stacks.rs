@@ -33,6 +33,8 @@ pub struct Stack {
     pub stop: Option<StopReason>,
     /// The process.
     pub pid: i64,
+    /// The thread's name.
+    pub thread: String,
 }
 
 impl Stack {
@@ -87,6 +89,7 @@ pub fn stacks(profile: &Profile) -> Vec<Stack> {
             count: sample.value.first().copied().unwrap_or_default(),
             stop: stop.and_then(StopReason::from_name),
             pid: labels.get(label::PID).map_or(0, |label| label.num),
+            thread: labels.get(label::THREAD).map_or("", |label| profile.string(label.str)).to_owned(),
         }
     };
     profile.sample.iter().map(stack).collect()

@@ -37,6 +37,14 @@ pub(crate) const TEST_PROGRAMS: &[Program] = &[
     Program { name: "node", package: "nodejs", used_by: "the tests of code that is made at run time" },
     Program { name: "perl", package: "perl", used_by: "the tests of walks" },
     Program { name: "openssl", package: "openssl", used_by: "the tests of walks" },
+    Program { name: "musl-gcc", package: "musl-tools", used_by: "the tests of walks" },
+    Program { name: "unshare", package: "util-linux", used_by: "the tests of walks" },
+    Program {
+        // A library: as an absolute path, which no folder changes.
+        name: "/usr/lib/x86_64-linux-gnu/libopenblas.so.0",
+        package: "libopenblas0-pthread",
+        used_by: "the tests of walks",
+    },
     Program {
         name: "aarch64-linux-gnu-gcc",
         // The compiler's package only recommends the C library.

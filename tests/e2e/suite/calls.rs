@@ -1,0 +1,75 @@
+//! Is each return address one that a call leaves?
+
+use std::collections::HashMap;
+
+use object::{Object as _, ObjectSegment as _};
+use windlass_tests::stacks::{Frame, Stack};
+
+use super::chain::base_name;
+use super::launch::Running;
+
+/// `mov $15, %eax` or `%rax`, and `syscall`: what the kernel lets a signal handler return to (`__restore_rt`).
+const SIGNAL_RETURNS: [&[u8]; 2] =
+    [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
+/// Functions that are returned to without having called.
+const FIRST: [&str; 1] = ["runtime.goexit"];
+/// Most bytes of a call of a register or of memory.
+const LONGEST_CALL: u64 = 8;
+
+/// The files of a process's images, by path.
+pub(crate) struct Images<'a> {
+    program: &'a Running,
+    files: HashMap<String, Option<Vec<u8>>>,
+}
+
+impl<'a> Images<'a> {
+    pub(crate) fn of(program: &'a Running) -> Self {
+        Self { program, files: HashMap::new() }
+    }
+
+    /// Whether all frames of a stack but the innermost are behind a call, or what a signal interrupted, or
+    /// where the unwinder of exceptions returns to, or one of [`FIRST`]; that at which a walk was cut short is not
+    /// looked at. Of an image whose file is not there nothing is said.
+    pub(crate) fn returns_behind_calls(&mut self, stack: &Stack) -> bool {
+        let mut interrupted = true;
+        let count = stack.frames.len() - usize::from(!stack.is_complete() && !stack.frames.is_empty());
+        stack.frames[..count].iter().all(|frame| {
+            let was_interrupted = interrupted;
+            let is_unwinder = frame.function.starts_with("_Unwind_");
+            interrupted = self.is_signal_return(frame) || is_unwinder;
+            let is_first = FIRST.contains(&frame.function.as_str());
+            was_interrupted || interrupted || is_first || self.is_behind_call(frame).unwrap_or(true)
+        })
+    }
+
+    /// The bytes of an image at an address of its own, `before` of them before it.
+    fn bytes(&mut self, frame: &Frame, before: u64, count: u64) -> Option<Vec<u8>> {
+        // The program's own file may be another by now.
+        let read = || match base_name(&frame.image).starts_with(&self.program.comm) {
+            true => self.program.images.first().cloned(),
+            false => std::fs::read(&frame.image).ok(),
+        };
+        let file = self.files.entry(frame.image.clone()).or_insert_with(read);
+        let elf = object::File::parse(&file.as_ref()?[..]).ok()?;
+        let start = frame.address.checked_sub(before)?;
+        let bytes = elf.segments().find_map(|segment| segment.data_range(start, count).ok().flatten())?;
+        Some(bytes.to_vec())
+    }
+
+    /// The address is the signal return's first, or, lowered as if it were behind a call, the one before it.
+    fn is_signal_return(&mut self, frame: &Frame) -> bool {
+        let Some(bytes) = self.bytes(frame, 0, 10) else { return false };
+        SIGNAL_RETURNS.iter().any(|code| bytes.starts_with(code) || bytes[1..].starts_with(code))
+    }
+
+    /// The address is lowered into the call: the byte behind it is the return address.
+    fn is_behind_call(&mut self, frame: &Frame) -> Option<bool> {
+        let bytes = self.bytes(frame, LONGEST_CALL - 1, LONGEST_CALL)?;
+        let is_indirect = |length: usize| {
+            let call = &bytes[bytes.len() - length..];
+            let call = if call[0] & 0xf0 == 0x40 { &call[1..] } else { call };
+            call.len() >= 2 && call[0] == 0xff && call[1] >> 3 & 7 == 2
+        };
+        Some(bytes[bytes.len() - 5] == 0xe8 || (2..=LONGEST_CALL as usize).any(is_indirect))
+    }
+}
