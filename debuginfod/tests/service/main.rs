@@ -7,6 +7,7 @@ mod decoders;
 mod faults;
 mod kernel;
 mod naming;
+mod perf_map;
 mod server;
 mod tables;
 mod uploads;

@@ -78,7 +78,7 @@ impl Report {
             match stack.stop {
                 Some(stop) if !stop.is_complete() => stops.entry(stop).or_default().push(stack.clone()),
                 Some(_) => {}
-                None => self.fault(program, "walks without a reason to end", &[stack.clone()]),
+                None => self.fault(program, "walks without a reason to end", std::slice::from_ref(stack)),
             }
         }
         if !wrong.is_empty() {
