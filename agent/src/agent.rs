@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use windlass_schema::StopReason;
 
+use crate::audit::{AuditReport, Auditor, SharedReport};
 use crate::backend::Backend;
 use crate::choice::Choice;
 use crate::compression::Compression;
@@ -86,6 +88,8 @@ pub struct Config {
     pub warm_up: Duration,
     /// How walks in the kernel make their turns.
     pub turns: Turns,
+    /// One walk of the BPF program in so many is held against the CFI of its images; `None` for none.
+    pub audit: Option<NonZeroU32>,
 }
 
 impl Config {
@@ -109,6 +113,7 @@ impl Config {
             spool_bytes: SPOOL_BUDGET_BYTES,
             warm_up: Duration::ZERO,
             turns: Turns::from_environment(),
+            audit: None,
         }
     }
 
@@ -191,6 +196,8 @@ pub struct Summary {
     pub tables_loaded: u64,
     /// Images without a table: path and reason.
     pub tables_unavailable: Vec<(String, String)>,
+    /// What audits found, if there were any.
+    pub audit: Option<AuditReport>,
 }
 
 impl Summary {
@@ -219,12 +226,14 @@ pub struct Agent {
     warm_up: WarmUp,
     agent_id: String,
     status_address: Option<SocketAddr>,
+    audit: Option<SharedReport>,
 }
 
 /// By what others know an agent, before it runs.
 struct Presence {
     agent_id: String,
     listener: Option<StatusListener>,
+    audit: Option<SharedReport>,
 }
 
 impl Agent {
@@ -237,6 +246,7 @@ impl Agent {
                         frequency_hz: config.frequency_hz,
                         table_budget_bytes: config.table_budget_bytes,
                         turns: config.turns,
+                        audit_every: config.audit,
                     };
                     Box::new(Kernel::load(&options)?)
                 }
@@ -266,17 +276,18 @@ impl Agent {
             .map(|address| StatusListener::bind(address).map_err(|error| StartError::Listen(address, error)));
         let listener = listener.transpose()?;
         let status_address = listener.as_ref().map(|listener| listener.address);
+        let audit = config.audit.map(|_| SharedReport::default());
         let (started, starting) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("windlass-agent".to_owned())
             .spawn({
                 let stop = stop.clone();
-                let presence = Presence { agent_id: agent_id.clone(), listener };
+                let presence = Presence { agent_id: agent_id.clone(), listener, audit: audit.clone() };
                 move || run(&config, presence, backend, &stop, &started)
             })
             .map_err(StartError::Thread)?;
         let warm_up = starting.recv().map_err(|_| StartError::Ended)??;
-        Ok(Self { stop, thread: Some(thread), warm_up, agent_id, status_address })
+        Ok(Self { stop, thread: Some(thread), warm_up, agent_id, status_address, audit })
     }
 
     /// What its batches carry as `windlass.agent.id`, and no other agent's do.
@@ -292,6 +303,11 @@ impl Agent {
     /// What was left out at the start.
     pub fn warm_up(&self) -> WarmUp {
         self.warm_up
+    }
+
+    /// What audits have found so far, if there are any.
+    pub fn audit(&self) -> Option<&SharedReport> {
+        self.audit.as_ref()
     }
 
     /// Stops sampling, sends what is left, and ends the agent's threads. Takes up to ten seconds if the
@@ -337,10 +353,11 @@ fn run(
     let warm_up = sampling.warm_up(config.warm_up, stop);
     let _ = started.send(Ok(warm_up));
     sampling.run(stop);
-    let Sampling { backend, shipper, symbols, mut summary, .. } = sampling;
+    let Sampling { backend, shipper, symbols, auditor, mut summary, .. } = sampling;
     summary.lost_samples = backend.lost_samples();
     // Sampling ends before the last batches go out.
     drop(backend);
+    summary.audit = auditor.map(Auditor::finish);
     let (Shipped { sent, spooled, dropped }, ()) =
         runtime.block_on(async { tokio::join!(shipper.finish(), symbols.finish()) });
     summary.sent_batches = sent;
@@ -356,11 +373,16 @@ fn prepare(
     backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Sampling, StartError> {
-    let Presence { agent_id, listener } = presence;
-    let metrics: Arc<Metrics> = Arc::default();
+    let Presence { agent_id, listener, audit } = presence;
+    let metrics = Arc::new(Metrics::with_audit(audit.clone()));
     let service = Service::new(&config.server, config.token.clone(), metrics.clone())?;
     let tables = config.cache_dir.join("tables");
     let cache = TableCache::open(&tables, config.table_cache_bytes, metrics.clone())?;
+    let auditor = audit.map(|report| {
+        let shown = TableCache::open(&tables, config.table_cache_bytes, metrics.clone())?;
+        Auditor::start(report, shown).map_err(StartError::Thread)
+    });
+    let auditor = auditor.transpose()?;
     let spool_dir = config.cache_dir.join("spool");
     let spool =
         Spool::open(&spool_dir, config.spool_bytes).map_err(|error| StartError::Spool(spool_dir, error))?;
@@ -396,6 +418,7 @@ fn prepare(
         modules: KernelModules::read(),
         jit: JitCode::default(),
         symbols,
+        auditor,
         frequency_hz: config.frequency_hz,
         ship_interval: config.ship_interval,
         host_name: config.host_name.clone().unwrap_or_else(host_name),

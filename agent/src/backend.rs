@@ -12,6 +12,8 @@ use windlass_schema::{BuildId, StopReason, Table, UnsupportedReason};
 
 use crate::proc_maps::Backing;
 
+use crate::audit::AuditedWalk;
+
 /// An executable mapping of a process, as a backend takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlacedMapping {
@@ -67,6 +69,8 @@ pub struct MappedImage {
 pub enum Event {
     /// A stack.
     Sample(Sample),
+    /// A walk to audit. Its sample comes on its own as well.
+    Audit(Box<AuditedWalk>),
     /// A process started to run another executable: nothing known of its mappings holds.
     Exec {
         /// Process.
@@ -157,4 +161,9 @@ pub trait Backend: Send {
 
     /// Samples that were taken but lost on the way here (ring buffer full), since the start.
     fn lost_samples(&self) -> u64;
+
+    /// Walks to audit that were lost on the way here, since the start.
+    fn lost_audits(&self) -> u64 {
+        0
+    }
 }

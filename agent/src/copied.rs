@@ -205,7 +205,7 @@ impl CopiedStacks {
 fn is_of(event: &Event, pid: u32) -> bool {
     match event {
         Event::Exec { tgid, .. } | Event::Mapped { tgid, .. } | Event::Exited { tgid } => *tgid == pid,
-        Event::Sample(_) | Event::Forked { .. } => false,
+        Event::Sample(_) | Event::Audit(_) | Event::Forked { .. } => false,
         Event::Lost { .. } => true,
     }
 }

@@ -7,11 +7,13 @@
 //! BPF programs: they need no tracefs and no function tracing, name every executable mapping, and
 //! say when some were lost.
 
+mod audits;
 mod chunk_maps;
 mod map_sizes;
 mod program;
 pub(crate) mod sideband;
 
+use std::num::NonZeroU32;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -20,13 +22,14 @@ use aya::programs::ProgramError;
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
 use aya::{Ebpf, EbpfLoader};
 use windlass_schema::maps::{
-    Counter, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_MAPPINGS, SEGMENT_SLOTS,
-    SampleHeader, SegmentKey, UNUSED_START, names,
+    AUDITS_RING_BYTES, Counter, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_MAPPINGS,
+    SEGMENT_SLOTS, SampleHeader, SegmentKey, UNUSED_START, names,
 };
 use windlass_schema::{StopReason, Table, maps::Location};
 
 use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
 use crate::chunks::ChunkSpace;
+use audits::Audits;
 pub use chunk_maps::ChunkMaps;
 use map_sizes::MapSizes;
 pub use program::Turns;
@@ -52,12 +55,19 @@ pub struct Options {
     pub table_budget_bytes: u64,
     /// How walks make their turns.
     pub turns: Turns,
+    /// One sample in so many is audited; `None` for none.
+    pub audit_every: Option<NonZeroU32>,
 }
 
 impl Default for Options {
-    /// 19 Hz; tables up to the default budget.
+    /// 19 Hz; tables up to the default budget; no audits.
     fn default() -> Self {
-        Self { frequency_hz: 19, table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES, turns: Turns::default() }
+        Self {
+            frequency_hz: 19,
+            table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES,
+            turns: Turns::default(),
+            audit_every: None,
+        }
     }
 }
 
@@ -104,6 +114,8 @@ pub struct Kernel {
     /// Tables that nothing names any more, but walks may still read.
     removed: Vec<Location>,
     sideband: Sideband,
+    /// If there are any.
+    audits: Option<Audits>,
     generation: u32,
 }
 
@@ -181,10 +193,21 @@ pub(crate) fn sampling_advice(errno: Option<i32>, frequency_hz: u32, max_rate: O
     }
 }
 
-/// Loads the object's maps and program code into this process, with maps made in the kernel.
-pub(crate) fn load_object(sizes: MapSizes) -> Result<Ebpf, LoadError> {
+/// Loads the object's maps and program code into this process, with maps made in the kernel. One sample in `audit_every` is
+/// to be audited.
+pub(crate) fn load_object(sizes: MapSizes, audit_every: Option<NonZeroU32>) -> Result<Ebpf, LoadError> {
     let mut loader = EbpfLoader::new();
+    let every = audit_every.map_or(0, NonZeroU32::get);
+    // What the maps for audits charge while there are none: a page, the least that the kernel takes
+    // (ringbuf_map_alloc in kernel/bpf/ringbuf.c), and the frames of one walk.
+    let (audits_bytes, walked) = match audit_every {
+        Some(_) => (AUDITS_RING_BYTES, possible_cpus()?),
+        None => (page_bytes(), 1),
+    };
     loader
+        .override_global(names::AUDIT_EVERY, &every, true)
+        .map_max_entries(names::AUDITS, audits_bytes)
+        .map_max_entries(names::WALKED, walked)
         .map_max_entries(names::PROCESSES, sizes.processes)
         .map_max_entries(names::MAPPINGS, sizes.mapping_segments)
         .map_max_entries(names::SAMPLES, sizes.samples_bytes);
@@ -198,10 +221,21 @@ pub(crate) fn load_object(sizes: MapSizes) -> Result<Ebpf, LoadError> {
     })
 }
 
+fn possible_cpus() -> Result<u32, LoadError> {
+    let count = aya::util::nr_cpus();
+    let count = count.map_err(|(path, error)| LoadError::Cpus(format!("{path}: {error}")))?;
+    Ok(u32::try_from(count).unwrap_or(u32::MAX))
+}
+
+fn page_bytes() -> u32 {
+    // SAFETY: sysconf has no preconditions.
+    u32::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
 impl Kernel {
     /// Loads the program and starts sampling every CPU.
     pub fn load(options: &Options) -> Result<Self, LoadError> {
-        let mut bpf = load_object(MapSizes::of_machine(options.frequency_hz))?;
+        let mut bpf = load_object(MapSizes::of_machine(options.frequency_hz), options.audit_every)?;
         let missing = |name: &str| LoadError::Refused(format!("the object has no map {name}"));
         let mut take = |name: &str| bpf.take_map(name).ok_or_else(|| missing(name));
         let wrong = |error: aya::maps::MapError| LoadError::Refused(describe(&error));
@@ -210,6 +244,10 @@ impl Kernel {
         let counters = PerCpuArray::try_from(take(names::COUNTERS)?).map_err(wrong)?;
         let samples = RingBuf::try_from(take(names::SAMPLES)?).map_err(wrong)?;
         let chunk_maps = ChunkMaps::from_map(take(names::CHUNKS)?)?;
+        let audits = match options.audit_every {
+            Some(_) => Some(Audits::new(take(names::AUDITS)?).map_err(wrong)?),
+            None => None,
+        };
         let cpus =
             aya::util::online_cpus().map_err(|(path, error)| LoadError::Cpus(format!("{path}: {error}")))?;
         let name = program::load(&mut bpf, options.turns)?;
@@ -239,6 +277,7 @@ impl Kernel {
             space: ChunkSpace::new(options.table_budget_bytes),
             removed: Vec::new(),
             sideband,
+            audits,
             generation: 0,
         })
     }
@@ -310,11 +349,8 @@ impl Backend for Kernel {
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()> {
         let mut descriptors =
             vec![libc::pollfd { fd: self.samples.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
-        descriptors.extend(self.sideband.descriptors().map(|fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        }));
+        let others = self.sideband.descriptors().chain(self.audits.iter().map(Audits::descriptor));
+        descriptors.extend(others.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }));
         let timeout_ms = match self.sideband.has_waiting() {
             true => 0,
             false => i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX),
@@ -331,7 +367,10 @@ impl Backend for Kernel {
         // Samples are taken out first, so that all process events older than one of them are drained after it.
         let mut samples = Vec::new();
         while let Some(item) = self.samples.next() {
-            samples.extend(decode_sample(&item));
+            samples.extend(decode_sample(&item).map(|sample| (sample.time_ns, Event::Sample(sample))));
+        }
+        for walk in self.audits.iter_mut().flat_map(Audits::drain) {
+            samples.push((walk.sample.time_ns, Event::Audit(Box::new(walk))));
         }
         self.sideband.drain(samples, sink);
         Ok(())
@@ -339,6 +378,10 @@ impl Backend for Kernel {
 
     fn lost_samples(&self) -> u64 {
         self.counter(Counter::RingFull)
+    }
+
+    fn lost_audits(&self) -> u64 {
+        self.counter(Counter::AuditsLost)
     }
 }
 
@@ -379,9 +422,13 @@ fn decode_sample(bytes: &[u8]) -> Option<Sample> {
         rest.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().expect("8 bytes")));
     let user: Vec<u64> = addresses.by_ref().take(usize::from(header.user_frames)).collect();
     let kernel: Vec<u64> = addresses.take(usize::from(header.kernel_frames)).collect();
+    Some(sample_of(&header, user, kernel))
+}
+
+fn sample_of(header: &SampleHeader, user: Vec<u64>, kernel: Vec<u64>) -> Sample {
     let name_bytes = header.comm.iter().position(|byte| *byte == 0).unwrap_or(header.comm.len());
     let stop = StopReason::try_from(header.stop).unwrap_or(StopReason::TableCorrupt);
-    Some(Sample {
+    Sample {
         time_ns: header.time_ns,
         tgid: header.tgid,
         tid: header.tid,
@@ -392,7 +439,7 @@ fn decode_sample(bytes: &[u8]) -> Option<Sample> {
         unsupported: unsupported_reason(stop, header.unsupported),
         user,
         kernel,
-    })
+    }
 }
 
 #[cfg(test)]

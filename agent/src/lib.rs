@@ -17,11 +17,13 @@
 //! - [`kallsyms`], [`kernel_modules`]: the kernel's own addresses
 //! - [`jit_code`]: code of just-in-time compilers; [`code_file`], [`code_records`] ([`mod@perf_map`], [`jitdump`]),
 //!   [`code_map`], [`symbol_upload`]
+//! - [`audit`]: whether the kernel's walks are right
 //! - [`metrics`], `status`: what it says of itself; [`privilege`]: what it may not do
 //! - [`service`]: what is asked of the service
 //! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory; `eviction`: which of them go for others
 
 pub mod agent;
+pub mod audit;
 pub mod backend;
 pub mod cgroup;
 pub mod choice;

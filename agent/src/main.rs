@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -16,7 +17,9 @@ use windlass_agent::chunks::MOST_TABLE_BYTES;
 use windlass_agent::compression::Compression;
 use windlass_agent::kernel::{DEFAULT_TABLE_BUDGET_BYTES, LoadError};
 use windlass_agent::privilege::Privilege;
+use windlass_agent::table_cache::HOST_ARCHITECTURE;
 use windlass_agent::{Agent, Config, StartError, Summary};
+use windlass_schema::Architecture;
 
 const MIB: u64 = 1024 * 1024;
 
@@ -82,6 +85,9 @@ struct Arguments {
     /// Stop after this time; otherwise at SIGINT or SIGTERM
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
+    /// Hold one walk in N against the CFI of its images, and count in the log and in /metrics where they disagree
+    #[arg(long, value_name = "1/N", value_parser = audit_share)]
+    audit: Option<NonZeroU32>,
     /// Seconds between two batches of profiles
     #[arg(long, value_name = "N", default_value_t = DEFAULT_SHIP_INTERVAL.as_secs(), value_parser = clap::value_parser!(u64).range(1..))]
     ship_interval: u64,
@@ -132,6 +138,11 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     config.compression = arguments.compression;
     config.host_name = arguments.host_name;
     config.table_budget_bytes = arguments.kernel_memory * MIB;
+    anyhow::ensure!(
+        arguments.audit.is_none() || HOST_ARCHITECTURE == Architecture::X86_64,
+        "--audit is for x86-64 alone"
+    );
+    config.audit = arguments.audit;
     config.ship_interval = Duration::from_secs(arguments.ship_interval);
     if let Some(file) = arguments.token_file {
         let token = std::fs::read_to_string(&file)
@@ -155,6 +166,12 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     runtime.block_on(end(seconds)).context("failed to wait for signals")?;
     report(&agent.stop()?);
     Ok(())
+}
+
+/// `N` of `1/N`.
+fn audit_share(text: &str) -> Result<NonZeroU32, String> {
+    let every = text.strip_prefix("1/").and_then(|every| every.parse().ok());
+    every.ok_or_else(|| "expected 1/N, such as 1/100".to_owned())
 }
 
 /// Waits for SIGINT, SIGTERM or the end of the time.
@@ -189,12 +206,24 @@ fn report(summary: &Summary) {
     for (reason, samples) in &summary.stop_reasons {
         tracing::info!(samples, "walks ended with {}", reason.as_str());
     }
+    if let Some(audit) = &summary.audit {
+        audit.log();
+        audit.log_images();
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use windlass_agent::privilege::{CAPABILITIES, SETCAP};
+
+    #[test]
+    fn an_audit_takes_one_in_so_many() {
+        assert_eq!(audit_share("1/100"), Ok(NonZeroU32::new(100).unwrap()));
+        for wrong in ["", "100", "1/", "1/0", "2/3", "1/-1", "1/4294967296"] {
+            assert!(audit_share(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_process_that_is_not_there_is_an_error() {

@@ -3,7 +3,8 @@
 //! One structure of atomic counters, which the sampling thread and the runtime both add to and whoever asks
 //! reads, without a lock that one could hold up the other by. Every label is a closed set, so the numbers
 //! are arrays, a stop reason without a counter cannot be, and each line is there from the start: a counter
-//! that appears with its first event hides that event from `rate()`. The text is Prometheus's exposition format,
+//! that appears with its first event hides that event from `rate()`. Only what audits found, if there are any, is by
+//! image, and comes from their report. The text is Prometheus's exposition format,
 //! version 0.0.4.
 
 use std::fmt::{Display, Write};
@@ -12,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use windlass_schema::StopReason;
 use windlass_schema::rule::UnsupportedReason;
+
+use crate::audit::{AuditReport, SharedReport};
 
 use crate::service::ServiceError;
 use crate::shipper::Shipped;
@@ -80,6 +83,8 @@ pub struct Metrics {
     batches_dropped: AtomicU64,
     spooled_batches: AtomicU64,
     spooled_bytes: AtomicU64,
+    /// What audits found, if there are any.
+    audit: Option<SharedReport>,
 }
 
 impl Default for Metrics {
@@ -100,6 +105,7 @@ impl Default for Metrics {
             batches_dropped: AtomicU64::default(),
             spooled_batches: AtomicU64::default(),
             spooled_bytes: AtomicU64::default(),
+            audit: None,
         }
     }
 }
@@ -109,6 +115,11 @@ fn add(counter: &AtomicU64, count: u64) {
 }
 
 impl Metrics {
+    /// Nothing yet, but for what is in `audit`.
+    pub(crate) fn with_audit(audit: Option<SharedReport>) -> Self {
+        Self { audit, ..Self::default() }
+    }
+
     /// The sampling thread turned.
     pub(crate) fn turned(&self, now: Instant) {
         self.last_turn_ms.store(self.since_start_ms(now), Ordering::Relaxed);
@@ -216,6 +227,9 @@ impl Metrics {
         text.line(&[], &self.spooled_batches);
         text.gauge("spooled_bytes", "Bytes of profiles that wait on disk.");
         text.line(&[], &self.spooled_bytes);
+        if let Some(audit) = &self.audit {
+            text.audit(&audit.get());
+        }
         text.text
     }
 }
@@ -241,13 +255,38 @@ impl Exposition {
         self.name = name;
     }
 
-    /// Labels' values are names of this crate's, which need no escapes.
     fn line(&mut self, labels: &[(&str, &str)], count: &AtomicU64) {
-        let labels: Vec<_> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
+        self.number(labels, count.load(Ordering::Relaxed));
+    }
+
+    fn number(&mut self, labels: &[(&str, &str)], count: u64) {
+        let labels: Vec<_> =
+            labels.iter().map(|(key, value)| format!("{key}=\"{}\"", escaped(value))).collect();
         let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
         let name = std::mem::take(&mut self.name);
-        self.write(format_args!("{name}{labels} {}\n", count.load(Ordering::Relaxed)));
+        self.write(format_args!("{name}{labels} {count}\n"));
         self.name = name;
+    }
+
+    fn audit(&mut self, report: &AuditReport) {
+        self.counter("audited_walks", "Walks held against the CFI of their images, by what came of it.");
+        let agreeing = report.walks - report.disagreeing;
+        for (outcome, walks) in [
+            ("agrees", agreeing),
+            ("disagrees", report.disagreeing),
+            ("outdated", report.outdated),
+            ("lost", report.lost),
+        ] {
+            self.number(&[("outcome", outcome)], walks);
+        }
+        self.counter("audited_steps", "Steps of those walks by the image that each starts in.");
+        for (image, outcomes) in &report.images {
+            let id = image.shown_id();
+            for (outcome, steps) in outcomes {
+                let labels = [("image", &*image.path), ("build_id", &*id), ("outcome", outcome.as_str())];
+                self.number(&labels, *steps);
+            }
+        }
     }
 
     fn write(&mut self, what: impl Display) {
@@ -255,9 +294,41 @@ impl Exposition {
     }
 }
 
+/// A label's value: paths may hold anything.
+fn escaped(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::audit::{AuditedImage, Outcome};
+
+    #[test]
+    fn audits_are_told_by_image() {
+        let image = AuditedImage { path: "/a \"b\"\\\n".into(), id: None };
+        let outcomes = [(Outcome::Agrees, 7), (Outcome::Disagrees, 2)].into_iter().collect();
+        let report = AuditReport {
+            walks: 5,
+            disagreeing: 1,
+            lost: 3,
+            images: [(image, outcomes)].into_iter().collect(),
+            ..AuditReport::default()
+        };
+        let mut text = Exposition::default();
+        text.audit(&report);
+        for line in [
+            "windlass_agent_audited_walks_total{outcome=\"agrees\"} 4",
+            "windlass_agent_audited_walks_total{outcome=\"disagrees\"} 1",
+            "windlass_agent_audited_walks_total{outcome=\"outdated\"} 0",
+            "windlass_agent_audited_walks_total{outcome=\"lost\"} 3",
+            r#"windlass_agent_audited_steps_total{image="/a \"b\"\\\n",build_id="",outcome="agrees"} 7"#,
+            r#"windlass_agent_audited_steps_total{image="/a \"b\"\\\n",build_id="",outcome="disagrees"} 2"#,
+        ] {
+            assert!(text.text.lines().any(|it| it == line), "{line} in\n{}", text.text);
+        }
+        assert!(!Metrics::default().text().contains("audit"), "there are none");
+    }
 
     #[test]
     fn every_number_has_its_line() {

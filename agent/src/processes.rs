@@ -225,6 +225,8 @@ impl Processes {
     pub fn note(&mut self, event: &Event, backend: &mut dyn Backend, now: Instant) {
         match event {
             Event::Sample(sample) => self.note_sample(sample, now),
+            // Its sample has come already.
+            Event::Audit(_) => {}
             Event::Exec { tgid, time_ns } => self.note_exec(*tgid, *time_ns, backend, now),
             Event::Mapped { tgid, start, length, of_file, image, time_ns } => {
                 let range = *start..start.saturating_add(*length);
@@ -313,7 +315,7 @@ impl Processes {
     }
 
     /// The executable mappings that a sample was walked by, if they are known and still hold.
-    pub fn mappings_of(&self, sample: &Sample) -> Option<&[ExecutableMapping]> {
+    pub fn mappings_of(&self, sample: &Sample) -> Option<&Arc<[ExecutableMapping]>> {
         let process = self.known.get(&sample.tgid)?;
         let same = process.stated?.contain(sample.generation)
             && process.read_ns <= sample.time_ns

@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 use windlass_schema::{ReturnAddress, StopReason};
 
 use crate::agent::{Summary, WarmUp};
+use crate::audit::{AuditedWalk, Auditor};
 use crate::backend::{Backend, Event, Sample};
 use crate::compression::Compression;
 use crate::jit_code::JitCode;
@@ -49,6 +50,8 @@ pub(crate) struct Sampling {
     pub(crate) modules: KernelModules,
     pub(crate) jit: JitCode,
     pub(crate) symbols: SymbolUpload,
+    /// Compares walks, if any are to be audited.
+    pub(crate) auditor: Option<Auditor>,
     pub(crate) frequency_hz: u32,
     pub(crate) ship_interval: Duration,
     pub(crate) host_name: String,
@@ -133,6 +136,7 @@ impl Sampling {
                     self.jit.forget(tgid);
                     self.resources.exec(tgid);
                 }
+                Event::Audit(walk) => self.audit(*walk),
                 Event::Lost { .. } => self.resources.lost(),
                 Event::Mapped { .. } | Event::Exited { .. } => {}
             }
@@ -153,6 +157,14 @@ impl Sampling {
         }
     }
 
+    fn audit(&mut self, walk: AuditedWalk) {
+        if let Some(auditor) = &self.auditor
+            && self.processes.includes(walk.sample.tgid)
+        {
+            auditor.take(self.processes.mappings_of(&walk.sample).cloned(), walk);
+        }
+    }
+
     fn record(&mut self, sample: &Sample, now: Instant) {
         if !self.processes.includes(sample.tgid) {
             return;
@@ -166,7 +178,7 @@ impl Sampling {
             return;
         }
         let (mappings, stop) = match self.processes.mappings_of(sample) {
-            Some(mappings) => (mappings, sample.stop),
+            Some(mappings) => (&mappings[..], sample.stop),
             None => (&[][..], without_mappings(sample)),
         };
         self.summary.count(stop);
@@ -238,6 +250,9 @@ impl Sampling {
         let lost = self.metrics.set_lost_samples(self.backend.lost_samples());
         if lost > 0 {
             tracing::warn!(lost, "samples came faster than they were read: sample less often");
+        }
+        if let Some(auditor) = &mut self.auditor {
+            auditor.note_lost(self.backend.lost_audits());
         }
     }
 

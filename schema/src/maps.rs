@@ -10,7 +10,11 @@
 //! RECENT     per-CPU array                         records that recent walks found
 //! COUNTERS   per-CPU array Counter              -> u64
 //! TURNS      array                                 nothing: one element for each turn of a walk
+//! AUDITS     ring buffer                        <- AuditRecord, of one sample in AUDIT_EVERY
+//! WALKED     array         CPU                  -> [WalkedFrame], of the walk under way if it is audited
 //! ```
+//! `AUDIT_EVERY` is no map but a constant that is set when the program is loaded; at 0 the verifier drops the
+//! code behind it.
 //! Everything is plain old data without padding; integers are in the byte order of the machine.
 //!
 //! # Locations
@@ -57,6 +61,17 @@ pub const MAX_KERNEL_FRAMES: usize = 127;
 /// Size of the ring buffer in bytes: at 19 Hz on 128 CPUs it holds the samples of a second even at
 /// 400 bytes each, and it must be a power of two.
 pub const SAMPLES_RING_BYTES: u32 = 1024 * 1024;
+/// Bytes of stack that an audit copies at a time: of one page, whatever the page size, so that a piece is
+/// there or not as a whole.
+pub const AUDIT_PIECE_BYTES: usize = 4096;
+/// Pieces of stack in an audit: 64 KiB hold the stacks of most programs whole, 500 bytes for each of 130 frames.
+/// Of larger ones there are the inner and the outer half of that.
+pub const AUDIT_PIECES: usize = 16;
+/// Size of the ring buffer of audits in bytes while auditing is on: 46 records, what comes of every sample of
+/// two CPUs at 199 Hz in a tenth of a second.
+pub const AUDITS_RING_BYTES: u32 = 4 * 1024 * 1024;
+/// Bit of [`WalkedFrame::stack_pointer`]: set when the walk did not know the frame pointer.
+pub const AUDIT_RBP_UNKNOWN: u64 = 1 << 63;
 /// Bit of a user address in a sample: set when the address is that of an instruction (the
 /// innermost frame, or one that a signal interrupted), clear when it is a return address.
 pub const EXACT_ADDRESS: u64 = 1 << 63;
@@ -296,6 +311,38 @@ pub struct SampleBuffer {
     pub addresses: [u64; MAX_USER_FRAMES + MAX_KERNEL_FRAMES + 1],
 }
 
+/// What a walk found in a frame, beside the address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct WalkedFrame {
+    /// Stack pointer, and [`AUDIT_RBP_UNKNOWN`].
+    pub stack_pointer: u64,
+    /// Frame pointer.
+    pub frame_pointer: u64,
+}
+
+/// A walk that is to be judged in user space: what it started from, what it found, and the stack. `R` are the
+/// registers of the instruction set.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct AuditRecord<R> {
+    /// Of the sample.
+    pub header: SampleHeader,
+    /// The registers at which the walk started.
+    pub registers: R,
+    /// Process addresses of the first bytes of the two halves of `stack`: the page of the first stack pointer, and the page
+    /// behind the first half, or, if the walk went beyond that one's end, so that it ends with the last stack pointer's.
+    pub starts: [u64; 2],
+    /// Bit for each piece of `stack` that could be read.
+    pub read: u64,
+    /// The sample's user addresses; those behind `header.user_frames` have no meaning.
+    pub addresses: [u64; MAX_USER_FRAMES],
+    /// The same frames.
+    pub frames: [WalkedFrame; MAX_USER_FRAMES],
+    /// The stack.
+    pub stack: [u8; AUDIT_PIECE_BYTES * AUDIT_PIECES],
+}
+
 /// Counters of the BPF program, one per-CPU slot each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -304,11 +351,13 @@ pub enum Counter {
     Samples = 0,
     /// Samples that found the ring buffer full.
     RingFull = 1,
+    /// Audits that found their ring buffer full.
+    AuditsLost = 2,
 }
 
 impl Counter {
     /// Number of counters.
-    pub const COUNT: u32 = 2;
+    pub const COUNT: u32 = 3;
 }
 
 /// Names of the maps and the program in the BPF object.
@@ -323,6 +372,12 @@ pub mod names {
     pub const SAMPLES: &str = "SAMPLES";
     /// See the [module documentation](super).
     pub const COUNTERS: &str = "COUNTERS";
+    /// See the [module documentation](super).
+    pub const AUDITS: &str = "AUDITS";
+    /// See the [module documentation](super).
+    pub const WALKED: &str = "WALKED";
+    /// The constant: one sample in so many is audited; 0 is none.
+    pub const AUDIT_EVERY: &str = "AUDIT_EVERY";
     /// The perf_event program.
     pub const PROGRAM: &str = "windlass_sample";
     /// The one for kernels without `bpf_loop`.

@@ -159,6 +159,12 @@ fn build(test: &str, folder: &Path, linked: &str) -> Option<PathBuf> {
     Some(path)
 }
 
+/// The program, and functions of it that each come to a stop where a rule is needed and stay there.
+pub(crate) fn build_for_every_rule(test: &str, folder: &Path) -> Option<(PathBuf, Vec<&'static str>)> {
+    let functions = stopped_cases().iter().map(|case| case.function).collect();
+    Some((build(test, folder, "-Wl,-z,lazy")?, functions))
+}
+
 /// What a thread notes of itself: its number, and its stack pointer in `enter`.
 #[derive(Clone, Copy, Debug)]
 struct Entry {

@@ -13,6 +13,10 @@ use windlass_schema::StopReason;
 const MODE_MASK: u64 = 0xf;
 const USER_MODE: u64 = 0;
 
+/// DWARF numbers of sp and x29.
+pub(crate) const STACK_POINTER: usize = windlass_schema::Register::SP.number() as usize;
+pub(crate) const FRAME_POINTER: usize = windlass_schema::Register::X29.number() as usize;
+
 /// Whether these are registers of 64-bit or 32-bit user mode.
 ///
 /// # Safety

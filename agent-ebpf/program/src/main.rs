@@ -12,6 +12,8 @@
 //! Built for `bpfel-unknown-none` by `cargo xtask build-ebpf`; for other targets this is empty.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
+#[cfg(target_arch = "bpf")]
+mod audit;
 #[cfg(all(target_arch = "bpf", feature = "aarch64"))]
 #[path = "aarch64.rs"]
 mod machine;

@@ -28,6 +28,7 @@ use windlass_schema::maps::{
 };
 use windlass_schema::{ProcessAddress, Record, StopReason};
 
+use crate::audit::{self, WalkedFrames};
 use crate::machine::{Registers, is_user, user_registers};
 
 #[btf_map]
@@ -79,7 +80,7 @@ static TURNS: Array<u64, { MAX_TURNS as usize }> = Array::new();
 pub(crate) struct Scratch {
     pub(crate) walk: Walk<Registers>,
     stack: StackWindow,
-    sample: SampleBuffer,
+    pub(crate) sample: SampleBuffer,
 }
 
 /// The maps and the current thread's memory; what is of this CPU alone was looked up once.
@@ -93,6 +94,8 @@ pub(crate) struct Kernel {
 struct Turns {
     scratch: *mut Scratch,
     recent: *mut RecentRecords,
+    /// Where to note frames for an audit; null if there are none.
+    audited: *mut WalkedFrames,
 }
 
 /// The chunk with this number.
@@ -178,7 +181,7 @@ impl StackMemory for Kernel {
 }
 
 #[inline(always)]
-fn count(counter: Counter) {
+pub(crate) fn count(counter: Counter) {
     if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
         // SAFETY: the slot is this CPU's own.
         unsafe { *slot += 1 };
@@ -219,6 +222,10 @@ fn make_turn(turns: &Turns) -> bool {
             return false;
         }
         sample.addresses[frame] = walk.address();
+        if !turns.audited.is_null() {
+            // SAFETY: this CPU's own.
+            unsafe { (*turns.audited)[frame] = audit::walked_frame(&walk.registers) };
+        }
         walk.frames = frame as u32 + 1;
     }
     match walk.advance(&kernel, &kernel) {
@@ -259,7 +266,8 @@ fn start_from_registers(scratch: *mut Scratch, tgid: u32) -> Result<Turns, StopR
         // Of another walk.
         (*scratch).stack.clear();
         let recent = RECENT.get_ptr_mut(0).ok_or(StopReason::TableCorrupt)?;
-        Ok(Turns { scratch, recent })
+        let audited = audit::frames().ok_or(StopReason::TableCorrupt)?;
+        Ok(Turns { scratch, recent, audited })
     }
 }
 
@@ -397,6 +405,10 @@ fn send_sample(data: *mut bpf_perf_event_data, scratch: *mut Scratch, pid_tgid: 
         ) != 0
         {
             count(Counter::RingFull);
+        }
+        // A walk without mappings says nothing.
+        if (*header).generation != 0 && stop != StopReason::MappingsChanged && audit::is_due() {
+            audit::send(data, scratch);
         }
     }
 }

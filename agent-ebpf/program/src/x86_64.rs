@@ -7,6 +7,10 @@ use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_probe_read_kern
 pub(crate) use windlass_agent_ebpf::x86_64::Registers;
 use windlass_schema::StopReason;
 
+/// DWARF numbers of rsp and rbp.
+pub(crate) const STACK_POINTER: usize = windlass_schema::record::DWARF_RSP as usize;
+pub(crate) const FRAME_POINTER: usize = windlass_schema::record::DWARF_RBP as usize;
+
 /// Whether these are registers of 64-bit or 32-bit user mode: the privilege level is in the low bits of cs.
 ///
 /// # Safety

@@ -44,7 +44,7 @@ pub struct ChunkMaps {
 impl ChunkMaps {
     /// Empty chunk maps of their own, made as the program's are.
     pub fn create() -> Result<Self, LoadError> {
-        let mut bpf = load_object(MapSizes::of_machine(1))?;
+        let mut bpf = load_object(MapSizes::of_machine(1), None)?;
         let map = bpf
             .take_map(names::CHUNKS)
             .ok_or_else(|| LoadError::Refused(format!("the object has no map {}", names::CHUNKS)))?;

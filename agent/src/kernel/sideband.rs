@@ -19,7 +19,7 @@ use std::os::fd::RawFd;
 
 use windlass_schema::BuildId;
 
-use crate::backend::{Event, MappedImage, Sample};
+use crate::backend::{Event, MappedImage};
 use crate::perf_ring::{
     PerfEventAttr, PerfRing, PerfScope, RingRecord, SIDEBAND_TIME_FROM_END, monotonic_ns,
     record as record_kind,
@@ -132,12 +132,12 @@ impl Sideband {
         self.rings.iter().map(|Ring { ring, .. }| ring.descriptor())
     }
 
-    /// Hands out the events up to now, and samples that were taken out before, in the order of their times.
-    pub(super) fn drain(&mut self, samples: Vec<Sample>, sink: &mut dyn FnMut(Event)) {
+    /// Hands out the events up to now, and samples that were taken out before, each with its time, in the order of those.
+    pub(super) fn drain(&mut self, samples: Vec<(u64, Event)>, sink: &mut dyn FnMut(Event)) {
         let until_ns = monotonic_ns();
         let waiting = &mut self.waiting;
-        for sample in samples {
-            waiting.push(sample.time_ns, Event::Sample(sample));
+        for (time_ns, sample) in samples {
+            waiting.push(time_ns, sample);
         }
         for Ring { ring, end } in &mut self.rings {
             let was_full = ring.drain(|record| {
