@@ -252,6 +252,11 @@ fn same_frames_as_gdb() {
             let theirs = stacks.get(&tid).unwrap_or_else(|| panic!("gdb shows no thread {tid}"));
             let ours: Vec<u64> = walked.frames.iter().map(|frame| frame.rip).collect();
             let addresses: Vec<u64> = theirs.iter().map(|frame| frame.rip).collect();
+            // A thread that has not run yet stands behind `clone3`'s system call, where neither CFI nor instructions say
+            // whether this is the new thread or the one that made it; gdb takes the word at rsp, 0, for a frame.
+            if walked.stop == StopReason::NoCfi && ours.len() == 1 && addresses == [ours[0], 0] {
+                continue;
+            }
             assert_eq!(ours, addresses, "thread {tid}\n{}", comparison.print(&walked));
             // A frame's CFA is its caller's stack pointer.
             let ours = walked.frames[1..].iter().map(|frame| frame.general[7]);

@@ -11,7 +11,6 @@ use super::row::Program::Built;
 use super::row::{Need, PLAIN, Row, Start, Stop, Why};
 
 const LIBC: &[&str] = &["libc.so.6"];
-const LOADER: &[&str] = &["ld-linux-x86-64.so.2"];
 const VDSO: &[&str] = &["[vdso]"];
 /// What is around `main` in a program that is linked with glibc.
 const MAIN: &[Part] = &[Is("main"), In(LIBC, 2, 2), Is("_start")];
@@ -57,12 +56,31 @@ const fn right(reason: StopReason, most: f64) -> Stop {
 const NEW: &[Stop] = &[
     Stop { reason: StopReason::ProcessUnknown, most: 0.3, why: Why::New },
     Stop { reason: StopReason::MappingsChanged, most: 0.2, why: Why::New },
+    Stop { reason: StopReason::NoMapping, most: 0.05, why: Why::New },
     // The memory of a process goes before its last sample.
     right(StopReason::StackRead, 0.05),
+    // The loader's first instructions, and libc's around `clone3`, have no CFI; a table made without the image's code does not
+    // know them.
+    Stop { reason: StopReason::NoCfi, most: 0.05, why: Why::Unrecognised },
+    // The loader's lazy binding has its CFA in rbx.
+    Stop { reason: StopReason::RegisterUnknown, most: 0.01, why: Why::Unrecognised },
 ];
 
-/// A page of the loader or of libc at the start and the end of processes that live for a short time.
-const LOADING: Chain = seldom(&[In(LOADER, 1, 40)], &[]);
+/// The start and the end of processes that live for a short time: the loader and libc around each other, without `main`.
+const LOADING: Chain = seldom(
+    &[Any(
+        &[
+            Of::Image("ld-linux"),
+            Of::Image("libc.so"),
+            Of::Function("_init"),
+            Of::Function("__do_global_dtors_aux"),
+            Of::Function("_start"),
+        ],
+        1,
+        40,
+    )],
+    &[],
+);
 
 /// All rows.
 pub(crate) fn rows() -> impl Iterator<Item = &'static Row> {
