@@ -17,7 +17,6 @@ mod quickstart;
 mod readme;
 mod rule_walks;
 mod second_reader;
-mod suite;
 mod unwind;
 mod user_mode;
 mod walks;
