@@ -74,7 +74,7 @@ struct Idle(Child);
 
 impl Idle {
     fn start() -> Self {
-        let child = Self(Command::new("sleep").arg("600").spawn().unwrap());
+        let child = Self(Command::new("sleep").arg("600").spawn().expect("sleep starts"));
         // Until it has its executable and its libraries.
         let names_libc = |maps: &str| maps.contains("sleep") && maps.contains("libc");
         while !std::fs::read_to_string(format!("/proc/{}/maps", child.id()))
@@ -177,7 +177,7 @@ fn a_table_that_is_placed_leaves_samples_their_mappings() {
         let mappings = processes.mappings_of(&taken)?.iter();
         Some(mappings.filter_map(|mapping| Some(mapping.module.id?.build_id())).collect::<HashSet<_>>())
     };
-    let images = of_process(&processes).unwrap();
+    let images = of_process(&processes).expect("the process is known");
     processes.set_again(&images, &mut told);
     assert_eq!(told.set.len(), 2);
     assert_eq!(of_process(&processes), Some(images));
@@ -189,7 +189,7 @@ fn a_table_that_is_placed_leaves_samples_their_mappings() {
 fn table(id: BuildId) -> TableResult {
     let base = ImageAddress::new(0);
     let header = TableHeader { architecture: Architecture::X86_64, build_id: id, base, rows: 0 };
-    let file = TableFile::parse(write_table(&header, &[], &[])).unwrap();
+    let file = TableFile::parse(write_table(&header, &[], &[])).expect("a table that was just written");
     TableResult { id, path: "".into(), outcome: TableOutcome::Table(file) }
 }
 
@@ -210,7 +210,12 @@ fn a_table_goes_when_no_mapping_names_it_and_comes_again_when_a_sample_wants_it(
         .collect();
     let [(first, first_id), (second, second_id)] = images[..2] else { unreachable!("a slice of two") };
     let image_of = |told: &Told, address| {
-        told.processes[&tgid].iter().find(|placed| placed.start == address).unwrap().mapping.image
+        told.processes[&tgid]
+            .iter()
+            .find(|placed| placed.start == address)
+            .expect("the mapping is placed")
+            .mapping
+            .image
     };
     let touch = |processes: &mut Processes, address, stop, now| {
         let taken = Sample { user: vec![address | EXACT_ADDRESS], stop, ..sample(tgid, 1, 1) };
@@ -351,7 +356,7 @@ impl Leaderless {
                 libc::pthread_create(&raw mut thread, std::ptr::null(), sleep, std::ptr::null_mut());
                 libc::syscall(libc::SYS_exit, 0);
             }
-            Self(u32::try_from(pid).unwrap())
+            Self(u32::try_from(pid).expect("a process number is positive"))
         }
     }
 }
@@ -371,7 +376,7 @@ fn a_process_goes_on_without_its_first_thread() {
     let (child, now) = (Leaderless::start(), Instant::now());
     let tgid = child.0;
     let leader_ended = || {
-        let stat = std::fs::read_to_string(format!("/proc/{tgid}/stat")).unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{tgid}/stat")).expect("the process runs");
         stat[stat.rfind(')').unwrap()..].starts_with(") Z")
     };
     while !leader_ended() {

@@ -61,7 +61,7 @@ impl StackMemory for Memory {
         let at = usize::try_from(address.checked_sub(start)?).ok()?;
         let bytes = bytes.get(at..at + 8 * N)?;
         Some(std::array::from_fn(|word| {
-            u64::from_le_bytes(bytes[8 * word..8 * word + 8].try_into().unwrap())
+            u64::from_le_bytes(bytes[8 * word..8 * word + 8].try_into().expect("eight bytes"))
         }))
     }
 
@@ -409,7 +409,7 @@ proptest! {
             }),
             traps: bits(&|at| is_last(at + 1) && bytes[at..at + 2] == [0xcc, 0xcc]),
         };
-        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
         let signs = Signs::of(word(0), word(8), start);
         prop_assert_eq!(signs, expect);
         // Behind the last prologue.
