@@ -55,8 +55,21 @@ const PANICS: Row = Row {
     ..PLAIN
 };
 
-/// Go's scheduler, collector and allocator; and the byte in front of where signals return to, which has no name.
-const RUNTIME: &[Of] = &[Of::Under("runtime."), Of::Under("go."), Of::Image("[vdso]")];
+/// Go's scheduler, collector and allocator, with the packages and the assembly that they are made of; and the byte in front of
+/// where signals return to, which has no name.
+const RUNTIME: &[Of] = &[
+    Of::Under("runtime."),
+    Of::Under("runtime/"),
+    Of::Under("internal/"),
+    Of::Under("type:"),
+    Of::Function("aeshashbody"),
+    Of::Function("cmpbody"),
+    Of::Function("gogo"),
+    Of::Function("indexbytebody"),
+    Of::Function("memeqbody"),
+    Of::Under("go."),
+    Of::Image("[vdso]"),
+];
 
 const PYTHON: &[Of] =
     &[Of::Image("python"), Of::Image("libpython"), Of::Image("libc.so.6"), Of::Image("libm.so.6")];
