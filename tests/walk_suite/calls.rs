@@ -11,6 +11,8 @@ use super::launch::Running;
 /// `mov $15, %eax` or `%rax`, and `syscall`: what the kernel lets a signal handler return to (`__restore_rt`).
 const SIGNAL_RETURNS: [&[u8]; 2] =
     [&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]];
+/// Bytes of the longer of them.
+const LONGEST_SIGNAL_RETURN: u64 = 9;
 /// Functions that are returned to without having called.
 const FIRST: [&str; 1] = ["runtime.goexit"];
 /// Most bytes of a call of a register or of memory.
@@ -36,7 +38,10 @@ impl<'a> Images<'a> {
         stack.frames[..count].iter().all(|frame| {
             let was_interrupted = interrupted;
             let is_unwinder = frame.function.starts_with("_Unwind_");
-            interrupted = self.is_signal_return(frame) || is_unwinder;
+            // An inlined function is where the one around it is.
+            interrupted = self.is_signal_return(frame, was_interrupted)
+                || is_unwinder
+                || was_interrupted && frame.inlined;
             let is_first = FIRST.contains(&frame.function.as_str());
             was_interrupted || interrupted || is_first || self.is_behind_call(frame).unwrap_or(true)
         })
@@ -56,10 +61,15 @@ impl<'a> Images<'a> {
         Some(bytes.to_vec())
     }
 
-    /// The address is the signal return's first, or, lowered as if it were behind a call, the one before it.
-    fn is_signal_return(&mut self, frame: &Frame) -> bool {
-        let Some(bytes) = self.bytes(frame, 0, 10) else { return false };
-        SIGNAL_RETURNS.iter().any(|code| bytes.starts_with(code) || bytes[1..].starts_with(code))
+    /// The address is the signal return's first, or, lowered as if it were behind a call, the one before it. Interrupted
+    /// is anything of it.
+    fn is_signal_return(&mut self, frame: &Frame, interrupted: bool) -> bool {
+        let Some(bytes) = self.bytes(frame, LONGEST_SIGNAL_RETURN, 2 * LONGEST_SIGNAL_RETURN + 1) else {
+            return false;
+        };
+        let first = LONGEST_SIGNAL_RETURN as usize;
+        let mut starts = if interrupted { 0..first + 2 } else { first..first + 2 };
+        starts.any(|start| SIGNAL_RETURNS.iter().any(|code| bytes[start..].starts_with(code)))
     }
 
     /// The address is lowered into the call: the byte behind it is the return address.
