@@ -341,6 +341,16 @@ mod tests {
     use super::*;
     use crate::images::TableState;
 
+    /// Memory of no file.
+    const ANONYMOUS: MapsEntry = MapsEntry {
+        start: 0x1000,
+        end: 0x2000,
+        file_offset: 0,
+        device: (0, 0),
+        inode: 0,
+        backing: Backing::Anonymous,
+    };
+
     #[test]
     fn own_process() {
         let mut images = Images::default();
@@ -377,15 +387,7 @@ mod tests {
 
     #[test]
     fn addresses_outside_of_mappings() {
-        let entry = MapsEntry {
-            start: 0x1000,
-            end: 0x2000,
-            file_offset: 0,
-            device: (0, 0),
-            inode: 0,
-            backing: Backing::Anonymous,
-        };
-        let mappings = [without_table(&entry, StopReason::Jit)];
+        let mappings = [without_table(&ANONYMOUS, StopReason::Jit)];
         for (address, inside) in [(0, false), (0xfff, false), (0x1000, true), (0x1fff, true), (0x2000, false)]
         {
             assert_eq!(find(&mappings, ProcessAddress::new(address)).is_some(), inside, "{address:#x}");
@@ -400,14 +402,7 @@ mod tests {
     #[test]
     fn what_replaces_a_mapping() {
         let mapping = |start: u64, path: &str| {
-            let entry = MapsEntry {
-                start,
-                end: start + 0x1000,
-                file_offset: 0,
-                device: (0, 0),
-                inode: 0,
-                backing: Backing::Anonymous,
-            };
+            let entry = MapsEntry { start, end: start + 0x1000, ..ANONYMOUS };
             let mut mapping = without_table(&entry, StopReason::Jit);
             mapping.module.path = path.into();
             mapping
@@ -454,14 +449,6 @@ mod tests {
         let (start, end) = (mapping.start, mapping.end);
         let pending = no_table::location(StopReason::TablePending);
         let (apart, jit_apart) = (no_table::FRAME_POINTERS, no_table::JIT_FRAME_POINTERS);
-        let jit = MapsEntry {
-            start: 0x1000,
-            end: 0x2000,
-            file_offset: 0,
-            device: (0, 0),
-            inode: 0,
-            backing: Backing::Anonymous,
-        };
         for (ranges, of_jit, expect) in [
             (vec![], no_table::location(StopReason::Jit), vec![(start, end, pending)]),
             (
@@ -483,7 +470,7 @@ mod tests {
             image.frame_pointer_code = frame_pointer_code;
             let content = Content::Image { image: Arc::new(image), bias: *bias, source: source.clone() };
             let mapping = ExecutableMapping { content, ..mapping.clone() };
-            let plan = plan(&[without_table(&jit, StopReason::Jit), mapping], &images);
+            let plan = plan(&[without_table(&ANONYMOUS, StopReason::Jit), mapping], &images);
             let placed: Vec<_> =
                 plan.iter().map(|placed| (placed.start, placed.mapping.end, placed.mapping.image)).collect();
             assert_eq!(placed[0], (0x1000, 0x2000, of_jit), "{ranges:x?}");
