@@ -18,7 +18,8 @@
 //! Where all code is known to keep frame pointers, callers need no proof. And of the innermost frame more is certain in memory
 //! of a JIT compiler:
 //!
-//! 4. Where the third case holds without a prologue: V8's baseline code calls a function that builds the frame.
+//! 4. Where V8's own objects say where the function starts, and it begins in a known way: [`code_object`].
+//! 5. Where the third case holds without a prologue: V8's baseline code calls a function that builds the frame.
 //!
 //! In an image, code that keeps frame pointers has rows wherever its frame is known; the rest is as doubtful as any.
 //!
@@ -36,6 +37,8 @@ use crate::memory::StackMemory;
 const IN_CODE: u32 = 1;
 /// The search goes up the stack.
 const ON_STACK: u32 = 2;
+/// The search goes back to where the function starts.
+const IN_OBJECT: u32 = 3;
 
 /// Seen on the way: bytes that may be of an epilogue, or of padding.
 const DOUBT: u64 = 1;
@@ -157,6 +160,10 @@ impl Registers {
         memory: &M,
     ) -> Result<Option<Candidate>, StopReason> {
         let Some(code) = memory.word(self.rip) else { return Err(unproved) };
+        let dropping = self.caller_dropping_arguments(memory)?;
+        if dropping.is_some() {
+            return Ok(dropping);
+        }
         let rsp = self.general[DWARF_RSP as usize];
         let first = code & 0xff;
         if first == PUSH_RBP && sets_rbp(code >> 8) && is_behind_pop(self.rip, memory) {
@@ -369,18 +376,16 @@ impl FramePointers for Registers {
                     if caller.is_some() {
                         return Ok(caller);
                     }
+                    if is_of_known_compiler(code) {
+                        return self.search_object(search);
+                    }
                 } else if code.keeps_frame_pointers {
                     return self.caller_by_frame_pointer(memory);
                 }
-                // Not worth a search where it cannot point at a frame.
-                let rbp = self.get(DWARF_RBP)?;
-                if rbp < self.general[DWARF_RSP as usize] || rbp & 7 != 0 {
-                    return Err(code.unproved);
-                }
-                (search.phase, search.at, search.seen) = (IN_CODE, self.rip, 0);
-                Ok(None)
+                self.search_code(search, code.unproved)
             }
             IN_CODE => self.look_at_code(search, code, memory),
+            IN_OBJECT => self.look_at_object(search, code, memory),
             _ => self.look_at_stack(search, memory),
         }
     }
@@ -430,5 +435,6 @@ const fn call_bytes(modrm: u64, sib: u64) -> u64 {
     }
 }
 
+mod code_object;
 #[cfg(test)]
 mod tests;

@@ -11,6 +11,8 @@ use super::*;
 use crate::memory::Tables;
 use crate::walk::Walk;
 
+mod code_objects;
+
 const CODE: u64 = 0x1000;
 const CODE_END: u64 = 0x3000;
 const STACK: u64 = 0x7000;
@@ -92,6 +94,11 @@ fn caller(memory: &Memory, rip: u64, exact: bool, rsp: u64, rbp: u64) -> Result<
     (general[7], general[6]) = (rsp, rbp);
     let mut registers = Registers::innermost(general, rip);
     registers.exact = u32::from(exact);
+    caller_of(memory, registers)
+}
+
+/// The same of the frame with these registers.
+fn caller_of(memory: &Memory, registers: Registers) -> Result<(u64, u64, u64), StopReason> {
     let mut first = [UNUSED_START; PROCESS_SEGMENTS];
     first[0] = CODE;
     let mut walk = Walk::new(7, ProcessEntry { generation: 1, segments: 1, first }, registers);
