@@ -6,8 +6,9 @@
 //! # What is certain
 //! 1. At some instructions (the innermost frame's address is that of one) the caller is known: `ret` takes it from rsp,
 //!    a prologue's `push` and an epilogue's `pop` from beside it, and `leave` is run in a frame of rbp.
-//! 2. Behind a prologue with no bytes in between that could be of an epilogue, or of padding in front of another
-//!    function, a function is in its body.
+//! 2. Behind a prologue with no bytes in between that could be of an epilogue, or of padding or a last call in front of
+//!    another function, and no other prologue ahead, a function is in its body. The innermost frame of an image is not
+//!    believed so: functions need not be aligned there, and may end with any call.
 //! 3. Behind a prologue, with such bytes, it is where no word from rsp up to rbp is a return address: its own lies on the
 //!    stack, at rsp or above.
 //!
@@ -15,11 +16,15 @@
 //! that move arguments). Those have no prologue. So what looks like a function's end in front of the
 //! innermost address is too much doubt, and so is an instruction that gives rsp another value.
 //!
-//! Where all code is known to keep frame pointers, callers need no proof. And of the innermost frame more is certain in memory
-//! of a JIT compiler:
+//! In all these cases a prologue that is not a function's first push proves nothing: V8 builds the frame of another function so,
+//! and GCC one that is realigned, whose CFA is not at rbp + 16.
 //!
-//! 4. Where V8's own objects say where the function starts, and it begins in a known way: [`code_object`].
-//! 5. Where the third case holds without a prologue: V8's baseline code calls a function that builds the frame.
+//! Of code of a JIT compiler that keeps frame pointers in all functions more is certain:
+//!
+//! 4. Callers, where V8's frame is at rbp: with a context or the frame's kind below what is saved
+//!    (src/execution/frame-constants.h).
+//! 5. The innermost frame, where V8's own objects say where the function starts, and it begins in a known way: [`code_object`].
+//! 6. The same, where the third case holds without a prologue: V8's baseline code calls a function that builds the frame.
 //!
 //! In an image, code that keeps frame pointers has rows wherever its frame is known; the rest is as doubtful as any.
 //!
@@ -48,6 +53,9 @@ const FUNCTION_END: u64 = 2;
 /// How far in front of an address its function's prologue is looked for, in bytes: compiled JavaScript has functions
 /// of some kilobytes, and each turn of the search takes eight.
 const MAX_CODE_BYTES: u64 = 4096;
+
+/// Stands for instructions that have not been run: of no meaning behind others, and no displacement.
+const NOT_RUN: u64 = 1;
 
 /// What compilers align functions to.
 const FUNCTION_ALIGNMENT: u64 = 16;
@@ -92,11 +100,23 @@ fn byte_before<M: StackMemory>(address: u64, memory: &M) -> u64 {
     memory.word(before & !7).map_or(0, |word| word >> (8 * (before & 7)) & 0xff)
 }
 
-/// Whether the prologue at `address` is behind a `pop`, which takes the return address from the stack first:
-/// V8's function that builds the frame of another does.
+/// Whether the prologue at `address` is behind a `pop`, which takes the return address from the stack first, as V8's
+/// function does that builds the frame of another; or behind `push -8(%r10)`, which has another pushed, as GCC
+/// does when it realigns a frame: then the caller's rsp is not above.
 #[inline(always)]
-fn is_behind_pop<M: StackMemory>(address: u64, memory: &M) -> bool {
-    byte_before(address, memory) & 0xf8 == 0x58
+fn is_other_prologue<M: StackMemory>(address: u64, memory: &M) -> bool {
+    let last = byte_before(address, memory);
+    let is_push = || {
+        byte_before(address.wrapping_sub(1), memory) & 0xf8 == 0x70
+            && byte_before(address.wrapping_sub(2), memory) == 0xff
+    };
+    last & 0xf8 == 0x58 || last == 0xf8 && is_push()
+}
+
+/// Whether a prologue begins among the bytes at `address`: then no frame is built yet, whatever is in front.
+#[inline(always)]
+fn is_before_prologue<M: StackMemory>(address: u64, memory: &M) -> bool {
+    memory.words(address).is_some_and(|[bytes, behind]| Signs::of(bytes, behind, address).prologues != 0)
 }
 
 #[inline(always)]
@@ -166,7 +186,7 @@ impl Registers {
         }
         let rsp = self.general[DWARF_RSP as usize];
         let first = code & 0xff;
-        if first == PUSH_RBP && sets_rbp(code >> 8) && is_behind_pop(self.rip, memory) {
+        if first == PUSH_RBP && sets_rbp(code >> 8) && is_other_prologue(self.rip, memory) {
             return Err(unproved);
         }
         if is_return(code) || first == PUSH_RBP && sets_rbp(code >> 8) {
@@ -174,7 +194,7 @@ impl Registers {
         }
         let push = self.rip.wrapping_sub(1);
         let is_pushed = sets_rbp(code) && byte_before(self.rip, memory) == PUSH_RBP;
-        if is_pushed && is_behind_pop(push, memory) {
+        if is_pushed && is_other_prologue(push, memory) {
             return Err(unproved);
         }
         if is_pushed || first == POP_RBP && is_return(code >> 8) {
@@ -207,7 +227,8 @@ impl Registers {
         let Some([bytes, behind]) = memory.words(at) else { return Err(code.unproved) };
         // What stands at the address itself has not been run yet.
         let is_first = is_zero(self.rip.wrapping_sub(search.at));
-        let signs = Signs::of(bytes, behind & is_first.wrapping_sub(1), at).first(count);
+        let behind = behind & is_first.wrapping_sub(1) | is_first * NOT_RUN;
+        let signs = Signs::of(bytes, behind, at).first(count);
         search.at = at;
         search.seen |= signs.seen();
         if is_of_known_compiler(code) && signs.is_behind_padding() {
@@ -216,11 +237,11 @@ impl Registers {
         if signs.prologues == 0 {
             return Ok(None);
         }
-        if self.exact != 0 && is_behind_pop(at.wrapping_add(signs.last_prologue()), memory) {
+        if is_other_prologue(at.wrapping_add(signs.last_prologue()), memory) {
             return Err(code.unproved);
         }
         match search.seen {
-            0 => self.caller_by_frame_pointer(memory),
+            0 if self.exact == 0 || code.is_jit => self.caller_by_frame_pointer(memory),
             seen if self.exact != 0 && seen & FUNCTION_END != 0 && !is_of_known_compiler(code) => {
                 Err(code.unproved)
             }
@@ -279,7 +300,7 @@ struct Signs {
 impl Signs {
     /// Of `bytes`, which lie at `address`. `behind` are those that follow.
     #[inline(always)]
-    const fn of(bytes: u64, behind: u64, address: u64) -> Self {
+    fn of(bytes: u64, behind: u64, address: u64) -> Self {
         const MASK: u64 = 0xffff_ffff;
         const FIRST: u64 = SET_RBP[0] << 8 | PUSH_RBP;
         const SECOND: u64 = SET_RBP[1] << 8 | PUSH_RBP;
@@ -292,12 +313,20 @@ impl Signs {
             let (byte, next) = (bytes & 0xff, bytes >> 8 & 0xff);
             let is_last = is_zero(at ^ aligned);
             signs.prologues |= (is_zero(bytes & MASK ^ FIRST) | is_zero(bytes & MASK ^ SECOND)) << at;
-            // `pop %rbp` and what follows it; `mov %rbp, %rsp` and `pop %rbp`; `leave`, but not behind what has `%ecx, %ecx`
-            // for operands.
-            let epilogue = is_zero(byte ^ POP_RBP) & is_among(next, [RET, RET_POPPING, 0xe9, 0xff])
+            // `pop %rbp`, and no displacement from rbp, which that is the last part of: those are multiples of four, and
+            // instructions that are begin with a REX prefix; `mov %rbp, %rsp` and `pop %rbp`; `leave`, but not behind what
+            // has `%ecx, %ecx` for operands.
+            let is_displacement = is_zero(next & 3) & (is_zero(next & 0xf0 ^ 0x40) ^ 1);
+            let epilogue = is_zero(byte ^ POP_RBP) & (is_displacement ^ 1)
                 | is_zero(next ^ POP_RBP) & is_among(byte, [0xe5, 0xec])
                 | is_zero(next ^ LEAVE) & (is_among(byte, [0x31, 0x33, 0x84, 0x85]) ^ 1);
-            signs.doubts |= (epilogue | is_last & is_among(byte, [NOP, 0])) << at;
+            // What may never come back, in front of another function: `ud2`, `hlt`, jumps and calls.
+            let is_last_of = |bytes: u64| is_zero((at + bytes - 1) ^ aligned);
+            let leaves = is_last_of(5) & is_among(byte, [0xe8, 0xe9])
+                | is_last_of(6) & is_zero(byte ^ 0xff) & is_among(next, [0x15, 0x25])
+                | is_last_of(2) & (is_zero(byte ^ 0xeb) | is_zero(byte ^ 0x0f) & is_zero(next ^ 0x0b))
+                | is_last & is_zero(byte ^ 0xf4);
+            signs.doubts |= (epilogue | leaves | is_last & is_among(byte, [NOP, 0])) << at;
             let is_padded = is_among(next, [TRAP, NOP, 0x0f, 0x66, 0x2e]);
             let end = is_zero(byte ^ RET) & (is_padded | is_last) | is_zero(byte ^ TRAP) & is_last;
             signs.ends |= end << at;
@@ -379,10 +408,10 @@ impl FramePointers for Registers {
                     if is_of_known_compiler(code) {
                         return self.search_object(search);
                     }
-                } else if code.keeps_frame_pointers {
+                } else if is_of_known_compiler(code) && self.is_in_v8_frame(memory) {
                     return self.caller_by_frame_pointer(memory);
                 }
-                self.search_code(search, code.unproved)
+                self.search_code(search, code.unproved, memory)
             }
             IN_CODE => self.look_at_code(search, code, memory),
             IN_OBJECT => self.look_at_object(search, code, memory),

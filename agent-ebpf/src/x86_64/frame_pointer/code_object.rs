@@ -25,7 +25,9 @@
 
 use windlass_schema::StopReason;
 
-use super::{CodeWithoutTable, IN_CODE, POP_RBP, RET, RET_POPPING, is_among, is_zero};
+use super::{
+    CodeWithoutTable, DOUBT, IN_CODE, POP_RBP, RET, RET_POPPING, is_among, is_before_prologue, is_zero,
+};
 use crate::frame_pointer::{Candidate, Search};
 use crate::memory::StackMemory;
 use crate::x86_64::Registers;
@@ -36,6 +38,10 @@ const ALIGNMENT: u64 = 64;
 const MAX_BYTES: u64 = 64 * 1024;
 /// Words of a `Code` object that are looked at: its start address is among the first eight fields.
 const FIELDS: usize = 8;
+
+/// The last of the kinds of frames, doubled, with room for more: V8 has about 40 (`STACK_FRAME_TYPE_LIST`,
+/// src/execution/frames.h).
+const LAST_KIND_OF_FRAME: u64 = 2 * 127;
 
 /// `push %rbp; mov %rsp, %rbp`.
 const PROLOGUE: u64 = 0xe589_4855;
@@ -87,6 +93,16 @@ const fn is_call(code: u64) -> bool {
 }
 
 impl Registers {
+    /// Whether what rbp points at is a frame of V8's: below the saved rbp is a context, or what kind of frame it is, a small
+    /// number of twice its value.
+    #[inline(always)]
+    pub(super) fn is_in_v8_frame<M: StackMemory>(&self, memory: &M) -> bool {
+        let Ok(rbp) = self.get(super::DWARF_RBP) else { return false };
+        let below = memory.word(rbp.wrapping_sub(8));
+        below
+            .is_some_and(|word| is_tagged(word) || word.wrapping_sub(1) < LAST_KIND_OF_FRAME && word & 1 == 0)
+    }
+
     /// Goes on with where the function starts.
     #[inline(always)]
     pub(super) fn search_object(&self, search: &mut Search) -> Result<Option<Candidate>, StopReason> {
@@ -106,7 +122,7 @@ impl Registers {
         search.at = start.wrapping_sub(ALIGNMENT);
         let is_inside = start > code.start && self.rip.wrapping_sub(start) < MAX_BYTES;
         let words = if is_inside { memory.words(start.wrapping_sub(16)) } else { None };
-        let Some([map, object]) = words else { return self.search_code(search, code.unproved) };
+        let Some([map, object]) = words else { return self.search_code(search, code.unproved, memory) };
         if !is_tagged(map) || !is_tagged(object) {
             return Ok(None);
         }
@@ -127,7 +143,7 @@ impl Registers {
         if first[0] & 0xff == 0xe9 && memory.word(target).is_some_and(|at| at & PROLOGUE_MASK == PROLOGUE) {
             return self.caller_behind(self.rip == start, code.unproved, memory);
         }
-        self.search_code(search, code.unproved)
+        self.search_code(search, code.unproved, memory)
     }
 
     /// The caller of a function that has no frame yet, or had built one.
@@ -165,17 +181,19 @@ impl Registers {
 
     /// Goes on with the code in front of the address.
     #[inline(always)]
-    pub(super) fn search_code(
+    pub(super) fn search_code<M: StackMemory>(
         &self,
         search: &mut Search,
         unproved: StopReason,
+        memory: &M,
     ) -> Result<Option<Candidate>, StopReason> {
         // Not worth a search where it cannot point at a frame.
         let rbp = self.get(super::DWARF_RBP)?;
         if rbp < self.general[super::DWARF_RSP as usize] || rbp & 7 != 0 {
             return Err(unproved);
         }
-        (search.phase, search.at, search.seen) = (IN_CODE, self.rip, 0);
+        let seen = if self.exact != 0 && is_before_prologue(self.rip, memory) { DOUBT } else { 0 };
+        (search.phase, search.at, search.seen) = (IN_CODE, self.rip, seen);
         Ok(None)
     }
 

@@ -12,6 +12,7 @@ use crate::memory::Tables;
 use crate::walk::Walk;
 
 mod code_objects;
+mod doubts;
 
 const CODE: u64 = 0x1000;
 const CODE_END: u64 = 0x3000;
@@ -295,25 +296,42 @@ fn a_search_has_an_end() {
     assert_eq!(registers.look_for_caller(&mut code, &jit, &memory), Err(StopReason::FramePointer));
 }
 
+/// In memory of the known compiler: of an image, not all code is known to keep frame pointers.
 #[test]
-fn code_that_keeps_frame_pointers_needs_no_search_in_callers() {
+fn callers_of_the_known_compiler_need_no_search() {
     let registers = |exact| {
         let mut general = [0; REGISTERS];
         (general[7], general[6]) = (word(8), word(9));
         Registers { exact, ..Registers::innermost(general, 0x1300) }
     };
-    let code = CodeWithoutTable {
+    let code = |is_jit| CodeWithoutTable {
         start: CODE,
         keeps_frame_pointers: true,
-        is_jit: false,
+        is_jit,
         unproved: StopReason::FramePointer,
     };
     let expect =
         Candidate { address: RETURN, stack_pointer: word(11), frame_pointer: word(20), is_caller: true };
-    let mut search = Search::START;
-    assert_eq!(registers(0).look_for_caller(&mut search, &code, &called()), Ok(Some(expect)));
-    // The innermost one may be in a prologue.
-    assert_eq!(registers(1).look_for_caller(&mut search, &code, &called()), Ok(None));
+    // A frame of a kind, twice its number, or with a context; then what no such frame has there.
+    for (below, of_jit) in [
+        (2, Some(expect)),
+        (2 * 40, Some(expect)),
+        (0x37b5_1a10_d709, Some(expect)),
+        (0, None),
+        (3, None),
+        (0x37b5_1a10_d708, None),
+        (RETURN, None),
+        (1 << 47 | 1, None),
+    ] {
+        let memory = called().with_stack(&[(8, below)]);
+        let found = |exact, is_jit| {
+            registers(exact).look_for_caller(&mut Search { ..Search::START }, &code(is_jit), &memory)
+        };
+        assert_eq!(found(0, true), Ok(of_jit), "{below:#x}");
+        assert_eq!(found(0, false), Ok(None), "{below:#x}");
+        // The innermost one may be in a prologue.
+        assert_eq!(found(1, true), Ok(None), "{below:#x}");
+    }
 }
 
 /// As V8's bytecode handlers that call nothing, where no table says so: what is at rsp may as well be what an earlier
@@ -338,7 +356,8 @@ fn padding_proves_nothing() {
 #[test]
 fn compiled_code_without_a_prologue_needs_a_clean_stack() {
     let body: &[u8] = &[0xe8, 0, 0, 0, 0, 0x48, 0x8b, 0x45, 0xf8];
-    let memory = Memory::new(&[CALL, (0x210, body)]).with_stack(&[(9, word(20)), (10, RETURN), (7, 77)]);
+    let stack = [(7, 77), (8, 2), (9, word(20)), (10, RETURN)];
+    let memory = Memory::new(&[CALL, (0x210, body)]).with_stack(&stack);
     let memory = memory.keeping(no_table::JIT_FRAME_POINTERS);
     let expect = Ok((RETURN, word(11), word(20)));
     assert_eq!(caller(&memory, 0x1219, true, word(6), word(9)), expect);
@@ -402,12 +421,19 @@ proptest! {
             }),
             doubts: bits(&|at| {
                 let epilogue = match bytes[at..at + 2] {
-                    [0x5d, 0xc3 | 0xc2 | 0xe9 | 0xff] => true,
+                    // Not `mov 8(%rbp), %rbx`.
+                    [0x5d, next] if next % 4 != 0 || (0x40..0x50).contains(&next) => true,
                     [byte, 0x5d] => matches!(byte, 0xe5 | 0xec),
                     [byte, 0xc9] => !matches!(byte, 0x31 | 0x33 | 0x84 | 0x85),
                     _ => false,
                 };
-                epilogue || is_last(at) && matches!(bytes[at], 0x90 | 0)
+                let does_not_return = match bytes[at..] {
+                    [0xe8 | 0xe9, ..] if is_last(at + 4) => true,
+                    [0xff, 0x15 | 0x25, ..] if is_last(at + 5) => true,
+                    [0xeb, ..] | [0x0f, 0x0b, ..] if is_last(at + 1) => true,
+                    _ => matches!(bytes[at], 0xf4) && is_last(at),
+                };
+                epilogue || does_not_return || is_last(at) && matches!(bytes[at], 0x90 | 0)
             }),
             ends: bits(&|at| match bytes[at] {
                 0xc3 => is_last(at) || matches!(bytes[at + 1], 0xcc | 0x90 | 0x0f | 0x66 | 0x2e),
@@ -431,4 +457,5 @@ proptest! {
 
 const SIGNIFICANT: &[u8] = &[
     0x55, 0x48, 0x89, 0xe5, 0x8b, 0xec, 0x5d, 0xc9, 0xc3, 0xc2, 0xcc, 0x90, 0, 0x31, 0xff, 0x0f, 0xe9, 0x66,
+    0xe8, 0xeb, 0x0b, 0xf4, 0x15, 0x25, 0xf8,
 ];
