@@ -74,6 +74,9 @@ enum Command {
         /// Series of kernels, as `6.12`; packages of Debian are searched for the newest of each
         #[arg(default_values_t = vm::DEFAULT_SERIES.map(str::to_owned))]
         series: Vec<String>,
+        /// Instruction set of the machine; may be given again
+        #[arg(long = "guest", value_name = "NAME", default_values_t = vm::GUEST_NAMES.map(str::to_owned))]
+        guests: Vec<String>,
         /// How long to sample in each
         #[arg(long, default_value_t = 20)]
         seconds: u32,
@@ -96,6 +99,6 @@ fn main() -> Result<()> {
         Command::Fixtures { check: true } => fixtures::check(),
         Command::Fixtures { check: false } => fixtures::rebuild(),
         Command::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
-        Command::Vm { series, seconds } => vm::run(&series, seconds, checkout::is_ci()),
+        Command::Vm { series, guests, seconds } => vm::run(&series, &guests, seconds, checkout::is_ci()),
     }
 }

@@ -7,17 +7,20 @@
 //! packages from the Debian archive that this machine uses and are only unpacked, never installed. It takes
 //! two minutes a kernel and a few hundred MB of packages, so it is no part of `cargo xtask test`.
 
+mod guest;
 mod initramfs;
 mod machine;
 mod package;
 mod report;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use crate::checkout::{cargo, command, line_of, output, root, run as run_command};
+use crate::checkout::{line_of, root};
 use crate::programs::{self, Program};
+pub(crate) use guest::GUEST_NAMES;
+use guest::Guest;
 use package::Archive;
 use report::Report;
 
@@ -35,56 +38,31 @@ const INIT_SOURCE: &str = "xtask/src/vm/init.c";
 const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
 const PROGRAMS: &[Program] = &[
-    Program { name: "qemu-system-x86_64", package: "qemu-system-x86", used_by: "machines for other kernels" },
-    Program { name: "cc", package: "gcc", used_by: "the first process of those machines" },
-    Program { name: "strip", package: "binutils", used_by: "the initial file system of those machines" },
     Program { name: "dpkg-deb", package: "dpkg", used_by: "kernels out of their packages" },
     Program { name: "apt-get", package: "apt", used_by: "packages of kernels" },
 ];
 
-/// Runs in each of `series`, and prints a row each. Fails if a stack was wrong or missing, or the program refused;
-/// what cannot be had is skipped by name, or fails where it is `required`.
-pub(crate) fn run(series: &[String], seconds: u32, required: bool) -> Result<()> {
-    if !programs::ensure(PROGRAMS, required)? {
-        println!("skip  vm: programs are missing");
-        return Ok(());
-    }
-    let folder = root().join(FOLDER);
-    std::fs::create_dir_all(&folder)?;
-    let archive = match Archive::open(&folder) {
-        Err(error) if !required => {
-            println!("skip  vm: {error:#}");
-            return Ok(());
+/// Rows, and what was left out or went wrong.
+#[derive(Default)]
+struct Outcome {
+    rows: Vec<String>,
+    skipped: Vec<String>,
+    failures: Vec<String>,
+}
+
+/// Runs in each of `series`, on each of `guests`, and prints a row each. Fails if a stack was wrong or missing, or the
+/// program refused; what cannot be had is skipped by name, or fails where it is `required`.
+pub(crate) fn run(series: &[String], guests: &[String], seconds: u32, required: bool) -> Result<()> {
+    let mut outcome = Outcome { rows: vec![Report::HEADING.to_owned()], ..Outcome::default() };
+    for name in guests {
+        let guest = Guest::named(name)?;
+        if !programs::ensure(PROGRAMS, required)? || !guest.ensure(required)? {
+            outcome.skipped.push(format!("{name}: programs are missing"));
+            continue;
         }
-        opened => opened?,
-    };
-    let initramfs = folder.join("initramfs.cpio");
-    std::fs::write(&initramfs, file_system(&folder)?).context("write the initial file system")?;
-    let mut rows = vec![Report::HEADING.to_owned()];
-    let mut failures = Vec::new();
-    let mut skipped = Vec::new();
-    for series in series {
-        let kernel = match archive.kernel(series) {
-            Ok(kernel) => kernel,
-            Err(error) => {
-                skipped.push(format!("{series}: {error:#}"));
-                continue;
-            }
-        };
-        for turns in TURNS {
-            println!("--- {series}, {turns}: {}", kernel.display());
-            let console = machine::run(&kernel, &initramfs, seconds, turns)?;
-            let kept = folder.join(format!("console-{series}-{turns}.txt"));
-            std::fs::write(&kept, &console)?;
-            let report = Report::read(&console);
-            rows.push(report.row(series));
-            let findings = report.findings();
-            if !findings.is_empty() {
-                let findings = findings.join("; ");
-                failures.push(format!("{series}, {turns}: {findings} (all of it: {})", kept.display()));
-            }
-        }
+        run_guest(guest, series, seconds, &mut outcome).with_context(|| name.clone())?;
     }
+    let Outcome { rows, skipped, failures } = outcome;
     println!("---\n{}", rows.join("\n"));
     skipped.iter().for_each(|line| println!("skip  {line}"));
     failures.iter().for_each(|line| println!("FAIL  {line}"));
@@ -94,8 +72,50 @@ pub(crate) fn run(series: &[String], seconds: u32, required: bool) -> Result<()>
     if !failures.is_empty() {
         bail!("{} kernels failed", failures.len());
     }
-    if skipped.is_empty() && series == DEFAULT_SERIES {
+    if skipped.is_empty() && series == DEFAULT_SERIES && guests == GUEST_NAMES {
         std::fs::write(root().join(PAGE), page(&rows)).with_context(|| format!("write {PAGE}"))?;
+    }
+    Ok(())
+}
+
+/// Runs in each of `series` on machines of one kind.
+fn run_guest(guest: &Guest, series: &[String], seconds: u32, outcome: &mut Outcome) -> Result<()> {
+    let folder = root().join(FOLDER).join(guest.name);
+    std::fs::create_dir_all(&folder)?;
+    let archive = match Archive::open(&folder, guest.debian) {
+        Err(error) => {
+            outcome.skipped.push(format!("{}: {error:#}", guest.name));
+            return Ok(());
+        }
+        Ok(archive) => archive,
+    };
+    let initramfs = folder.join("initramfs.cpio");
+    std::fs::write(&initramfs, file_system(guest, &folder)?).context("write the initial file system")?;
+    for series in series {
+        let kernel = match archive.kernel(series) {
+            Ok(kernel) => kernel,
+            Err(error) => {
+                outcome.skipped.push(format!("{series}, {}: {error:#}", guest.name));
+                continue;
+            }
+        };
+        for turns in TURNS {
+            println!("--- {series}, {}, {turns}: {}", guest.name, kernel.display());
+            let console = machine::run(guest, &kernel, &initramfs, seconds, turns)?;
+            let kept = folder.join(format!("console-{series}-{turns}.txt"));
+            std::fs::write(&kept, &console)?;
+            let report = Report::read(&console);
+            outcome.rows.push(report.row(series));
+            let findings = report.findings();
+            if !findings.is_empty() {
+                outcome.failures.push(format!(
+                    "{series}, {}, {turns}: {} (all of it: {})",
+                    guest.name,
+                    findings.join("; "),
+                    kept.display()
+                ));
+            }
+        }
     }
     Ok(())
 }
@@ -114,24 +134,16 @@ fn page(rows: &[String]) -> String {
 }
 
 /// The guest's files, as an archive that a kernel unpacks.
-fn file_system(folder: &Path) -> Result<Vec<u8>> {
+fn file_system(guest: &Guest, folder: &Path) -> Result<Vec<u8>> {
     let init = folder.join("init");
-    run_command(
-        command("cc")
-            .args(["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o"])
-            .arg(&init)
-            .arg(INIT_SOURCE),
-    )
-    .context("compile the guest's first process")?;
+    guest.compile(INIT_SOURCE, &init).context("compile the guest's first process")?;
+    let (built, workload) = guest.windlass()?;
     let windlass = folder.join("windlass");
     // Its debug information is most of it, and would be unpacked into the guest's memory.
-    run_command(command("strip").arg("-o").arg(&windlass).arg(built_windlass()?))?;
-    let workload = windlass_workload::write_executable(folder)?;
-    let mut files = vec![("/init".to_owned(), init), ("/windlass".to_owned(), windlass.clone())];
+    guest.strip(&built, &windlass)?;
     // The workload is inside `windlass`; its libraries are not.
-    for library in libraries(&[&windlass, &workload])? {
-        files.push((library.clone(), PathBuf::from(library)));
-    }
+    let mut files = guest.libraries(&[&windlass, &workload])?;
+    files.extend([("/init".to_owned(), init), ("/windlass".to_owned(), windlass)]);
     if Path::new(CERTIFICATES).exists() {
         files.push((CERTIFICATES.to_owned(), CERTIFICATES.into()));
     }
@@ -141,27 +153,4 @@ fn file_system(folder: &Path) -> Result<Vec<u8>> {
         archive.add_executable(path, &content).with_context(|| format!("add {path}"))?;
     }
     archive.finish()
-}
-
-/// Builds `windlass` as users do, and says where it is.
-fn built_windlass() -> Result<PathBuf> {
-    let messages = output(&mut cargo("build --release --locked --bin windlass --message-format=json"))?;
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "windlass")
-        .find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
-        .context("cargo names no executable for windlass")
-}
-
-/// Paths of the libraries and of the dynamic loader that these programs need.
-fn libraries(programs: &[&Path]) -> Result<Vec<String>> {
-    let mut paths = Vec::new();
-    for program in programs {
-        let listed = output(command("ldd").arg(program))?;
-        paths.extend(listed.split_whitespace().filter(|word| word.starts_with('/')).map(str::to_owned));
-    }
-    paths.sort();
-    paths.dedup();
-    Ok(paths)
 }

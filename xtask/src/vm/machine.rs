@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::guest::Guest;
 use crate::checkout::command;
 
 /// Longest time for all but the sampling: twice what the slowest kernel took on a busy machine of two cores, rounded up.
@@ -24,14 +25,22 @@ const PROCESSORS: &str = "2";
 
 /// Boots `kernel`, lets it sample for `seconds` by walks that make their turns as `turns` says, and returns what it wrote on its console; that is all there is to
 /// read also of one that was ended because it took too long.
-pub(super) fn run(kernel: &Path, initramfs: &Path, seconds: u32, turns: &str) -> Result<String> {
+pub(super) fn run(
+    guest: &Guest,
+    kernel: &Path,
+    initramfs: &Path,
+    seconds: u32,
+    turns: &str,
+) -> Result<String> {
     let console = tempfile::NamedTempFile::new()?;
     // Both streams write behind what is there, whoever writes first.
     let written = File::options().append(true).open(console.path())?;
     // A panic reboots at once, which `-no-reboot` turns into an end.
-    let words = format!("console=ttyS0 quiet loglevel=1 panic=-1 rdinit=/init -- {seconds} {turns}");
-    let mut child = command("qemu-system-x86_64")
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", PROCESSORS, "-m", MEMORY_MIB])
+    let words =
+        format!("console={} quiet loglevel=1 panic=-1 rdinit=/init -- {seconds} {turns}", guest.console);
+    let mut child = command(guest.emulator)
+        .args(guest.machine)
+        .args(["-accel", "tcg,thread=multi", "-smp", PROCESSORS, "-m", MEMORY_MIB])
         .args(["-nographic", "-no-reboot", "-nic", "none", "-append", &words])
         .arg("-kernel")
         .arg(kernel)
@@ -41,7 +50,7 @@ pub(super) fn run(kernel: &Path, initramfs: &Path, seconds: u32, turns: &str) ->
         .stdout(written.try_clone()?)
         .stderr(written)
         .spawn()
-        .context("start qemu-system-x86_64")?;
+        .with_context(|| format!("start {}", guest.emulator))?;
     let ended = wait(&mut child, Duration::from_secs(seconds.into()) + MARGIN);
     if !matches!(ended, Ok(true)) {
         child.kill().context("end QEMU")?;

@@ -25,12 +25,11 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const MAX_ATTEMPTS: usize = 3;
 /// What holds the kernel: of the newest series `image` only asks for `binary` and for the modules.
 const KINDS: [&str; 2] = ["linux-binary-", "linux-image-"];
-/// The plain variant: others are called `cloud-amd64`, `rt-amd64`.
-const VARIANT: &str = "-amd64";
-
 /// The archive, as of now.
 pub(super) struct Archive {
     folder: PathBuf,
+    /// Debian's name of the instruction set.
+    architecture: &'static str,
 }
 
 /// A package that may hold a kernel.
@@ -44,11 +43,7 @@ struct Candidate {
 
 impl Archive {
     /// Fetches the indexes into `folder`.
-    pub(super) fn open(folder: &Path) -> Result<Self> {
-        ensure!(
-            std::env::consts::ARCH == "x86_64",
-            "kernels are run on x86-64 for machines of that kind alone"
-        );
+    pub(super) fn open(folder: &Path, architecture: &'static str) -> Result<Self> {
         let (main, security) = sites()?;
         let lines = RELEASES.map(|(release, is_security)| {
             let site = if is_security { &security } else { &main };
@@ -58,7 +53,7 @@ impl Archive {
             std::fs::create_dir_all(folder.join(name))?;
         }
         std::fs::write(folder.join("apt/sources.list"), lines.concat())?;
-        let archive = Self { folder: folder.to_owned() };
+        let archive = Self { folder: folder.to_owned(), architecture };
         // An index that cannot be had costs its kernels alone.
         if let Err(error) = run(archive.apt("apt-get").args(["-qq", "update"])) {
             println!("some lists of packages could not be refreshed: {error:#}");
@@ -73,7 +68,7 @@ impl Archive {
         ensure!(is_series, "a series is two numbers, as 6.12");
         let pattern = format!("^linux-(image|binary)-{}[.]", series.replace('.', "[.]"));
         let listed = output(self.apt("apt-cache").args(["search", "--names-only", &pattern]))?;
-        let candidates = candidates(&listed);
+        let candidates = candidates(&listed, self.architecture);
         let mut last = None;
         for candidate in candidates.iter().take(MAX_ATTEMPTS) {
             match self.unpacked(candidate) {
@@ -112,6 +107,9 @@ impl Archive {
         let folder = self.folder.join("apt");
         let mut apt = Command::new(program);
         apt.current_dir(&self.folder);
+        // The second replaces a list, which otherwise has this machine's own.
+        apt.arg("-o").arg(format!("APT::Architecture={}", self.architecture));
+        apt.arg("-o").arg(format!("APT::Architectures={}", self.architecture));
         for (option, value) in [
             ("Dir::Etc::sourcelist", folder.join("sources.list")),
             ("Dir::Etc::sourceparts", "/dev/null".into()),
@@ -145,16 +143,17 @@ fn sites() -> Result<(String, String)> {
     Ok((main.to_owned(), security.map_or_else(|| format!("{main}-security"), str::to_owned)))
 }
 
-/// The kernels' packages among those that `apt-cache search` lists, in the order to try them in.
-fn candidates(listed: &str) -> Vec<Candidate> {
+/// The kernels' packages among those that `apt-cache search` lists, in the order to try them in. Those of the plain
+/// variant, as `-amd64`: others are called `-cloud-amd64`, `-rt-amd64`.
+fn candidates(listed: &str, architecture: &str) -> Vec<Candidate> {
     let mut candidates: Vec<_> = listed
         .lines()
         .filter_map(|line| {
             let package = line.split_whitespace().next()?;
             let release = KINDS.iter().find_map(|kind| package.strip_prefix(kind))?;
-            let version = release.strip_suffix(VARIANT)?;
-            // Of other variants a name is left here.
-            if version.ends_with("-cloud") || version.ends_with("-rt") {
+            let version = release.strip_suffix(architecture)?.strip_suffix('-')?;
+            // Of other variants a name is left here; `-16k` is with other pages.
+            if ["-cloud", "-rt", "-16k"].iter().any(|variant| version.ends_with(variant)) {
                 return None;
             }
             let numbers = version.split(|character: char| !character.is_ascii_digit());
@@ -194,9 +193,10 @@ mod tests {
                       linux-image-6.1.0-57-amd64-unsigned - Linux 6.1\n\
                       linux-image-6.1.0-57-cloud-amd64 - Linux 6.1\n\
                       linux-image-6.1.0-57-rt-amd64 - Linux 6.1\n";
-        let packages: Vec<_> = candidates(listed).into_iter().map(|candidate| candidate.release).collect();
+        let packages: Vec<_> =
+            candidates(listed, "amd64").into_iter().map(|candidate| candidate.release).collect();
         assert_eq!(packages, ["6.1.0-56-amd64", "6.1.0-9-amd64", "6.1.0-0.deb11.52-amd64"]);
         let split = "linux-image-7.2.12+deb13-amd64 - Linux\nlinux-binary-7.2.12+deb13-amd64 - Linux\n";
-        assert_eq!(candidates(split)[0].package, "linux-binary-7.2.12+deb13-amd64");
+        assert_eq!(candidates(split, "amd64")[0].package, "linux-binary-7.2.12+deb13-amd64");
     }
 }
