@@ -68,6 +68,16 @@ pub enum SkeletonError {
 
 /// The skeleton of the image `elf`.
 pub fn skeleton<'data, R: ReadRef<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
+    make(elf, false)
+}
+
+/// The skeleton with all code of the image `elf`: for the vDSO, which is no secret, has two pages of it, and on aarch64 the
+/// trampoline of signals without CFI (arch/arm64/kernel/vdso/sigreturn.S), known by its instructions alone.
+pub(crate) fn skeleton_with_code<'data, R: ReadRef<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
+    make(elf, true)
+}
+
+fn make<'data, R: ReadRef<'data>>(elf: R, with_code: bool) -> Result<Vec<u8>, SkeletonError> {
     let header = file_header(elf)?;
     let segments = program_headers(header, elf)?.to_vec();
     let mut sections = section_headers(header, elf)?.to_vec();
@@ -84,10 +94,12 @@ pub fn skeleton<'data, R: ReadRef<'data>>(elf: R) -> Result<Vec<u8>, SkeletonErr
             (names, index)
         }
     };
-    let kept: Vec<bool> =
-        sections.iter().map(|section| is_kept(section, &names) && range_of(section).end <= length).collect();
-    let mut kept = kept;
-    if header.e_machine(LE) == elf::EM_X86_64 {
+    let is_kept = |section: &SectionHeader| {
+        is_kept(section, &names) || with_code && section.sh_flags(LE).contains(elf::SHF_EXECINSTR)
+    };
+    let kept = sections.iter().map(|section| is_kept(section) && range_of(section).end <= length);
+    let mut kept: Vec<bool> = kept.collect();
+    if header.e_machine(LE) == elf::EM_X86_64 && !with_code {
         for code in kept_code(&segments, elf).into_iter().filter(|code| code.file.end <= length) {
             let mut code = section(&mut names, CODE_SECTION, elf::SHT_PROGBITS, code.address, code.file);
             code.sh_flags.set(LE, elf::SHF_ALLOC | elf::SHF_EXECINSTR);
@@ -519,6 +531,25 @@ mod tests {
             let expect = frames(path.as_ref()).filter(|text| text.len() > 1000);
             assert!(expect.is_some() && frames(&file) == expect, "{path}: other frames");
         }
+    }
+
+    /// The vDSO goes with its code.
+    #[test]
+    fn skeleton_of_the_vdso() {
+        let maps = std::fs::read("/proc/self/maps").unwrap();
+        let entries = crate::proc_maps::executable_mappings(&maps);
+        let vdso = entries.iter().find(|entry| entry.backing == crate::proc_maps::Backing::Vdso).unwrap();
+        let source = crate::mapped_file::ImageSource::of_vdso(std::process::id(), vdso).unwrap();
+        let crate::mapped_file::ImageSource::Memory(image) = source else { panic!("the vDSO is no file") };
+        let skeleton = skeleton_with_code(&image[..]).unwrap();
+        let (whole, made) = (Elf::parse(&image[..]).unwrap(), Elf::parse(&skeleton[..]).unwrap());
+        let text = whole.section_by_name(".text").unwrap();
+        let kept = made.section_by_name(".text").unwrap();
+        assert_eq!((text.address(), text.data()), (kept.address(), kept.data()));
+        assert!(text.size() > 0 && made.section_by_name(".eh_frame").is_some());
+        let without = super::skeleton(&image[..]).unwrap();
+        let bare = Elf::parse(&without[..]).unwrap();
+        assert!(bare.section_by_name(".text").unwrap().data().unwrap().is_empty());
     }
 
     /// An image that was stripped of its section headers still gives its frames.

@@ -23,7 +23,7 @@ use windlass_schema::{BuildId, TableFile};
 
 use crate::mapped_file::ImageSource;
 use crate::service::{Service, ServiceError, TableAnswer};
-use crate::skeleton::skeleton;
+use crate::skeleton::{skeleton, skeleton_with_code};
 use crate::table_cache::TableCache;
 use crate::table_queue::{Job, Queue};
 use crate::table_refresh::Refresh;
@@ -280,9 +280,12 @@ impl TableSource {
         // Never closed; were it, there would merely be no limit.
         let _permit = self.skeletons.acquire().await;
         let source = request.source.clone();
-        let made = tokio::task::spawn_blocking(move || source.read(|image| skeleton(image)))
-            .await
-            .map_err(|error| SendError::Image(error.to_string()))?;
+        let make = move || {
+            let is_vdso = matches!(source, ImageSource::Memory(_));
+            source.read(|image| if is_vdso { skeleton_with_code(image) } else { skeleton(image) })
+        };
+        let made =
+            tokio::task::spawn_blocking(make).await.map_err(|error| SendError::Image(error.to_string()))?;
         let skeleton = made
             .map_err(|error| SendError::Gone(error.to_string()))?
             .map_err(|error| SendError::Image(error.to_string()))?;
