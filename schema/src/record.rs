@@ -24,22 +24,23 @@
 //! | 11 | `UNSUPPORTED` | none: byte 1 is the code of the reason |
 //! | 12 | `GO_STACK` | *(*(rsp + a) + 8) - *(rsp + b) + 8 * c, c being byte 1 as i8 |
 //! | 13 | `OTHER_STACK` | rbp + offset |
+//! | 14 | `FAR_CFA` | register + offset, and what is saved lies near that register: see below |
 //!
 //! Fields that a kind does not use are 0: f without a frame-pointer rule that has one, byte 1 where the last table below has
 //! nothing, bytes 2 to 7 and both rules of kinds 9 to 11 (byte 1 of 11 is the code of one of `UnsupportedReason`).
 //!
 //! The CFA of a frame lies above its stack pointer (or is equal to it, if the return address is in a register), but for
-//! the last two kinds, which lead to another stack. That is for a walk to check: a table may say otherwise.
+//! kinds 12 and 13, which lead to another stack. That is for a walk to check: a table may say otherwise.
 //!
 //! The stack pointer is rsp or sp, the frame pointer rbp or x29. Kinds 4, 5, 7, 8, 12
-//! and 13 are for x86-64 alone.
+//! and 13 are for x86-64 alone, 14 for aarch64, whose frames save their return address at their lower end.
 //! The saved context of `SIGNAL` is what the kernel pushes: r8 to r15, rdi, rsi, rbp, rbx, rdx, rax, rcx,
 //! rsp, rip (`struct sigcontext` of x86-64), or x0 to x30, sp, pc (`regs` of that of aarch64).
 //!
 //! | frame-pointer rule | frame pointer of the caller |
 //! |---|---|
 //! | 0 `SAME` | unchanged |
-//! | 1 `AT_CFA` | *(CFA + f) |
+//! | 1 `AT_CFA` | *(CFA + f); in kind 14 *(register + f) |
 //! | 2 `AT_FP` | *(frame pointer + f), that of this frame (a DRAP save) |
 //! | 3 `UNDEFINED` | lost |
 //!
@@ -47,7 +48,7 @@
 //! |---|---|
 //! | 0 `AT_CFA` | *(CFA - 8) |
 //! | 1 `REGISTER` | a register |
-//! | 2 `ABOVE_FP` | *(CFA + f + 8), right above the saved frame pointer: only with `AT_CFA`, and f + 8 is not -8 |
+//! | 2 `ABOVE_FP` | *(CFA + f + 8), right above the saved frame pointer: only with `AT_CFA`, and f + 8 is not -8; in kind 14 *(register + f + 8) |
 //! | 3 `AT_CFA_WORDS` | *(CFA + 8 * g), g being byte 1 as i8; where neither of the above says the same, and byte 1 is free |
 //!
 //! | byte 1 | x86-64 | aarch64 |
@@ -55,7 +56,12 @@
 //! | kinds 2 and 3 | CFA register in bits 0-3, with rule 1 the return address's in bits 4-7 | CFA register; rule 1 is x30 |
 //! | kind 12 | c; rule 0 or 2 | |
 //! | others, rule 1 | return address's register in bits 4-7 | return address's register |
+//! | kind 14 | | CFA register |
 //! | others, rule 3 | g | g |
+//!
+//! Kind 14 has return-address rule 2, any frame-pointer rule but `AT_FP`, and states what no other kind can: places that are more than
+//! 32 KiB from the CFA, or a return address alone that is more than 128 words from it or not at a word. With frame-pointer rules 0 and 3,
+//! f is a place where no frame pointer is.
 //!
 //! On aarch64 a return address may be signed; whether it is makes no difference to its lower bits, so the
 //! signature is taken off wherever one is read, and no record speaks of it.
@@ -128,6 +134,7 @@ pub mod kind {
     pub const UNSUPPORTED: u8 = 11;
     pub const GO_STACK: u8 = 12;
     pub const OTHER_STACK: u8 = 13;
+    pub const FAR_CFA: u8 = 14;
 }
 
 /// Frame-pointer rules; see the [module documentation](self).

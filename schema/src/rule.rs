@@ -53,7 +53,7 @@ pub enum FramePointerRule {
     /// Unchanged.
     Same,
     /// *(CFA + offset)
-    AtCfa(i16),
+    AtCfa(i32),
     /// *(frame pointer + offset)
     AtFramePointer(i16),
     /// Lost.
@@ -64,7 +64,7 @@ pub enum FramePointerRule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReturnAddressRule {
     /// *(CFA + offset)
-    AtCfa(i16),
+    AtCfa(i32),
     /// In a register.
     Register(Register),
 }
@@ -179,7 +179,10 @@ impl Rule {
             Self::Frame { cfa, return_address, frame_pointer } => {
                 match frame_record(cfa, return_address, frame_pointer) {
                     Some(record) => record,
-                    None => Record::unsupported(UnsupportedReason::ReturnAddress),
+                    None => match far_record(cfa, return_address, frame_pointer) {
+                        Some(record) => record,
+                        None => Record::unsupported(unstated(frame_pointer)),
+                    },
                 }
             }
             Self::Signal(offset) => Record::plain(kind::SIGNAL, 0, 0, 0, 0, Record::pair(offset, 0)),
@@ -202,7 +205,31 @@ impl Rule {
     }
 }
 
-/// The record of a frame's rule, if there is one.
+/// Which part of a frame's rule no record states.
+const fn unstated(fp: FramePointerRule) -> UnsupportedReason {
+    match fp {
+        FramePointerRule::AtCfa(f) if f as i16 as i32 != f => UnsupportedReason::FramePointer,
+        _ => UnsupportedReason::ReturnAddress,
+    }
+}
+
+/// The record of kind `FAR_CFA` of a frame's rule, if there is one.
+const fn far_record(cfa: CfaRule, ra: ReturnAddressRule, fp: FramePointerRule) -> Option<Record> {
+    let (CfaRule::Offset(register, offset), ReturnAddressRule::AtCfa(place)) = (cfa, ra) else { return None };
+    let fp_rule = match fp {
+        FramePointerRule::Same => frame_pointer::SAME,
+        FramePointerRule::AtCfa(f) if f as i64 + 8 == place as i64 => frame_pointer::AT_CFA,
+        FramePointerRule::Undefined => frame_pointer::UNDEFINED,
+        FramePointerRule::AtCfa(_) | FramePointerRule::AtFramePointer(_) => return None,
+    };
+    let f = offset as i64 + place as i64 - 8;
+    if !matches!(register.architecture(), Architecture::Aarch64) || f as i16 as i64 != f {
+        return None;
+    }
+    Some(Record::plain(kind::FAR_CFA, fp_rule, return_address::ABOVE_FP, register.number(), f as i16, offset))
+}
+
+/// The record of a frame's rule of another kind, if there is one.
 const fn frame_record(cfa: CfaRule, ra: ReturnAddressRule, fp: FramePointerRule) -> Option<Record> {
     let architecture = cfa.architecture();
     let (kind, register, offset) = match cfa {
@@ -223,14 +250,15 @@ const fn frame_record(cfa: CfaRule, ra: ReturnAddressRule, fp: FramePointerRule)
     };
     let (fp_rule, f) = match fp {
         FramePointerRule::Same => (frame_pointer::SAME, 0),
-        FramePointerRule::AtCfa(f) => (frame_pointer::AT_CFA, f),
+        FramePointerRule::AtCfa(f) if f as i16 as i32 == f => (frame_pointer::AT_CFA, f as i16),
+        FramePointerRule::AtCfa(_) => return None,
         FramePointerRule::AtFramePointer(f) => (frame_pointer::AT_FP, f),
         FramePointerRule::Undefined => (frame_pointer::UNDEFINED, 0),
     };
     let (ra_rule, aux) = match (ra, register) {
         (ReturnAddressRule::AtCfa(-8), register) => (return_address::AT_CFA, register),
         (ReturnAddressRule::AtCfa(offset), register) => {
-            if fp_rule == frame_pointer::AT_CFA && offset as i32 == f as i32 + 8 {
+            if fp_rule == frame_pointer::AT_CFA && offset == f as i32 + 8 {
                 (return_address::ABOVE_FP, register)
             } else if register.is_none() && offset % 8 == 0 && offset >= -8 * 128 && offset < 8 * 128 {
                 (return_address::AT_CFA_WORDS, Some((offset / 8) as u8))
@@ -285,6 +313,7 @@ fn decode(record: Record, architecture: Architecture) -> Option<Rule> {
             CfaRule::GoStack { g: a, depth: b, words: record.aux() as i8 }
         }
         kind::OTHER_STACK if is_x86 => CfaRule::OtherStack(record.offset()),
+        kind::FAR_CFA if !is_x86 => return decode_far(record, cfa_register()?),
         kind::SIGNAL => return Some(Rule::Signal(a)),
         kind::END => return Some(Rule::End),
         kind::NO_CFI => return Some(Rule::NoCfi),
@@ -300,16 +329,30 @@ fn decode(record: Record, architecture: Architecture) -> Option<Rule> {
             (false, false) => Register::new(architecture, record.aux().into())?,
             (false, true) => Register::X30,
         }),
-        return_address::ABOVE_FP => ReturnAddressRule::AtCfa(record.frame_pointer_offset().checked_add(8)?),
-        _ => ReturnAddressRule::AtCfa(8 * i16::from(record.aux() as i8)),
+        return_address::ABOVE_FP => ReturnAddressRule::AtCfa(i32::from(record.frame_pointer_offset()) + 8),
+        _ => ReturnAddressRule::AtCfa(8 * i32::from(record.aux() as i8)),
     };
     let frame_pointer = match record.frame_pointer() {
         frame_pointer::SAME => FramePointerRule::Same,
-        frame_pointer::AT_CFA => FramePointerRule::AtCfa(record.frame_pointer_offset()),
+        frame_pointer::AT_CFA => FramePointerRule::AtCfa(record.frame_pointer_offset().into()),
         frame_pointer::AT_FP => FramePointerRule::AtFramePointer(record.frame_pointer_offset()),
         _ => FramePointerRule::Undefined,
     };
     Some(Rule::Frame { cfa, return_address, frame_pointer })
+}
+
+/// The rule of a record of kind `FAR_CFA` over this register.
+fn decode_far(record: Record, register: Register) -> Option<Rule> {
+    let saved = i32::from(record.frame_pointer_offset()).checked_sub(record.offset())?;
+    Some(Rule::Frame {
+        cfa: CfaRule::Offset(register, record.offset()),
+        return_address: ReturnAddressRule::AtCfa(saved.checked_add(8)?),
+        frame_pointer: match record.frame_pointer() {
+            frame_pointer::SAME => FramePointerRule::Same,
+            frame_pointer::AT_CFA => FramePointerRule::AtCfa(saved),
+            _ => FramePointerRule::Undefined,
+        },
+    })
 }
 
 /// Whether the record module describes this record, plain or a run: then each of its states is a rule.
@@ -425,22 +468,35 @@ mod tests {
         ];
         let return_address = prop_oneof![
             Just(ReturnAddressRule::AtCfa(-8)),
-            (-200i16..200).prop_map(|words| ReturnAddressRule::AtCfa(8 * words)),
-            any::<i16>().prop_map(ReturnAddressRule::AtCfa),
+            (-200i32..200).prop_map(|words| ReturnAddressRule::AtCfa(8 * words)),
+            any::<i16>().prop_map(|offset| ReturnAddressRule::AtCfa(offset.into())),
+            any::<i32>().prop_map(ReturnAddressRule::AtCfa),
             register(architecture).prop_map(ReturnAddressRule::Register)
         ];
         let frame_pointer = prop_oneof![
             Just(FramePointerRule::Same),
-            any::<i16>().prop_map(FramePointerRule::AtCfa),
-            (-200i16..200).prop_map(|words| FramePointerRule::AtCfa(8 * words)),
+            any::<i16>().prop_map(|f| FramePointerRule::AtCfa(f.into())),
+            any::<i32>().prop_map(FramePointerRule::AtCfa),
+            (-200i32..200).prop_map(|words| FramePointerRule::AtCfa(8 * words)),
             any::<i16>().prop_map(FramePointerRule::AtFramePointer),
             Just(FramePointerRule::Undefined),
         ];
         let frame = (cfa, return_address, frame_pointer).prop_map(|(cfa, return_address, frame_pointer)| {
             Rule::Frame { cfa, return_address, frame_pointer }
         });
+        let near = (register(architecture), 0..1 << 20, -40_000..40_000, 0..4);
+        let far = near.prop_map(|(register, offset, near, saved)| Rule::Frame {
+            cfa: CfaRule::Offset(register, offset),
+            return_address: ReturnAddressRule::AtCfa(near - offset),
+            frame_pointer: match saved {
+                0 => FramePointerRule::Same,
+                1 => FramePointerRule::Undefined,
+                _ => FramePointerRule::AtCfa(near - offset - 8 * (saved - 1)),
+            },
+        });
         prop_oneof![
             12 => frame,
+            6 => far,
             2 => any::<i16>().prop_map(Rule::Signal),
             1 => Just(Rule::End),
             1 => Just(Rule::NoCfi),
@@ -504,7 +560,8 @@ mod tests {
             Rule::Frame {
                 cfa: CfaRule::Offset(register, 8 * words),
                 return_address: ReturnAddressRule::AtCfa(-8),
-                frame_pointer: saved.map_or(FramePointerRule::Same, FramePointerRule::AtCfa),
+                frame_pointer: saved
+                    .map_or(FramePointerRule::Same, |saved| FramePointerRule::AtCfa(saved.into())),
             }
         }
     }
@@ -532,8 +589,8 @@ mod tests {
         #[test]
         fn decode_inverts_encode((architecture, rule) in architecture().prop_flat_map(|it| (Just(it), rule(it)))) {
             let back = Rule::of_record(rule.to_record(), architecture);
-            let unstated = Ok(Rule::Unsupported(UnsupportedReason::ReturnAddress));
-            prop_assert!(back == Ok(rule) || back == unstated && !is_stated(rule), "{} {:?}", rule, back);
+            let expect = if is_stated(rule) { Ok(rule) } else { Ok(Rule::Unsupported(reason(rule))) };
+            prop_assert!(back == expect, "{} {:?}", rule, back);
         }
 
         /// No two records state one rule: a bit that is flipped changes it, or has no meaning.
@@ -600,6 +657,16 @@ mod tests {
         assert!(!has_meaning(Record(push.record().0 | 1 << 48)), "an offset without a save");
     }
 
+    /// Why a frame's rule that no record states is unsupported.
+    fn reason(rule: Rule) -> UnsupportedReason {
+        match rule {
+            Rule::Frame { frame_pointer: FramePointerRule::AtCfa(f), .. } if i16::try_from(f).is_err() => {
+                UnsupportedReason::FramePointer
+            }
+            _ => UnsupportedReason::ReturnAddress,
+        }
+    }
+
     /// Whether some record states the frame's rule, as the record module has it.
     fn is_stated(rule: Rule) -> bool {
         let Rule::Frame { cfa, return_address, frame_pointer } = rule else { return true };
@@ -611,13 +678,26 @@ mod tests {
             CfaRule::Deref(..) | CfaRule::GoStack { .. } => true,
             _ => false,
         };
-        match return_address {
-            ReturnAddressRule::AtCfa(offset) => {
-                offset == -8
-                    || matches!(frame_pointer, FramePointerRule::AtCfa(f) if i32::from(offset) == i32::from(f) + 8)
-                    || !has_register && offset % 8 == 0 && (-128..128).contains(&(offset / 8))
+        let is_wide = |offset: i32| i16::try_from(offset).is_err();
+        let far = |place: i32| match (cfa, frame_pointer) {
+            (_, FramePointerRule::AtFramePointer(_)) => false,
+            (_, FramePointerRule::AtCfa(f)) if i64::from(place) != i64::from(f) + 8 => false,
+            (CfaRule::Offset(register, offset), _) => {
+                let near = i64::from(offset) + i64::from(place) - 8;
+                register.architecture() == Architecture::Aarch64 && i16::try_from(near).is_ok()
             }
-            ReturnAddressRule::Register(register) => {
+            _ => false,
+        };
+        match (return_address, frame_pointer) {
+            (ReturnAddressRule::AtCfa(place), FramePointerRule::AtCfa(f)) if is_wide(f) => far(place),
+            (ReturnAddressRule::AtCfa(place), _) => {
+                place == -8
+                    || matches!(frame_pointer, FramePointerRule::AtCfa(f) if place == f + 8)
+                    || !has_register && place % 8 == 0 && (-128..128).contains(&(place / 8))
+                    || far(place)
+            }
+            (_, FramePointerRule::AtCfa(f)) if is_wide(f) => false,
+            (ReturnAddressRule::Register(register), _) => {
                 let is_go = matches!(cfa, CfaRule::GoStack { .. });
                 !is_go && (architecture == Architecture::X86_64 || !has_register || register == Register::X30)
             }

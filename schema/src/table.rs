@@ -65,7 +65,7 @@ use crate::{ImageAddress, Rule};
 /// | version | change |
 /// |---|---|
 /// | 1 | first |
-/// | 2 | pages count the entries of blocks instead of naming their offsets; aarch64; return addresses up to 128 words from the CFA, or beside the frame pointer's place; `GO_STACK` |
+/// | 2 | pages count the entries of blocks instead of naming their offsets; aarch64; return addresses up to 128 words from the CFA, or beside the frame pointer's place; `GO_STACK`, `OTHER_STACK`, `FAR_CFA` |
 pub const VERSION: u16 = 2;
 /// First bytes of a table.
 pub const MAGIC: [u8; 4] = *b"WLUT";

@@ -52,6 +52,7 @@ const ENTRIES: &[&str] = &[
     "body",
     "variable",
     "large",
+    "huge",
     "several_ends",
     "many_registers",
     "on_fault",
@@ -71,8 +72,6 @@ struct Program {
     functions: Vec<(String, Range<u64>)>,
     /// The program's own signal trampoline.
     restorer: Range<u64>,
-    /// Whether every function that calls others stores x29 and x30 as a pair.
-    has_frame_records: bool,
     maps: PlainMaps,
     entry: ProcessEntry,
 }
@@ -103,8 +102,7 @@ impl Program {
         let restorer = functions.iter().find(|(name, _)| name == "kernel_like_restorer");
         let restorer = restorer.expect("a trampoline").1.clone();
         let (maps, entry) = mapped(&bytes, &elf);
-        let has_frame_records = !flags.contains(&"-fomit-frame-pointer");
-        Self { path, functions, restorer, has_frame_records, maps, entry }
+        Self { path, functions, restorer, maps, entry }
     }
 
     /// The function at the instruction that a frame is in.
@@ -156,8 +154,6 @@ impl Program {
             StopReason::EndOfStack => ["_start", "thread_start", "__clone", "__clone3"].contains(&function),
             // A register that the function it called may have changed.
             StopReason::RegisterUnknown => function == "return_address_in_x10" && !is_innermost,
-            // Without a frame record, x30 is saved further below the CFA than a record says: 127 words.
-            StopReason::UnsupportedRule => function == "large" && !self.has_frame_records,
             _ => false,
         }
     }

@@ -48,6 +48,14 @@ STEPPED unsigned long large(unsigned long count)
     return body(count) + bytes[count];
 }
 
+/* What is saved at the frame's lower end is further from its CFA than 16 bits say. */
+STEPPED unsigned long huge(unsigned long count)
+{
+    unsigned char bytes[70000];
+    __asm__ volatile("" : : "r"(bytes) : "memory");
+    return body(count) + bytes[count];
+}
+
 /* Each way out has an epilogue of its own. */
 STEPPED unsigned long several_ends(unsigned long value)
 {
@@ -92,7 +100,7 @@ static void set_handler(void (*restorer)(void))
 int main(int argc, char **argv)
 {
     (void)argv;
-    sink += body(argc) + variable(100) + large(argc) + many_registers(1, 2);
+    sink += body(argc) + variable(100) + large(argc) + huge(argc) + many_registers(1, 2);
     sink += several_ends(0) + several_ends(2) + several_ends(3);
     sink += x30_alone(1) + pair_at_the_top(1) + return_address_in_x10(1) + frame_on_x9(1);
     set_handler(kernel_like_restorer);

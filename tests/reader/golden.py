@@ -12,8 +12,8 @@ from pathlib import Path
 from struct import pack
 
 from unwind_table import (
-    AARCH64, DEREF, DEREF_INDEXED, END, FP, GO_STACK, HEADER_SIZE, NINTH_BITS, NO_CFI, NO_PAGE, OTHER_STACK, PLT,
-    POP_RUN, PUSH_RUN, REASONS, REGISTER, SIGNAL, SP, UNSUPPORTED, VERSION, WIDE_COUNTS, WIDE_RECORDS, X86_64,
+    AARCH64, DEREF, DEREF_INDEXED, END, FAR_CFA, FP, GO_STACK, HEADER_SIZE, NINTH_BITS, NO_CFI, NO_PAGE, OTHER_STACK,
+    PLT, POP_RUN, PUSH_RUN, REASONS, REGISTER, SIGNAL, SP, UNSUPPORTED, VERSION, WIDE_COUNTS, WIDE_RECORDS, X86_64,
 )
 from xxh3 import xxh3_64
 
@@ -152,6 +152,9 @@ def aarch64() -> bytes:
         pair(SIGNAL, 304),
         plain(END),
         plain(UNSUPPORTED, byte1=3),
+        plain(FAR_CFA, 65632, fp=1, f=0, ra=2, byte1=31),
+        plain(FAR_CFA, 16400, f=-8, ra=2, byte1=29),
+        plain(FAR_CFA, 2**31 - 1, fp=3, f=-(2**15), ra=2, byte1=9),
     ]
     entries = [(0x10 * n, n) for n in range(1, len(records))]
     return table(AARCH64, 0, b"\x2a" * 64, records, [page(0, [*entries, (0x100, 0)], len(records), [], range(1))])

@@ -51,7 +51,7 @@ REGISTERS = {
 """Names by DWARF number: psABI x86-64, figure 3.36; DWARF for the Arm 64-bit architecture, 4.1."""
 
 (SP, FP, REGISTER, DEREF, DEREF_INDEXED, PLT, SIGNAL, PUSH_RUN, POP_RUN, END, NO_CFI, UNSUPPORTED, GO_STACK,
- OTHER_STACK) = range(14)
+ OTHER_STACK, FAR_CFA) = range(15)
 X86_64_ALONE = {DEREF_INDEXED, PLT, PUSH_RUN, POP_RUN, GO_STACK, OTHER_STACK}
 
 States = list[tuple[int, str]]
@@ -81,8 +81,9 @@ def fields(data: bytes, offset: int, layout: str, field: str) -> tuple[Any, ...]
 def states_of(record: bytes, architecture: int, field: str) -> States:
     """What an 8-byte record says at each distance from its entry."""
     kind = record[0] & 15
-    require(kind <= OTHER_STACK, field, f"no kind {kind}")
+    require(kind <= FAR_CFA, field, f"no kind {kind}")
     require(architecture == X86_64 or kind not in X86_64_ALONE, field, f"kind {kind} is for x86-64 alone")
+    require(architecture == AARCH64 or kind != FAR_CFA, field, f"kind {kind} is for aarch64 alone")
     if kind in (PUSH_RUN, POP_RUN):
         return run_states(record, field)
     return [(0, plain_rule(record, architecture, field))]
@@ -102,6 +103,8 @@ def plain_rule(record: bytes, architecture: int, field: str) -> str:
         return f"unsupported {byte1}"
     if kind == SIGNAL:
         return f"signal {sp}{a:+}"
+    if kind == FAR_CFA:
+        return far_rule(record, field)
     if kind in (REGISTER, DEREF):
         register = name_of(byte1 & 15 if architecture == X86_64 else byte1, architecture, field)
         cfa = f"{register}{offset:+}" if kind == REGISTER else f"*({register}{a:+}){b:+}"
@@ -115,6 +118,17 @@ def plain_rule(record: bytes, architecture: int, field: str) -> str:
             OTHER_STACK: f"other_stack(rbp{offset:+})",
         }[kind]
     return f"cfa={cfa} ra={return_address(record, architecture, field)} fp={frame_pointer(record, fp)}"
+
+
+def far_rule(record: bytes, field: str) -> str:
+    """The rule of a record whose places count from the CFA's register."""
+    fp_rule, ra_rule = record[0] >> 4 & 3, record[0] >> 6
+    f, offset = unpack_from("<hi", record, 2)
+    require(ra_rule == 2 and fp_rule != 2, field, f"kind {FAR_CFA} with rules {fp_rule} and {ra_rule}")
+    saved = f - offset
+    register = name_of(record[1], AARCH64, field)
+    fp = ("same", f"cfa{saved:+}", "", "undefined")[fp_rule]
+    return f"cfa={register}{offset:+} ra=cfa{saved + 8:+} fp={fp}"
 
 
 def return_address(record: bytes, architecture: int, field: str) -> str:

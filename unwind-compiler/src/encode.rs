@@ -108,7 +108,7 @@ mod tests {
     fn record() -> impl Strategy<Value = Record> {
         let saved = prop_oneof![
             4 => Just(FramePointerRule::Same),
-            3 => (1i16..6).prop_map(|words| FramePointerRule::AtCfa(-8 * words)),
+            3 => (1..6).prop_map(|words| FramePointerRule::AtCfa(-8 * words)),
             1 => any::<i16>().prop_map(FramePointerRule::AtFramePointer),
             1 => Just(FramePointerRule::Undefined),
         ];

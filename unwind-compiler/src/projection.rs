@@ -75,7 +75,7 @@ fn exact(cie: &Cie<'_>, row: &Frame<'_>) -> Result<Rule, Reason> {
     };
     let register = |number| Register::new(architecture, number).map(ReturnAddressRule::Register);
     let return_address = match (return_address, architecture) {
-        (RegisterRule::Offset(offset), _) => i16::try_from(offset).ok().map(ReturnAddressRule::AtCfa),
+        (RegisterRule::Offset(offset), _) => i32::try_from(offset).ok().map(ReturnAddressRule::AtCfa),
         (RegisterRule::Register(number), _) => register(number),
         // The link register holds it until an instruction says otherwise (AAPCS64, 6.1.1).
         (RegisterRule::Unspecified | RegisterRule::SameValue, Architecture::Aarch64) => {
@@ -112,7 +112,7 @@ fn frame_pointer_rule(
     match rule {
         RegisterRule::Unspecified | RegisterRule::SameValue => Some(FramePointerRule::Same),
         RegisterRule::Undefined => Some(FramePointerRule::Undefined),
-        RegisterRule::Offset(offset) => i16::try_from(offset).ok().map(FramePointerRule::AtCfa),
+        RegisterRule::Offset(offset) => i32::try_from(offset).ok().map(FramePointerRule::AtCfa),
         RegisterRule::Expression(expression) => match expression::run(architecture, expression) {
             Some(Value::Register(register, offset)) if register == architecture.frame_pointer() => {
                 i16::try_from(offset as i64).ok().map(FramePointerRule::AtFramePointer)

@@ -40,7 +40,9 @@ fn canonical_frame_address<M: StackMemory>(
     match record.kind() {
         kind::SP => Ok(offset(sp, i64::from(record.offset()))),
         kind::FP => Ok(offset(registers.get(DWARF_X29)?, i64::from(record.offset()))),
-        kind::REGISTER => Ok(offset(registers.get(record.aux())?, i64::from(record.offset()))),
+        kind::REGISTER | kind::FAR_CFA => {
+            Ok(offset(registers.get(record.aux())?, i64::from(record.offset())))
+        }
         kind::DEREF => Ok(offset(word(memory, offset(registers.get(record.aux())?, a))?, b)),
         kind::NO_CFI => Err(StopReason::NoCfi),
         kind::END => Err(StopReason::EndOfStack),
@@ -78,12 +80,14 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
     let mut x29 = registers.general[DWARF_X29 as usize];
     let pc;
     let f = i64::from(record.frame_pointer_offset());
+    // From where f counts: a frame's lower end may be too far from the CFA.
+    let base = if record.kind() == kind::FAR_CFA { offset(cfa, -i64::from(record.offset())) } else { cfa };
     let is_above = record.return_address() == return_address::AT_CFA && f == -16
         || record.return_address() == return_address::ABOVE_FP;
     if record.frame_pointer() == frame_pointer::AT_CFA && is_above {
         // A frame record: x29 and x30, stored as a pair (AAPCS64, 6.4.6).
-        let Some([saved, address]) = memory.words(offset(cfa, f)) else {
-            return Err(memory.unreadable(offset(cfa, f)));
+        let Some([saved, address]) = memory.words(offset(base, f)) else {
+            return Err(memory.unreadable(offset(base, f)));
         };
         known |= 1 << DWARF_X29;
         (x29, pc) = (saved, address);
@@ -91,7 +95,7 @@ pub fn step<M: StackMemory>(registers: &mut Registers, record: Record, memory: &
         pc = match record.return_address() {
             return_address::AT_CFA => word(memory, cfa.wrapping_sub(8))?,
             return_address::REGISTER => registers.get(return_address_register(record))?,
-            return_address::ABOVE_FP => word(memory, offset(cfa, f + 8))?,
+            return_address::ABOVE_FP => word(memory, offset(base, f + 8))?,
             _ => word(memory, offset(cfa, 8 * i64::from(record.aux() as i8)))?,
         };
         match record.frame_pointer() {
@@ -248,6 +252,16 @@ mod tests {
             frame(CfaRule::Offset(Register::X29, 48), at_cfa(-40), saved(-48)),
             Ok((BASE + 128, SIGNED | 110, 111)),
         );
+        // The same far below the CFA, and x30 alone: BASE + 16 + 32, and + 24.
+        check(
+            frame(sp(0x9000), at_cfa(40 - 0x9000), saved(32 - 0x9000)),
+            Ok((BASE + 0x9010, SIGNED | 106, 107)),
+        );
+        check(frame(sp(0x2000), at_cfa(24 - 0x2000), SAME), Ok((BASE + 0x2010, x29, 105)));
+        check(
+            frame(CfaRule::Offset(x(10), 0x9000), at_cfa(8 - 0x9000), saved(-0x9000)),
+            Ok((BASE + 0x9040, SIGNED | 108, 109)),
+        );
         // x30 alone, and both apart.
         check(frame(sp(16), at_cfa(-16), SAME), Ok((BASE + 32, x29, 102)));
         check(frame(sp(16), at_cfa(-8), SAME), Ok((BASE + 32, x29, 103)));
@@ -275,7 +289,6 @@ mod tests {
             kind::POP_RUN,
             kind::GO_STACK,
             kind::OTHER_STACK,
-            14,
             15,
         ];
         for kind in other {

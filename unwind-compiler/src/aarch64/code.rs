@@ -218,15 +218,14 @@ impl Frames for Machine {
             (Some(frame), _) => CfaRule::Offset(Register::X29, frame),
             (None, depth) => CfaRule::Offset(Register::SP, depth.unwrap_or_default()),
         };
-        let at_cfa = |place: i32| i16::try_from(-place);
-        match (state.returns.map(at_cfa).transpose(), state.saved.map(at_cfa).transpose()) {
-            (Ok(returns), Ok(saved)) => Rule::Frame {
-                cfa,
-                return_address: returns
-                    .map_or(ReturnAddressRule::Register(Register::X30), ReturnAddressRule::AtCfa),
-                frame_pointer: saved.map_or(FramePointerRule::Same, FramePointerRule::AtCfa),
-            },
-            _ => Rule::NoCfi,
+        Rule::Frame {
+            cfa,
+            return_address: state
+                .returns
+                .map_or(ReturnAddressRule::Register(Register::X30), |place| ReturnAddressRule::AtCfa(-place)),
+            frame_pointer: state
+                .saved
+                .map_or(FramePointerRule::Same, |place| FramePointerRule::AtCfa(-place)),
         }
     }
 }

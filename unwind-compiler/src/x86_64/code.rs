@@ -295,7 +295,7 @@ impl Frames for Machine {
         };
         let frame_pointer = match state.saved.map(|saved| i16::try_from(-saved)) {
             None => FramePointerRule::Same,
-            Some(Ok(saved)) => FramePointerRule::AtCfa(saved),
+            Some(Ok(saved)) => FramePointerRule::AtCfa(saved.into()),
             Some(Err(_)) => return Rule::NoCfi,
         };
         Rule::Frame { cfa, return_address: ReturnAddressRule::AtCfa(-8), frame_pointer }
