@@ -1,11 +1,9 @@
 //! The functions of a Go image, as rows beside those of its CFI.
 //!
 //! Go's `.debug_frame` says where the CFA is and nothing of rbp, so that C code below a Go frame cannot be walked by
-//! it; and it is gone from stripped images. The function table is in each of them and says more.
+//! it, and takes functions that switch stacks for others; and it is gone from stripped images. The function table is in each of them and says more.
 
-use windlass_schema::{
-    Architecture, CfaRule, FramePointerRule, Record, ReturnAddressRule, Rule, UnsupportedReason,
-};
+use windlass_schema::{CfaRule, FramePointerRule, Record, ReturnAddressRule, Rule, UnsupportedReason};
 
 use crate::elf::Image;
 use crate::go::{GoRule, GoSkip, for_each_row};
@@ -32,10 +30,6 @@ pub(crate) fn functions(image: &Image<'_>) -> Option<GoFunctions> {
         }
     };
     let unread = GoFunctions { is_unread: true, ..GoFunctions::default() };
-    // A header may say what it likes: rules are of x86-64.
-    if image.architecture != Architecture::X86_64 {
-        return Some(unread);
-    }
     let Ok(read) = for_each_row(&table.image(), visit) else { return Some(unread) };
     // C code that was linked in among Go's has no depths, and no fault.
     let faults = read.skipped.iter().filter(|(reason, _)| **reason != GoSkip::NoDepths);

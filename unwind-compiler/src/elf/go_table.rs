@@ -8,12 +8,14 @@
 use object::LittleEndian;
 use object::elf::{self, Rela64};
 use object::read::elf::SectionHeader;
+use windlass_schema::Architecture;
 
 use super::{Image, LE, SectionRow};
 use crate::go::{GoCode, GoImage, find_table, text_start};
 
 /// A Go function table and what it is read with.
 pub(crate) struct GoTable<'a> {
+    architecture: Architecture,
     table: &'a [u8],
     text: Option<u64>,
     code: Vec<GoCode<'a>>,
@@ -22,7 +24,7 @@ pub(crate) struct GoTable<'a> {
 impl GoTable<'_> {
     /// As the decoder takes it.
     pub(crate) fn image(&self) -> GoImage<'_> {
-        GoImage { table: self.table, text: self.text, code: &self.code }
+        GoImage { architecture: self.architecture, table: self.table, text: self.text, code: &self.code }
     }
 }
 
@@ -59,18 +61,21 @@ impl<'a> Image<'a> {
             addresses.zip(words.iter().map(|word| u64::from_le_bytes(*word)))
         });
         let text = text_start(table, address, words.chain(self.relative_relocations()));
-        Some(GoTable { table, text, code })
+        Some(GoTable { architecture: self.architecture, table, text, code })
     }
 
     /// Addresses, and the words that a dynamic linker puts there before the image's own base is added.
     fn relative_relocations(&self) -> impl Iterator<Item = (u64, u64)> + Clone + '_ {
+        let kind = match self.architecture {
+            Architecture::X86_64 => elf::R_X86_64_RELATIVE.0,
+            Architecture::Aarch64 => elf::R_AARCH64_RELATIVE.0,
+        };
         // By name: the linker's own is not listed as dynamic by every version.
         let sections =
             [b".rela".as_slice(), b".rela.dyn"].into_iter().filter_map(|name| self.section_named(name));
-        sections.flat_map(|section| {
+        sections.flat_map(move |section| {
             let entries = section.data_as_array::<Rela64<LittleEndian>, _>(LE, self.file).unwrap_or_default();
-            let is_relative =
-                |entry: &&Rela64<LittleEndian>| entry.r_info.get(LE) == u64::from(elf::R_X86_64_RELATIVE.0);
+            let is_relative = move |entry: &&Rela64<LittleEndian>| entry.r_info.get(LE) == u64::from(kind);
             entries
                 .iter()
                 .filter(is_relative)

@@ -12,8 +12,9 @@
 //! - `table`: functions and their stack depths; `module_data`: where their code begins
 //! - `frame`: rows of a function that moves its stack pointer by constants only
 //! - `stack_switch`: rows of one that does not, by `instruction`, which decodes
+//! - `aarch64`: rows of a function of aarch64
 //!
-//! # Rules
+//! # Rules of x86-64
 //! With `d` the depth that the table gives, `cfa = rsp + d + 8` and `ra = *(cfa - 8)`. The caller's rbp is at
 //! `cfa - 16` wherever a prologue of the Go assembler (cmd/internal/obj/x86/obj6.go, `preprocess`) has saved it:
 //!
@@ -24,6 +25,7 @@
 //! sub  rsp, N            lea rbp, [rsp + N - 8]          8 + N     N
 //! ```
 
+mod aarch64;
 mod frame;
 mod module_data;
 mod stack_switch;
@@ -32,7 +34,7 @@ mod table;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use windlass_schema::{FramePointerRule, Rule, UnsupportedReason};
+use windlass_schema::{Architecture, FramePointerRule, Rule, UnsupportedReason};
 
 use frame::Style;
 pub(crate) use module_data::text_start;
@@ -42,6 +44,8 @@ pub(crate) use table::{GoTableError, find_table};
 /// What is read of an image.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GoImage<'a> {
+    /// The instruction set of its code.
+    pub(crate) architecture: Architecture,
     /// The table, from its magic on. May reach past its end.
     pub(crate) table: &'a [u8],
     /// The address of `runtime.text`, if known. Otherwise the table's own, which linkers leave at 0 in
@@ -116,7 +120,7 @@ pub(crate) fn for_each_row(
     image: &GoImage<'_>,
     mut visit: impl FnMut(Range<u64>, GoRule),
 ) -> Result<GoFunctions, GoTableError> {
-    let table = Table::parse(image.table, image.text)?;
+    let table = Table::parse(image.table, image.text, image.architecture)?;
     let style = if image.code.is_empty() { frame::style(&table) } else { Style::Unknown };
     let mut report = GoFunctions::default();
     let mut budget = table.depth_budget();
@@ -144,7 +148,10 @@ pub(crate) fn for_each_row(
         let covered = function.range.start + u64::from(last.end);
         let code = code_at(image.code, function.range.start..covered);
         rows.clear();
-        rules(&table, &function, &spans, code, style, &mut rows);
+        match image.architecture {
+            Architecture::X86_64 => rules(&table, &function, &spans, code, style, &mut rows),
+            Architecture::Aarch64 => aarch64::rules(&table, &function, &spans, code, &mut rows),
+        }
         // Return addresses are looked up one byte earlier, and that of a signal handler is the first byte of
         // the trampoline, which no instruction precedes.
         let is_trampoline = matches!(rows.first(), Some((_, GoRule::Rule(Rule::Signal(_)))));
@@ -163,7 +170,7 @@ pub(crate) fn for_each_row(
 /// A row: its bytes, from the start of the function, and what holds there.
 type FunctionRow = (Range<u32>, GoRule);
 
-/// The rows of one function. `code` has a byte for each that `spans` covers.
+/// The rows of one function of x86-64. `code` has a byte for each that `spans` covers.
 fn rules(
     table: &Table<'_>,
     function: &Function<'_>,

@@ -13,7 +13,7 @@
 //! |---|---|---|
 //! | 0 | 4 | magic: the version |
 //! | 4 | 2 | 0 |
-//! | 6 | 1 | smallest instruction in bytes, 1 on x86-64 |
+//! | 6 | 1 | smallest instruction in bytes: 1 on x86-64, 4 on aarch64 |
 //! | 7 | 1 | bytes of a pointer |
 //! | 8 | 8 | functions |
 //! | 16 | 8 | files |
@@ -23,12 +23,20 @@
 //! At the offset of functions there is for each one its start and the offset of its description from there, words in
 //! 1.16, 4 bytes from 1.18, then starts relative to `runtime.text`; one more start ends the last function.
 //!
-//! Depths are pairs of varints: change of the depth, zigzag, then bytes of code over which it holds. The depth before
-//! the first pair is -1. A change of 0 that is not the first ends them.
+//! Depths are pairs of varints: change of the depth, zigzag, then how much code it holds over, in smallest instructions. The
+//! depth before the first pair is -1. A change of 0 that is not the first ends them.
 
 use std::ops::Range;
 
+use windlass_schema::Architecture;
+
 use super::GoSkip;
+
+/// Smallest instructions of the instruction sets that are read, in bytes.
+const QUANTA: [u8; 2] = [quantum(Architecture::X86_64), quantum(Architecture::Aarch64)];
+
+/// Bytes of a pointer of theirs.
+const POINTER_BYTES: u8 = 8;
 
 /// A name is compared up to here, in bytes. Longer than each that is of interest.
 const MAX_NAME_BYTES: usize = 64;
@@ -53,7 +61,7 @@ pub(crate) enum GoTableError {
     #[error("magic {0:#010x} is of no known version")]
     Magic(u32),
     /// It is of another architecture.
-    #[error("instructions of {quantum} bytes and pointers of {pointer} are not of x86-64")]
+    #[error("instructions of {quantum} bytes and pointers of {pointer} are of another architecture")]
     Architecture {
         /// Smallest instruction, in bytes.
         quantum: u8,
@@ -125,6 +133,7 @@ pub(super) struct Table<'a> {
     depths: &'a [u8],
     functions: &'a [u8],
     bytes: usize,
+    quantum: u8,
     has_flags: bool,
 }
 
@@ -162,13 +171,20 @@ impl Function<'_> {
 pub(super) struct Span {
     pub(super) start: u32,
     pub(super) end: u32,
-    /// Bytes between the return address and rsp; `None` if unknown.
+    /// Bytes between the return address and rsp, or between the CFA and sp of aarch64; `None` if unknown.
     pub(super) depth: Option<i32>,
 }
 
 impl<'a> Table<'a> {
-    pub(super) fn parse(data: &'a [u8], text: Option<u64>) -> Result<Self, GoTableError> {
+    pub(super) fn parse(
+        data: &'a [u8],
+        text: Option<u64>,
+        architecture: Architecture,
+    ) -> Result<Self, GoTableError> {
         let mut table = Self::header(data, text)?;
+        if table.quantum != quantum(architecture) {
+            return Err(GoTableError::Architecture { quantum: table.quantum, pointer: POINTER_BYTES });
+        }
         // Flags came with Go 1.17, without a new version: some function always has one.
         table.has_flags = table.version.is_relative
             || (0..table.count).any(|index| table.function(index).is_ok_and(|function| function.flag != 0));
@@ -185,7 +201,7 @@ impl<'a> Table<'a> {
             Some(_) => return Err(GoTableError::Magic(magic)),
             None => return Err(GoTableError::Truncated),
         };
-        if (quantum, pointer) != (1, 8) {
+        if !QUANTA.contains(&quantum) || pointer != POINTER_BYTES {
             return Err(GoTableError::Architecture { quantum, pointer });
         }
         let size = |at| word(data, at).and_then(|value| usize::try_from(value).ok());
@@ -200,7 +216,7 @@ impl<'a> Table<'a> {
         let text = if version.is_relative { text.or(stated) } else { stated };
         let text = text.ok_or(GoTableError::NoText)?;
         let bytes = data.len();
-        Ok(Self { version, text, count, names, depths, functions, bytes, has_flags: false })
+        Ok(Self { version, text, count, names, depths, functions, bytes, quantum, has_flags: false })
     }
 
     pub(super) fn function_count(&self) -> usize {
@@ -279,7 +295,8 @@ impl<'a> Table<'a> {
             if change == 0 && start != 0 {
                 break Ok(());
             }
-            let Some(bytes) = varint(&mut data) else { break Err(fault) };
+            let bytes = varint(&mut data).and_then(|steps| steps.checked_mul(self.quantum.into()));
+            let Some(bytes) = bytes else { break Err(fault) };
             depth = depth.wrapping_add((change >> 1) as i32 ^ -((change & 1) as i32));
             match start.checked_add(bytes) {
                 Some(end) if end <= size && end > start => {
@@ -326,6 +343,14 @@ pub(super) fn bounds(data: &[u8]) -> Option<(u64, u64)> {
     let table = Table::header(data, Some(0)).ok()?;
     let last = table.count.checked_sub(1)?;
     Some((table.function(0).ok()?.range.start, table.function(last).ok()?.range.end))
+}
+
+/// Bytes of the smallest instruction.
+const fn quantum(architecture: Architecture) -> u8 {
+    match architecture {
+        Architecture::X86_64 => 1,
+        Architecture::Aarch64 => 4,
+    }
 }
 
 fn half(data: &[u8], at: usize) -> Option<u32> {

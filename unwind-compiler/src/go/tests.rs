@@ -11,7 +11,7 @@ pub(super) const V118: u32 = 0xffff_fff0;
 pub(super) const V120: u32 = 0xffff_fff1;
 
 /// Where code begins in these tests.
-const TEXT: u64 = 0x40_1000;
+pub(super) const TEXT: u64 = 0x40_1000;
 
 const TOP_FRAME: u8 = 1;
 const SP_WRITE: u8 = 2;
@@ -68,10 +68,15 @@ pub(super) fn table(magic: u32, functions: &[Described<'_>]) -> Vec<u8> {
     table
 }
 
+/// An image of x86-64.
+fn image<'a>(table: &'a [u8], text: Option<u64>, code: &'a [GoCode<'a>]) -> GoImage<'a> {
+    GoImage { architecture: Architecture::X86_64, table, text, code }
+}
+
 fn rows(table: &[u8], code: Option<&[u8]>) -> (Vec<String>, GoFunctions) {
     let code: Vec<_> = code.map(|bytes| GoCode { address: TEXT, bytes }).into_iter().collect();
     let mut rows = Vec::new();
-    let image = GoImage { table, text: None, code: &code };
+    let image = image(table, None, &code);
     let report = for_each_row(&image, |range, rule| {
         let rule = match rule {
             GoRule::Rule(rule) => rule.to_string(),
@@ -312,8 +317,7 @@ fn depths_that_functions_share_are_not_read_without_end() {
 #[test]
 fn headers_of_no_use() {
     let good = table(V120, &[("f", 0, 1, &[2, 1, 0])]);
-    let parse =
-        |table: &[u8]| for_each_row(&GoImage { table, text: None, code: &[] }, |_, _| {}).unwrap_err();
+    let parse = |table: &[u8]| for_each_row(&image(table, None, &[]), |_, _| {}).unwrap_err();
     let with = |at: usize, value: u8| {
         let mut table = good.clone();
         table[at] = value;
@@ -326,8 +330,7 @@ fn headers_of_no_use() {
     unplaced[24..32].fill(0);
     assert_eq!(parse(&unplaced), GoTableError::NoText);
     let mut at = 0;
-    for_each_row(&GoImage { table: &unplaced, text: Some(0x5000), code: &[] }, |range, _| at = range.start)
-        .unwrap();
+    for_each_row(&image(&unplaced, Some(0x5000), &[]), |range, _| at = range.start).unwrap();
     assert_eq!(at, 0x5000);
 }
 
@@ -359,7 +362,7 @@ fn survives(table: &[u8], code: &[u8]) {
     let segments = [GoCode { address: TEXT, bytes: code }];
     for code in [&segments[..], &[]] {
         let mut end = 0;
-        let _ = for_each_row(&GoImage { table, text: Some(TEXT), code }, |range, _| {
+        let _ = for_each_row(&image(table, Some(TEXT), code), |range, _| {
             assert!(end <= range.start && range.start < range.end, "{range:#x?} behind {end:#x}");
             end = range.end;
         });
