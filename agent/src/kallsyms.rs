@@ -23,13 +23,15 @@ use crate::service::{Service, ServiceError};
 
 /// Name of the kernel's mapping, as perf and the OpenTelemetry profiler write it.
 const KERNEL_PATH: &str = "[kernel.kallsyms]";
-/// Address of `_text` as linked (x86-64: `__START_KERNEL_map` + `CONFIG_PHYSICAL_START`, 16 MiB in
-/// every distribution's kernel).
+/// Address of `_text` as linked: on x86-64 `__START_KERNEL_map` + `CONFIG_PHYSICAL_START`, 16 MiB in every distribution's
+/// kernel.
 #[cfg(target_arch = "x86_64")]
-const LINKED_TEXT: Option<u64> = Some(0xffff_ffff_8100_0000);
-/// On other machines it depends on the configuration; addresses stay as they are.
+const LINKED_TEXT: u64 = 0xffff_ffff_8100_0000;
+/// On aarch64 it depends on the bits of addresses and the kernel's version (`KIMAGE_VADDR` in
+/// arch/arm64/include/asm/memory.h). This is that of 48 bits from Linux 6.5 on, whatever the kernel: agents have to agree on one, and
+/// the service tells by `_text` where a `vmlinux` has it.
 #[cfg(not(target_arch = "x86_64"))]
-const LINKED_TEXT: Option<u64> = None;
+const LINKED_TEXT: u64 = 0xffff_8000_8000_0000;
 /// Pause between tries to send the symbols while the service is away.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
@@ -60,9 +62,6 @@ pub enum KallsymsError {
     /// No note.
     #[error("the kernel has no build-ID in /sys/kernel/notes")]
     NoBuildId,
-    /// It depends on the configuration of the kernel, except on x86-64.
-    #[error("where this kernel was linked to is not known")]
-    LinkAddress,
 }
 
 impl KernelImage {
@@ -150,8 +149,7 @@ impl Text {
                 if start == 0 || end <= start {
                     return Err(KallsymsError::Hidden);
                 }
-                let linked_start = LINKED_TEXT.ok_or(KallsymsError::LinkAddress)?;
-                return Ok(Self { start, end, linked_start });
+                return Ok(Self { start, end, linked_start: LINKED_TEXT });
             }
         }
         Err(KallsymsError::Hidden)
