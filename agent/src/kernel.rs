@@ -101,6 +101,9 @@ pub enum LoadError {
     Cpus(String),
 }
 
+/// Where the kernel says which numbers CPUs may have.
+const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
+
 /// The program at work.
 pub struct Kernel {
     // Declared first, so that sampling stops before the maps go.
@@ -201,7 +204,7 @@ pub(crate) fn load_object(sizes: MapSizes, audit_every: Option<NonZeroU32>) -> R
     // What the maps for audits charge while there are none: a page, the least that the kernel takes
     // (ringbuf_map_alloc in kernel/bpf/ringbuf.c), and the frames of one walk.
     let (audits_bytes, walked) = match audit_every {
-        Some(_) => (AUDITS_RING_BYTES, possible_cpus()?),
+        Some(_) => (AUDITS_RING_BYTES, cpu_numbers()?),
         None => (page_bytes(), 1),
     };
     loader
@@ -221,10 +224,16 @@ pub(crate) fn load_object(sizes: MapSizes, audit_every: Option<NonZeroU32>) -> R
     })
 }
 
-fn possible_cpus() -> Result<u32, LoadError> {
-    let count = aya::util::nr_cpus();
-    let count = count.map_err(|(path, error)| LoadError::Cpus(format!("{path}: {error}")))?;
-    Ok(u32::try_from(count).unwrap_or(u32::MAX))
+/// One more than the highest number that a CPU may have: the numbers may have gaps.
+fn cpu_numbers() -> Result<u32, LoadError> {
+    let wrong = |reason: String| LoadError::Cpus(format!("{POSSIBLE_CPUS}: {reason}"));
+    let possible = std::fs::read_to_string(POSSIBLE_CPUS).map_err(|error| wrong(error.to_string()))?;
+    last_cpu(&possible).map(|last| last.saturating_add(1)).ok_or_else(|| wrong(possible))
+}
+
+/// The last of a list such as `0-3,5`, which ascends.
+fn last_cpu(list: &str) -> Option<u32> {
+    list.trim_end().rsplit([',', '-']).next()?.parse().ok()
 }
 
 fn page_bytes() -> u32 {
@@ -322,12 +331,14 @@ impl Backend for Kernel {
     fn set_process(&mut self, tgid: u32, mappings: &[PlacedMapping]) -> anyhow::Result<u32> {
         self.generation = next_generation(self.generation);
         let (entry, segments) = segments_of(mappings, self.generation);
-        // Segments first: a walk that still has the old entry sees the new generation and stops.
+        // The entry first. The kernel may write a segment where the one lay that it has just replaced (since Linux 6.1
+        // the elements of such maps are used again at once: bpf_mem_alloc), under a walk that still reads that: such a walk
+        // finds another generation at its end. One that begins now stops at segments of an older one.
+        self.processes.insert(tgid, PlainProcess(entry), 0)?;
         for (number, segment) in segments.iter().enumerate() {
             let key = PlainKey(SegmentKey { tgid, segment: number as u32 });
             self.mappings.insert(key, PlainSegment(*segment), 0)?;
         }
-        self.processes.insert(tgid, PlainProcess(entry), 0)?;
         for segment in entry.segments..PROCESS_SEGMENTS as u32 {
             if self.mappings.remove(&PlainKey(SegmentKey { tgid, segment })).is_err() {
                 break;
@@ -450,6 +461,13 @@ mod tests {
     fn check(errno: i32, frequency_hz: u32, max_rate: Option<u32>, naming: &str, not: &str) {
         let advice = sampling_advice(Some(errno), frequency_hz, max_rate);
         assert!(advice.contains(naming) && !advice.contains(not), "{advice}");
+    }
+
+    #[test]
+    fn numbers_of_cpus_may_have_gaps() {
+        for (list, last) in [("0-1\n", Some(1)), ("0\n", Some(0)), ("0,2-3,8\n", Some(8)), ("\n", None)] {
+            assert_eq!(last_cpu(list), last, "{list:?}");
+        }
     }
 
     #[test]

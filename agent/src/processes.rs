@@ -381,6 +381,10 @@ impl Processes {
     pub fn place(&mut self, result: &TableResult, backend: &mut dyn Backend, now: Instant) -> Placement {
         let unavailable =
             |reason: String| (Some(TableState::Unavailable { since: now }), Placement::Unavailable(reason));
+        // Asked for ahead of samples and then by one, when the first answer was on its way: what is placed stays.
+        if !matches!(result.outcome, TableOutcome::Newer(_)) && self.images.placed(result.id).is_some() {
+            return Placement::Postponed;
+        }
         let (state, placement) = match &result.outcome {
             TableOutcome::Newer(file) => return self.replace_table(result.id, &file.table(), backend, now),
             TableOutcome::ImageGone(_) => (None, Placement::Postponed),

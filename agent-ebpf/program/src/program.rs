@@ -109,7 +109,8 @@ pub(crate) fn chunk(number: u32) -> Option<&'static Chunk> {
 /// A segment of a process's mappings.
 #[inline(always)]
 pub(crate) fn segment(key: SegmentKey) -> Option<&'static MappingSegment> {
-    // SAFETY: user space replaces a segment whole and with a new generation, which the walk checks.
+    // SAFETY: the kernel may write another segment to this place while it is read. User space gives the process a new
+    // generation before, so that a walk which may have read of both ends with another generation than it began with.
     unsafe { MAPPINGS.get(key) }
 }
 

@@ -45,8 +45,9 @@ pub(crate) unsafe fn user_registers(
         {
             return Err(StopReason::RegistersUnavailable);
         }
-        // A kernel thread's saved registers are zero (copy_thread in arch/x86/kernel/process.c).
-        if !is_user(&raw const registers) {
+        // A kernel thread's saved registers are zero; those of a worker that the kernel runs for a process (io_uring) are
+        // the process's, but for where it is and its stack (copy_thread in arch/x86/kernel/process.c).
+        if !is_user(&raw const registers) || registers.rip | registers.rsp == 0 {
             return Err(StopReason::KernelThread);
         }
         copy_registers(&registers, into);

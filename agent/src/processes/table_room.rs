@@ -63,6 +63,7 @@ impl Processes {
         let beside = backend.place_table(table);
         let state = beside.as_ref().map_or(TableState::Evicted, |new| TableState::Placed(*new));
         self.images.set_table(id, Some(state));
+        self.images.note_rows(id, table);
         self.set_again(&HashSet::from([id]), backend);
         let placed = match (backend.remove_tables(&[old]), beside) {
             (Ok(()), Err(PlaceError::Budget { .. })) => self.place_with_room(id, table, backend, now),

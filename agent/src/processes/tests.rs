@@ -193,6 +193,24 @@ fn table(id: BuildId) -> TableResult {
     TableResult { id, path: "".into(), outcome: TableOutcome::Table(file) }
 }
 
+/// Asked for ahead of samples, and then by one that the first answer has not reached.
+#[test]
+fn a_table_that_comes_twice_is_placed_once() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let mut told = Told { places: vec![false; 3], ..Told::default() };
+    let mut processes = processes(child.id(), now);
+    processes.scan_all(&mut told);
+    let wishes = processes.prefetch(now);
+    let id = wishes.first().expect("a program maps an image").id;
+    assert_eq!(processes.place(&table(id), &mut told, now), Placement::Placed);
+    let unavailable = TableResult { outcome: TableOutcome::Unavailable("late".to_owned()), ..table(id) };
+    for late in [table(id), unavailable] {
+        assert_eq!(processes.place(&late, &mut told, now), Placement::Postponed);
+        assert_eq!(told.places, [true, false, false]);
+        assert_eq!(processes.images.placed(id), Some(Location::new(0, 8)));
+    }
+}
+
 #[test]
 fn a_table_goes_when_no_mapping_names_it_and_comes_again_when_a_sample_wants_it() {
     let (child, now) = (Idle::start(), Instant::now());
