@@ -10,6 +10,7 @@
 mod audits;
 mod chunk_maps;
 mod map_sizes;
+mod object;
 mod program;
 pub(crate) mod sideband;
 
@@ -17,13 +18,13 @@ use std::num::NonZeroU32;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use aya::Ebpf;
 use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::ProgramError;
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
-use aya::{Ebpf, EbpfLoader};
 use windlass_schema::maps::{
-    AUDITS_RING_BYTES, Counter, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_MAPPINGS,
-    SEGMENT_SLOTS, SampleHeader, SegmentKey, UNUSED_START, names,
+    Counter, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_MAPPINGS, SEGMENT_SLOTS,
+    SampleHeader, SegmentKey, UNUSED_START, names,
 };
 use windlass_schema::{StopReason, Table, maps::Location};
 
@@ -32,15 +33,9 @@ use crate::chunks::ChunkSpace;
 use audits::Audits;
 pub use chunk_maps::ChunkMaps;
 use map_sizes::MapSizes;
+pub(crate) use object::{HashMaps, load_object};
 pub use program::Turns;
 use sideband::Sideband;
-
-/// The program and its maps, as `cargo xtask build-ebpf` made them.
-#[cfg(not(target_arch = "aarch64"))]
-pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!("../bpf/windlass.bpf.o");
-/// The same for this instruction set, whose registers are others.
-#[cfg(target_arch = "aarch64")]
-pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!("../bpf/windlass-aarch64.bpf.o");
 
 /// Most kernel memory for tables in bytes, unless said otherwise: every ELF file of a Debian developer's machine (23
 /// million rows) takes three quarters.
@@ -100,9 +95,6 @@ pub enum LoadError {
     #[error("online CPUs could not be listed: {0}")]
     Cpus(String),
 }
-
-/// Where the kernel says which numbers CPUs may have.
-const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 
 /// The program at work.
 pub struct Kernel {
@@ -196,55 +188,30 @@ pub(crate) fn sampling_advice(errno: Option<i32>, frequency_hz: u32, max_rate: O
     }
 }
 
-/// Loads the object's maps and program code into this process, with maps made in the kernel. One sample in `audit_every` is
-/// to be audited.
-pub(crate) fn load_object(sizes: MapSizes, audit_every: Option<NonZeroU32>) -> Result<Ebpf, LoadError> {
-    let mut loader = EbpfLoader::new();
-    let every = audit_every.map_or(0, NonZeroU32::get);
-    // What the maps for audits charge while there are none: a page, the least that the kernel takes
-    // (ringbuf_map_alloc in kernel/bpf/ringbuf.c), and the frames of one walk.
-    let (audits_bytes, walked) = match audit_every {
-        Some(_) => (AUDITS_RING_BYTES, cpu_numbers()?),
-        None => (page_bytes(), 1),
+/// Loads the object and its program: with maps as large as this kernel lets them be.
+fn load_program(options: &Options) -> Result<(Ebpf, &'static str), LoadError> {
+    let sizes = MapSizes::of_machine(options.frequency_hz);
+    let load = |sizes, hash_maps| {
+        let mut bpf = load_object(sizes, hash_maps, options.audit_every)?;
+        let name = program::load(&mut bpf, options.turns)?;
+        Ok((bpf, name))
     };
-    loader
-        .override_global(names::AUDIT_EVERY, &every, true)
-        .map_max_entries(names::AUDITS, audits_bytes)
-        .map_max_entries(names::WALKED, walked)
-        .map_max_entries(names::PROCESSES, sizes.processes)
-        .map_max_entries(names::MAPPINGS, sizes.mapping_segments)
-        .map_max_entries(names::SAMPLES, sizes.samples_bytes);
-    loader.load(OBJECT).map_err(|error| {
-        let text = describe(&error);
-        if text.contains("Operation not permitted") || text.contains("Permission denied") {
-            LoadError::NotPermitted
-        } else {
-            LoadError::Refused(text)
+    // As kernels are that have no bpf_loop.
+    if options.turns == Turns::WithoutLoop {
+        return load(sizes.preallocated(), HashMaps::Preallocated);
+    }
+    match load(sizes, HashMaps::Growing) {
+        Err(LoadError::Refused(text)) if text.contains(program::NO_GROWING_MAPS) => {
+            load(sizes.preallocated(), HashMaps::Preallocated)
         }
-    })
-}
-
-/// One more than the highest number that a CPU may have: the numbers may have gaps.
-fn cpu_numbers() -> Result<u32, LoadError> {
-    let wrong = |reason: String| LoadError::Cpus(format!("{POSSIBLE_CPUS}: {reason}"));
-    let possible = std::fs::read_to_string(POSSIBLE_CPUS).map_err(|error| wrong(error.to_string()))?;
-    last_cpu(&possible).map(|last| last.saturating_add(1)).ok_or_else(|| wrong(possible))
-}
-
-/// The last of a list such as `0-3,5`, which ascends.
-fn last_cpu(list: &str) -> Option<u32> {
-    list.trim_end().rsplit([',', '-']).next()?.parse().ok()
-}
-
-fn page_bytes() -> u32 {
-    // SAFETY: sysconf has no preconditions.
-    u32::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+        loaded => loaded,
+    }
 }
 
 impl Kernel {
     /// Loads the program and starts sampling every CPU.
     pub fn load(options: &Options) -> Result<Self, LoadError> {
-        let mut bpf = load_object(MapSizes::of_machine(options.frequency_hz), options.audit_every)?;
+        let (mut bpf, name) = load_program(options)?;
         let missing = |name: &str| LoadError::Refused(format!("the object has no map {name}"));
         let mut take = |name: &str| bpf.take_map(name).ok_or_else(|| missing(name));
         let wrong = |error: aya::maps::MapError| LoadError::Refused(describe(&error));
@@ -259,7 +226,6 @@ impl Kernel {
         };
         let cpus =
             aya::util::online_cpus().map_err(|(path, error)| LoadError::Cpus(format!("{path}: {error}")))?;
-        let name = program::load(&mut bpf, options.turns)?;
         let program = program::program(&mut bpf, name)?;
         // Events before samples: what happens between the scan of /proc and the first sample is then known.
         let sideband = Sideband::open(&cpus)?;
@@ -461,13 +427,6 @@ mod tests {
     fn check(errno: i32, frequency_hz: u32, max_rate: Option<u32>, naming: &str, not: &str) {
         let advice = sampling_advice(Some(errno), frequency_hz, max_rate);
         assert!(advice.contains(naming) && !advice.contains(not), "{advice}");
-    }
-
-    #[test]
-    fn numbers_of_cpus_may_have_gaps() {
-        for (list, last) in [("0-1\n", Some(1)), ("0\n", Some(0)), ("0,2-3,8\n", Some(8)), ("\n", None)] {
-            assert_eq!(last_cpu(list), last, "{list:?}");
-        }
     }
 
     #[test]

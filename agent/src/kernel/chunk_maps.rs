@@ -22,7 +22,7 @@ use aya_obj::generated::{bpf_attr, bpf_cmd};
 use windlass_schema::maps::{CHUNK_BYTES, Chunk, MAX_CHUNKS, names};
 
 use super::map_sizes::MapSizes;
-use super::{LoadError, describe, load_object};
+use super::{HashMaps, LoadError, describe, load_object};
 use crate::chunks::{ChunkSpace, ChunkWrite, empty_chunk};
 
 /// Open files that the agent may need beside the chunks' maps: four for each CPU (a perf event, a ring of process events,
@@ -44,7 +44,7 @@ pub struct ChunkMaps {
 impl ChunkMaps {
     /// Empty chunk maps of their own, made as the program's are.
     pub fn create() -> Result<Self, LoadError> {
-        let mut bpf = load_object(MapSizes::of_machine(1), None)?;
+        let mut bpf = load_object(MapSizes::of_machine(1), HashMaps::Growing, None)?;
         let map = bpf
             .take_map(names::CHUNKS)
             .ok_or_else(|| LoadError::Refused(format!("the object has no map {}", names::CHUNKS)))?;

@@ -13,6 +13,9 @@ const MEMORY_EACH_PROCESS: u64 = 2 * 1024 * 1024;
 const FEWEST_PROCESSES: u32 = 4096;
 /// Mapping segments for each process: most have one.
 const SEGMENTS_EACH_PROCESS: u32 = MAX_MAPPING_SEGMENTS / MAX_PROCESSES;
+/// Most processes, and most segments of their mappings, where maps take all of their memory from the start: of segments,
+/// which are some 4 KiB each, 8 MiB.
+const PREALLOCATED: u32 = 2048;
 /// Bytes of a sample in the ring: 40 frames with what stands around them.
 const SAMPLE_BYTES: u64 = 400;
 /// Smallest ring in bytes: 650 samples, of which a burst comes when all CPUs are busy and the agent is not run.
@@ -52,6 +55,15 @@ impl MapSizes {
         let a_second = cpus.saturating_mul(u64::from(frequency_hz)).saturating_mul(SAMPLE_BYTES);
         let ring = a_second.clamp(SMALLEST_RING_BYTES, LARGEST_RING_BYTES).next_power_of_two();
         Self { processes, mapping_segments: processes * SEGMENTS_EACH_PROCESS, samples_bytes: ring as u32 }
+    }
+
+    /// The same where all that there is room for takes memory from the start.
+    pub(crate) fn preallocated(self) -> Self {
+        Self {
+            processes: self.processes.min(PREALLOCATED),
+            mapping_segments: self.mapping_segments.min(PREALLOCATED),
+            ..self
+        }
     }
 }
 

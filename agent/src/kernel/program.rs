@@ -27,6 +27,9 @@ const BPF_LOOP: u32 = 181;
 const NO_CALLBACKS: [&str; 2] =
     ["number of funcs in func_info doesn't match number of subprogs", "unrecognized bpf_ld_imm64 insn"];
 
+/// What kernels before 6.1 say of hash maps that take memory as they are filled.
+pub(super) const NO_GROWING_MAPS: &str = "can only use preallocated hash map";
+
 /// How a walk makes its turns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Turns {
