@@ -2,14 +2,20 @@
 //!
 //! A module is an image of its own, with a build-ID, which the kernel places anywhere; peers ship its addresses as the
 //! kernel's own, which mean nothing on another host. Here an address in a module's code becomes one that is
-//! the same wherever that build is loaded, and the names that the kernel has for it go to the service once:
+//! the same wherever that build is loaded, and under which its debug file has functions, files and lines; the names
+//! that the kernel has for it go to the service once:
 //!
 //! ```text
-//! image address = address - start of .text now + MODULE_TEXT
+//! image address = address - start of its section now + place of a section of that name
 //! ```
-//! What is loaded is read from `/proc/modules`, and of each module from `/sys/module/NAME`: `sections/.text`,
-//! which takes CAP_SYSLOG, and `notes/.note.gnu.build-id`. Sections of code beside `.text` are small and rarely run
-//! (`.init.text`, `.exit.text`); their addresses stay as they are. Where a section ends is where the next one starts.
+//! Places are those of [`kernel_module`]. What is loaded is read from `/proc/modules`, and of each module from
+//! `/sys/module/NAME`: `sections/SECTION`, which takes CAP_SYSLOG, and `notes/.note.gnu.build-id`.
+//!
+//! The kernel says where a section starts and not how long it is, so it ends where the next one starts, of whatever
+//! module: Linux 6.4 and later put the code of several close together (kernel/module/main.c, `layout_sections`), where
+//! a module's size, which counts its data, reaches into others. Sections that are only for loading are freed
+//! after it, and their addresses stay in `sections` when others have the memory; they count while the module is being
+//! loaded.
 
 use std::collections::HashSet;
 use std::fs;
@@ -17,7 +23,7 @@ use std::io::{self, BufRead, Write as _};
 use std::path::{Path, PathBuf};
 
 use windlass_schema::BuildId;
-use windlass_schema::http::MODULE_TEXT;
+use windlass_schema::kernel_module::{self, SECTION_SPAN};
 
 use crate::image::{ImageId, build_id_in_notes};
 use crate::kallsyms::{KallsymsError, open_kallsyms, symbol_of_module};
@@ -26,14 +32,28 @@ use crate::otlp::{Frame, Module};
 /// Largest file read below `/sys/module` in bytes; a page is what the kernel gives of one.
 const MAX_ATTRIBUTE_BYTES: usize = 4096;
 
-/// The `.text` of a loaded module.
+/// A module as it is loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadedModule {
     name: String,
+    id: BuildId,
+    code: Vec<Section>,
+}
+
+/// A section with code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Section {
     start: u64,
     end: u64,
-    id: BuildId,
+    /// Where it is among the image's addresses.
     module: Module,
+}
+
+impl Section {
+    fn image_address(&self, address: u64) -> Option<u64> {
+        let is_inside = (self.start..self.end).contains(&address);
+        is_inside.then(|| address - self.start + self.module.start)
+    }
 }
 
 /// The modules of the running kernel.
@@ -43,8 +63,9 @@ pub struct KernelModules {
     sys: PathBuf,
     /// The text of `/proc/modules` from which `loaded` was read.
     listed: Vec<u8>,
-    /// By start; disjoint.
     loaded: Vec<LoadedModule>,
+    /// Start of each section with code, and which one it is of which module; ascending.
+    starts: Vec<(u64, usize, usize)>,
     /// Those whose symbols were asked for.
     named: HashSet<BuildId>,
 }
@@ -56,8 +77,8 @@ impl KernelModules {
     }
 
     fn read_from(proc: PathBuf, sys: PathBuf) -> Self {
-        let (listed, loaded) = (Vec::new(), Vec::new());
-        let mut modules = Self { proc, sys, listed, loaded, named: HashSet::new() };
+        let (listed, loaded, starts) = (Vec::new(), Vec::new(), Vec::new());
+        let mut modules = Self { proc, sys, listed, loaded, starts, named: HashSet::new() };
         modules.review();
         modules
     }
@@ -70,59 +91,102 @@ impl KernelModules {
         if listed == self.listed {
             return;
         }
-        let lines = listed.split(|byte| *byte == b'\n');
-        let mut loaded: Vec<LoadedModule> = lines.filter_map(|line| load(&self.sys, line)).collect();
-        loaded.sort_by_key(|module| module.start);
-        loaded.dedup_by(|later, earlier| later.start < earlier.end);
-        self.loaded = loaded;
+        let found: Vec<Listed> =
+            listed.split(|byte| *byte == b'\n').filter_map(|line| Listed::read(&self.sys, line)).collect();
+        let mut boundaries: Vec<u64> =
+            found.iter().flat_map(|module| module.sections.iter().map(|(_, start)| *start)).collect();
+        boundaries.sort_unstable();
+        self.loaded = found.into_iter().filter_map(|module| module.loaded(&boundaries)).collect();
+        let modules = self.loaded.iter().enumerate();
+        let code = modules.flat_map(|(module, it)| it.code.iter().enumerate().map(move |it| (module, it)));
+        self.starts = code.map(|(module, (number, section))| (section.start, module, number)).collect();
+        self.starts.sort_unstable();
         self.listed = listed;
     }
 
     /// Takes note of a sample's address; the module whose symbols are to be sent, if it is the first in it.
     pub fn meet(&mut self, address: u64) -> Option<LoadedModule> {
-        let module = find(&self.loaded, address)?;
+        let (module, ..) = self.find(address)?;
+        let module = &self.loaded[module];
         self.named.insert(module.id).then(|| module.clone())
     }
 
     /// What a profile shows for a kernel address to look up, if it is in a module.
     pub fn frame(&self, address: u64) -> Option<Frame<'_>> {
-        let module = find(&self.loaded, address)?;
-        let address = address - module.start + MODULE_TEXT;
-        Some(Frame { module: Some(&module.module), address, reading: None })
+        let (module, section, address) = self.find(address)?;
+        let module = &self.loaded[module].code[section].module;
+        Some(Frame { module: Some(module), address, reading: None })
+    }
+
+    /// Module, section, and image address.
+    fn find(&self, address: u64) -> Option<(usize, usize, u64)> {
+        let behind = self.starts.partition_point(|(start, ..)| *start <= address);
+        let (_, module, section) = *self.starts[..behind].last()?;
+        Some((module, section, self.loaded[module].code[section].image_address(address)?))
     }
 }
 
-fn find(loaded: &[LoadedModule], address: u64) -> Option<&LoadedModule> {
-    let behind = loaded.partition_point(|module| module.start <= address);
-    loaded[..behind].last().filter(|module| address < module.end)
+/// What the kernel says of a module.
+struct Listed<'a> {
+    name: &'a str,
+    /// Of all that it keeps loaded, in bytes.
+    size: u64,
+    id: Option<BuildId>,
+    /// Those that are where they were put, with code or without.
+    sections: Vec<(String, u64)>,
 }
 
-/// The module of a line of `/proc/modules`: `NAME SIZE USERS BY,... STATE ADDRESS`.
-fn load(sys: &Path, line: &[u8]) -> Option<LoadedModule> {
-    let mut fields = str::from_utf8(line).ok()?.split(' ');
-    let (name, size) = (fields.next()?, fields.next()?.parse::<u64>().ok()?);
-    if name.is_empty() || name.contains('/') || name.starts_with('.') {
-        return None;
+impl<'a> Listed<'a> {
+    /// Reads a line of `/proc/modules`, `NAME SIZE USERS BY,... STATE ADDRESS`, and what `sys` has of that module.
+    fn read(sys: &Path, line: &'a [u8]) -> Option<Self> {
+        let mut fields = str::from_utf8(line).ok()?.split(' ');
+        let (name, size) = (fields.next()?, fields.next()?.parse().ok()?);
+        if name.is_empty() || name.contains('/') || name.starts_with('.') {
+            return None;
+        }
+        let is_loading = fields.nth(2) == Some("Loading");
+        let folder = sys.join("module").join(name);
+        let notes = attribute(&folder.join("notes/.note.gnu.build-id"));
+        let sections = fs::read_dir(folder.join("sections")).ok()?.flatten().filter_map(|entry| {
+            let section = entry.file_name().into_string().ok()?;
+            let address = section_address(&entry.path()).filter(|address| *address != 0)?;
+            (is_loading || !is_for_loading(&section)).then_some((section, address))
+        });
+        let id = notes.and_then(|notes| build_id_in_notes(&notes, 4));
+        Some(Self { name, size, id, sections: sections.collect() })
     }
-    let folder = sys.join("module").join(name);
-    let id = build_id_in_notes(&attribute(&folder.join("notes/.note.gnu.build-id"))?, 4)?;
-    let sections: Vec<(String, u64)> = fs::read_dir(folder.join("sections"))
-        .ok()?
-        .flatten()
-        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, section_address(&entry.path())?)))
-        .collect();
-    let (_, start) = sections.iter().find(|(section, address)| section == ".text" && *address != 0)?;
-    let next = sections.iter().map(|(_, address)| *address).filter(|address| address > start).min();
-    let end = next.unwrap_or(u64::MAX).min(start.checked_add(size)?);
-    let module = Module {
-        start: MODULE_TEXT,
-        limit: MODULE_TEXT + (end - start),
-        file_offset: 0,
-        // As perf writes it.
-        path: format!("[{name}]").into(),
-        id: Some(ImageId::Gnu(id)),
-    };
-    Some(LoadedModule { name: name.to_owned(), start: *start, end, id, module })
+
+    /// The module, if it can be told from others. `boundaries` are where sections start, ascending.
+    fn loaded(self, boundaries: &[u64]) -> Option<LoadedModule> {
+        let id = self.id?;
+        let code = self.sections.iter().filter_map(|(section, start)| {
+            let place = kernel_module::section_start(section)?;
+            let first = boundaries.partition_point(|boundary| boundary < start);
+            let behind = boundaries.partition_point(|boundary| boundary <= start);
+            if behind - first > 1 {
+                // Another was put there while they were read; which is there now is not known.
+                return None;
+            }
+            let last = start.checked_add(self.size.min(SECTION_SPAN))?;
+            let end = boundaries.get(behind).map_or(last, |next| last.min(*next));
+            let module = Module {
+                start: place,
+                limit: place + (end - start),
+                file_offset: 0,
+                // As perf writes it.
+                path: format!("[{}]", self.name).into(),
+                id: Some(ImageId::Gnu(id)),
+            };
+            Some(Section { start: *start, end, module })
+        });
+        Some(LoadedModule { name: self.name.to_owned(), id, code: code.collect() })
+    }
+}
+
+/// Whether a section is freed when its module is loaded: the initial code and data (`module_init_section`), and the
+/// symbol tables, of which the kernel keeps a copy of its own (kernel/module/kallsyms.c, `layout_symtab`).
+fn is_for_loading(section: &str) -> bool {
+    section.starts_with(".init") || section == ".symtab" || section == ".strtab"
 }
 
 fn section_address(path: &Path) -> Option<u64> {
@@ -153,9 +217,9 @@ impl LoadedModule {
             let line = line?;
             if let Some((address, kind @ ("t" | "T" | "w" | "W"), name, module)) = symbol_of_module(&line)
                 && module == self.name
-                && (self.start..self.end).contains(&address)
+                && let Some(address) = self.code.iter().find_map(|section| section.image_address(address))
             {
-                writeln!(symbols, "{:016x} {kind} {name}", address - self.start + MODULE_TEXT)?;
+                writeln!(symbols, "{address:016x} {kind} {name}")?;
             }
         }
         Ok(symbols)
@@ -164,78 +228,151 @@ impl LoadedModule {
 
 #[cfg(test)]
 mod tests {
+    use windlass_schema::kernel_module::{MODULE_TEXT, section_start};
+
     use super::*;
 
-    /// Files as the kernel shows them of two modules, of which one has no build-ID.
-    fn host(listed: &str, text: &str) -> tempfile::TempDir {
-        let host = tempfile::tempdir().unwrap();
+    const ID: [u8; 4] = [0xab, 0xcd, 0xef, 1];
+
+    /// Adds a module as the kernel shows it.
+    fn add(host: &Path, name: &str, id: Option<[u8; 4]>, sections: &[(&str, &str)]) {
         let write = |path: &str, content: &[u8]| {
-            let path = host.path().join(path);
+            let path = host.join("sys/module").join(name).join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, content).unwrap();
         };
-        write("proc/modules", listed.as_bytes());
-        let note = [&b"\x04\0\0\0\x04\0\0\0\x03\0\0\0GNU\0"[..], &[0xab, 0xcd, 0xef, 1]].concat();
-        write("sys/module/nf_tables/notes/.note.gnu.build-id", &note);
-        write("sys/module/nf_tables/sections/.text", text.as_bytes());
-        write("sys/module/nf_tables/sections/.text.unlikely", b"0xffffffffc0203000\n");
-        write("sys/module/nf_tables/sections/.data", b"0xffffffffc0300000\n");
-        write("sys/module/plain/sections/.text", b"0xffffffffc0401000\n");
+        if let Some(id) = id {
+            let note = [&b"\x04\0\0\0\x04\0\0\0\x03\0\0\0GNU\0"[..], &id].concat();
+            write("notes/.note.gnu.build-id", &note);
+        }
+        for (section, address) in sections {
+            write(&format!("sections/{section}"), format!("{address}\n").as_bytes());
+        }
+    }
+
+    /// Three modules, of which one has no build-ID. The first is longer than the distance to the second.
+    fn host(listed: &str, text: &str) -> tempfile::TempDir {
+        let host = tempfile::tempdir().unwrap();
+        list(host.path(), listed);
+        let sections = [
+            (".text", text),
+            (".exit.text", "0xffffffffc0203000"),
+            (".altinstr_replacement", "0xffffffffc0203100"),
+            (".init.text", "0xffffffffc0205000"),
+            (".symtab", "0xffffffffc0205800"),
+            (".data", "0xffffffffc0300000"),
+        ];
+        add(host.path(), "nf_tables", Some(ID), &sections);
+        add(host.path(), "neighbour", Some([7; 4]), &[(".text", "0xffffffffc0204000")]);
+        add(host.path(), "plain", None, &[(".text", "0xffffffffc0401000")]);
         host
     }
 
+    fn list(host: &Path, listed: &str) {
+        fs::create_dir_all(host.join("proc")).unwrap();
+        fs::write(host.join("proc/modules"), listed).unwrap();
+    }
+
     const LISTED: &str = "nf_tables 372736 1 nft_x, Live 0xffffffffc0200000\n\
+        neighbour 8192 0 - Live 0xffffffffc0204000\n\
         plain 4096 0 - Live 0xffffffffc0401000\n";
 
     fn read(host: &Path) -> KernelModules {
         KernelModules::read_from(host.join("proc"), host.join("sys"))
     }
 
+    /// Path and image address of what a sample at `address` shows.
+    fn shown(modules: &KernelModules, address: u64) -> Option<(&str, u64)> {
+        let frame = modules.frame(address)?;
+        let module = frame.module.unwrap();
+        assert!((module.start..module.limit).contains(&frame.address), "{address:#x}");
+        Some((&module.path, frame.address))
+    }
+
     #[test]
     fn addresses_are_the_same_wherever_a_module_is_loaded() {
-        let host = host(LISTED, "0xffffffffc0201000\n");
+        let host = host(LISTED, "0xffffffffc0201000");
         let mut modules = read(host.path());
-        let frame = modules.frame(0xffff_ffff_c020_1010).unwrap();
-        assert_eq!(frame.address, MODULE_TEXT + 0x10);
-        let module = frame.module.unwrap();
-        assert_eq!((&*module.path, module.limit), ("[nf_tables]", MODULE_TEXT + 0x2000));
-        assert_eq!(module.id, Some(ImageId::Gnu("abcdef01".parse().unwrap())));
-        for outside in [0xffff_ffff_c020_0fff, 0xffff_ffff_c020_3000, 0xffff_ffff_c040_1010, 0] {
-            assert_eq!(modules.frame(outside), None, "{outside:#x}");
+        let exit = section_start(".exit.text").unwrap();
+        for (address, expect) in [
+            (0xffff_ffff_c020_0fff, None),
+            (0xffff_ffff_c020_1000, Some(("[nf_tables]", MODULE_TEXT))),
+            (0xffff_ffff_c020_2fff, Some(("[nf_tables]", MODULE_TEXT + 0x1fff))),
+            (0xffff_ffff_c020_3020, Some(("[nf_tables]", exit + 0x20))),
+            // Not a section of functions.
+            (0xffff_ffff_c020_3100, None),
+            // Of the neighbour, though less than the first one's size behind its start.
+            (0xffff_ffff_c020_4010, Some(("[neighbour]", MODULE_TEXT + 0x10))),
+            // Where the initial code of the first was lies the neighbour now.
+            (0xffff_ffff_c020_5010, Some(("[neighbour]", MODULE_TEXT + 0x1010))),
+            (0xffff_ffff_c020_6000, None),
+            (0xffff_ffff_c040_1010, None),
+            (0, None),
+        ] {
+            assert_eq!(shown(&modules, address), expect, "{address:#x}");
         }
+        let frame = modules.frame(0xffff_ffff_c020_1010).unwrap();
+        assert_eq!(frame.module.unwrap().id, Some(ImageId::Gnu(BuildId::new(&ID).unwrap())));
+
         assert!(modules.meet(0).is_none());
         let met = modules.meet(0xffff_ffff_c020_1010).unwrap();
-        assert!(modules.meet(0xffff_ffff_c020_1020).is_none(), "its symbols are sent once");
+        assert!(modules.meet(0xffff_ffff_c020_3020).is_none(), "its symbols are sent once");
         let kallsyms = "ffffffff81000000 T _text\n\
             ffffffffc0201000 t nf_hook\t[nf_tables]\n\
             ffffffffc0201100 d data\t[nf_tables]\n\
             ffffffffc0201200 t other\t[plain]\n\
-            ffffffffc0203000 t unlikely\t[nf_tables]\n";
+            ffffffffc0203004 t cleanup_module\t[nf_tables]\n\
+            ffffffffc0204000 t elsewhere\t[nf_tables]\n";
         let symbols = String::from_utf8(met.symbols_in(kallsyms.as_bytes()).unwrap()).unwrap();
-        assert_eq!(symbols, format!("{MODULE_TEXT:016x} t nf_hook\n"));
+        let cleanup = exit + 4;
+        assert_eq!(symbols, format!("{MODULE_TEXT:016x} t nf_hook\n{cleanup:016x} t cleanup_module\n"));
     }
 
     #[test]
     fn what_is_loaded_changes() {
-        let host = host(LISTED, "0xffffffffc0201000\n");
+        let host = host(LISTED, "0xffffffffc0201000");
         let mut modules = read(host.path());
-        fs::write(host.path().join("proc/modules"), "").unwrap();
+        list(host.path(), "");
         modules.review();
         assert_eq!(modules.frame(0xffff_ffff_c020_1010), None);
-        fs::write(host.path().join("proc/modules"), LISTED).unwrap();
+        list(host.path(), LISTED);
         modules.review();
         assert!(modules.frame(0xffff_ffff_c020_1010).is_some());
     }
 
     #[test]
+    fn initial_code_counts_while_it_is_there() {
+        let listed = "nf_tables 372736 0 - Loading 0xffffffffc0200000\n";
+        let host = host(listed, "0xffffffffc0201000");
+        let mut modules = read(host.path());
+        let init = section_start(".init.text").unwrap();
+        assert_eq!(shown(&modules, 0xffff_ffff_c020_5010), Some(("[nf_tables]", init + 0x10)));
+        list(host.path(), &listed.replace("Loading", "Live"));
+        modules.review();
+        assert_eq!(shown(&modules, 0xffff_ffff_c020_5010), None);
+    }
+
+    #[test]
+    fn two_at_one_address_are_left_out() {
+        let host = host(LISTED, "0xffffffffc0204000");
+        let modules = read(host.path());
+        assert_eq!(shown(&modules, 0xffff_ffff_c020_4010), None);
+    }
+
+    #[test]
     fn hidden_and_odd_ones_are_left_out() {
         for (listed, text) in [
-            (LISTED, "0x0000000000000000\n"),
-            (LISTED, "nonsense"),
-            ("../module/nf_tables 1 0 - Live 0x0\n", "0xffffffffc0201000\n"),
-            ("nf_tables", "0xffffffffc0201000\n"),
+            ("nf_tables 4096 0 - Live 0x0\n", "0x0000000000000000"),
+            ("nf_tables 4096 0 - Live 0x0\n", "nonsense"),
+            ("../module/nf_tables 1 0 - Live 0x0\n", "0xffffffffc0201000"),
+            ("nf_tables", "0xffffffffc0201000"),
+            ("nf_tables 18446744073709551615 0 - Live 0x0\n", "0xfffffffffffffff0"),
         ] {
-            assert!(read(host(listed, text).path()).loaded.is_empty(), "{listed} {text}");
+            let host = host(listed, text);
+            let modules = read(host.path());
+            for address in [0xffff_ffff_c020_1010, 0xffff_ffff_ffff_fff1, 0] {
+                assert_eq!(modules.frame(address), None, "{listed} {text}");
+            }
         }
     }
 }

@@ -13,6 +13,8 @@ use reqwest::header::{
 };
 use reqwest::{RequestBuilder, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
+use tokio::time::error::Elapsed;
+use tokio::time::{Instant, timeout_at};
 use windlass_schema::BuildId;
 use windlass_schema::http::{
     ArtefactKind, ArtefactName, ErrorBody, MissingRequest, MissingResponse, SHA256_HEADER, UNWIND_WIRE_TYPE,
@@ -28,6 +30,12 @@ pub const MAX_TABLE_BYTES: usize = 64 * 1024 * 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an answer may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Slowest transfer of a table that is waited for, in bytes a second: a large table, of 2 MiB, takes half a minute.
+/// One of some bytes a second would keep a worker from all others for hours.
+const SLOWEST_TABLE: usize = 64 * 1024;
+/// How long the largest table may take.
+const TABLE_TIMEOUT: Duration =
+    Duration::from_secs(ANSWER_TIMEOUT.as_secs() + (MAX_TABLE_BYTES / SLOWEST_TABLE) as u64);
 /// How long a large upload may take: 256 MiB at 2 MiB/s.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(128);
 /// Longest part of an error text that is kept.
@@ -164,7 +172,15 @@ impl Service {
         let is_answer =
             matches!(status, StatusCode::NOT_FOUND | StatusCode::CONFLICT | StatusCode::NOT_MODIFIED);
         if status.is_success() || is_answer {
-            return Ok(response);
+            // What stands between may answer in the place of the service, and has no say in what becomes of a batch.
+            return if is_web_page(&response) {
+                Err(ServiceError::NoAnswer(format!(
+                    "a web page came instead (status {status}): look for a proxy that wants a login, \
+                     or check the address"
+                )))
+            } else {
+                Ok(response)
+            };
         }
         if status.is_server_error()
             || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
@@ -183,11 +199,13 @@ impl Service {
 
     async fn table_uncounted(&self, id: BuildId, known: Option<&str>) -> Result<TableAnswer, ServiceError> {
         let url = format!("{}/api/v1/buildid/{id}/unwind", self.base);
-        let mut request = self.http.get(url).header(ACCEPT, UNWIND_WIRE_TYPE);
+        let mut request = self.http.get(url).header(ACCEPT, UNWIND_WIRE_TYPE).timeout(TABLE_TIMEOUT);
         if let Some(known) = known {
             request = request.header(IF_NONE_MATCH, known);
         }
-        let mut response = self.send(request).await?;
+        let asked = Instant::now();
+        let mut response =
+            timeout_at(asked + ANSWER_TIMEOUT, self.send(request)).await.map_err(too_slow)??;
         match response.status() {
             StatusCode::NOT_FOUND => return Ok(TableAnswer::UnknownImage),
             StatusCode::ACCEPTED => {
@@ -199,7 +217,10 @@ impl Service {
         }
         let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok()).map(str::to_owned);
         let mut table = Vec::new();
-        while let Some(part) = response.chunk().await? {
+        loop {
+            let allowed = Duration::from_secs((table.len() / SLOWEST_TABLE) as u64);
+            let part = timeout_at(asked + ANSWER_TIMEOUT + allowed, response.chunk());
+            let Some(part) = part.await.map_err(too_slow)?? else { break };
             if table.len() + part.len() > MAX_TABLE_BYTES {
                 let reason = format!("its table of {id} exceeds {MAX_TABLE_BYTES} bytes");
                 return Err(ServiceError::Refused { status: 200, reason });
@@ -274,6 +295,18 @@ impl Service {
         let response = self.send(request).await?;
         if response.status().is_success() { Ok(()) } else { Err(refusal(response).await) }
     }
+}
+
+fn too_slow(_: Elapsed) -> ServiceError {
+    ServiceError::NoAnswer(format!(
+        "it takes longer than {ANSWER_TIMEOUT:?} and a second for each {SLOWEST_TABLE} bytes"
+    ))
+}
+
+/// Whether an answer is for people. No interface of the service has such.
+fn is_web_page(response: &Response) -> bool {
+    let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    content_type.is_some_and(|value| value.trim_start().to_ascii_lowercase().starts_with("text/html"))
 }
 
 fn sha256_hex(content: &[u8]) -> String {

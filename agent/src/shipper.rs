@@ -63,6 +63,7 @@ impl Shipper {
             metrics: metrics.clone(),
             pause: FIRST_PAUSE,
             retry_at: Instant::now(),
+            is_late: false,
         };
         Self { batches, task: runtime.spawn(line.run(queue)), not_queued: 0, metrics }
     }
@@ -97,6 +98,8 @@ struct Line {
     metrics: Arc<Metrics>,
     pause: Duration,
     retry_at: Instant,
+    /// The service took no batch when it was last asked.
+    is_late: bool,
 }
 
 impl Line {
@@ -169,10 +172,17 @@ impl Line {
             Ok(()) => {
                 self.shipped.sent += 1;
                 self.pause = FIRST_PAUSE;
+                if std::mem::take(&mut self.is_late) {
+                    tracing::info!(waiting = self.spool.len(), "the service takes profiles again");
+                }
                 true
             }
             Err(error) if is_for_later(&error) => {
-                tracing::warn!(%error, waiting = self.spool.len(), "batch is kept for later");
+                // Once for each time that the service is away, which may be a day.
+                if !std::mem::replace(&mut self.is_late, true) {
+                    tracing::warn!(%error, "profiles are kept on disk until the service takes them");
+                }
+                tracing::debug!(%error, waiting = self.spool.len(), "batch is kept for later");
                 self.retry_at = Instant::now() + error.retry_after().unwrap_or(self.pause).min(LONGEST_PAUSE);
                 self.pause = (self.pause * 2).min(LONGEST_PAUSE);
                 false

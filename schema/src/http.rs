@@ -20,15 +20,11 @@ pub enum ArtefactKind {
     /// An ELF file's headers, notes, symbol tables and unwind sections, without its code.
     Skeleton,
     /// Symbols of a running kernel: lines of `ADDRESS TYPE NAME`, hex addresses as linked (not as
-    /// randomised at boot), or of a kernel module, whose code starts at [`MODULE_TEXT`].
+    /// randomised at boot), or of a kernel module, as [`crate::kernel_module`] places its code.
     Kallsyms,
     /// Functions that a just-in-time compiler made, under an ID of their own: see [`crate::perf_map`].
     PerfMap,
 }
-
-/// The image address of the start of `.text` in a kernel module, which as a relocatable file has none of its own. Not 0,
-/// which in lists of kernel symbols says that an address is hidden.
-pub const MODULE_TEXT: u64 = 0x1000;
 
 impl ArtefactKind {
     /// Every kind.

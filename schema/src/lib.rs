@@ -10,6 +10,7 @@
 //! - [`stop`]: why a walk ended
 //! - [`maps`]: layouts and limits of the BPF maps
 //! - `file_id` (feature `std`): the name of an image without a build-ID note
+//! - `kernel_module` (feature `std`): where the code of a kernel module is
 //! - `perf_map` (feature `std`): functions that just-in-time compilers made
 //! - `http` and `pprof` (feature `std`): bodies of the service's interfaces
 
@@ -22,6 +23,8 @@ pub mod build_id;
 pub mod file_id;
 #[cfg(feature = "std")]
 pub mod http;
+#[cfg(feature = "std")]
+pub mod kernel_module;
 pub mod maps;
 pub mod page;
 mod page_check;

@@ -1,7 +1,7 @@
 //! Building an index: what each input brings, put together.
 
 use crate::container::{self, Parts};
-use crate::elf::{self, ElfError};
+use crate::elf::{self, ElfError, Image};
 use crate::symbol::{self, Symbol};
 use crate::{call_frames, dwarf, elf_symbols, extent_table, kallsyms, perf_map, symbol_table};
 
@@ -16,7 +16,8 @@ pub struct Input<'a> {
     /// The executable, shared object or skeleton: `.symtab`, `.dynsym`, `.eh_frame`, and DWARF if `debug` has
     /// none.
     pub image: Option<&'a [u8]>,
-    /// Symbols of a kernel: lines of `HEXADDR TYPE NAME`, addresses as linked.
+    /// Symbols of a kernel: lines of `HEXADDR TYPE NAME`, addresses as linked, or of a module, as
+    /// [`windlass_schema::kernel_module`] places its code.
     pub kallsyms: Option<&'a [u8]>,
     /// Functions that a just-in-time compiler made: see [`windlass_schema::perf_map`].
     pub perf_map: Option<&'a [u8]>,
@@ -44,17 +45,16 @@ pub enum BuildError {
 /// [`Unresolved::BrokenDebuginfo`]: windlass_schema::http::Unresolved::BrokenDebuginfo
 pub fn build(input: Input<'_>) -> Result<Vec<u8>, BuildError> {
     let mut unreadable = None;
-    let mut files = Vec::new();
+    let mut images = Vec::new();
     for (name, bytes) in [("debug", input.debug), ("image", input.image)] {
         let Some(bytes) = bytes else { continue };
-        match elf::parse_image(bytes) {
-            Ok(file) => files.push((bytes, file)),
+        match Image::parse(bytes) {
+            Ok(image) => images.push(image),
             Err(source) => unreadable = Some(BuildError::Elf { input: name, source }),
         }
     }
-    let mut symbols: Vec<Symbol<'_>> =
-        files.iter().flat_map(|(_, file)| elf_symbols::symbols(file)).collect();
-    let mut functions = files.iter().rev().map(|(_, file)| call_frames::functions(file));
+    let mut symbols: Vec<Symbol<'_>> = images.iter().flat_map(elf_symbols::symbols).collect();
+    let mut functions = images.iter().rev().map(call_frames::functions);
     let functions = functions.find(|functions| !functions.is_empty()).unwrap_or_default();
     call_frames::limit_symbols(&mut symbols, &functions);
     let mut of_kernel = input.kallsyms.map(kallsyms::symbols).unwrap_or_default();
@@ -63,8 +63,8 @@ pub fn build(input: Input<'_>) -> Result<Vec<u8>, BuildError> {
     symbols.extend(input.perf_map.map(perf_map::symbols).unwrap_or_default());
 
     let mut parts = Parts { broken: unreadable.is_some(), ..Parts::default() };
-    if let Some((bytes, file)) = files.iter().find(|(_, file)| elf::has_debug_info(file)) {
-        match dwarf::convert(file, bytes.len(), &symbols) {
+    if let Some(image) = images.iter().find(|image| elf::has_debug_info(&image.file)) {
+        match dwarf::convert(image, &symbols) {
             Some(converted) => {
                 parts.base = converted.base;
                 parts.symcache = converted.symcache;

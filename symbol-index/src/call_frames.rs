@@ -11,10 +11,10 @@
 use std::collections::HashMap;
 
 use gimli::{BaseAddresses, EhFrame, EhFrameOffset, Reader as _, RunTimeEndian, UnwindSection as _};
-use object::{CompressionFormat, File, Object, ObjectSection, ObjectSegment, SegmentFlags, elf::PF_X};
+use object::{CompressionFormat, Object, ObjectKind, ObjectSection, ObjectSegment, SegmentFlags, elf::PF_X};
 
 use crate::dwarf::Reader;
-use crate::elf;
+use crate::elf::Image;
 use crate::range::{self, Range};
 use crate::symbol::{Segment, Symbol};
 
@@ -22,9 +22,14 @@ use crate::symbol::{Segment, Symbol};
 /// Debian developer's machine.
 const MAX_FUNCTIONS: usize = 1 << 24;
 
-/// The extents of the functions in `file`, disjoint and ascending: none longer than what is loaded as code.
-/// Memory in proportion to `.eh_frame`.
-pub(crate) fn functions(file: &File<'_>) -> Vec<Range> {
+/// The extents of the functions in `image`, disjoint and ascending: none longer than what is loaded as code.
+/// Memory in proportion to `.eh_frame`. None of a file that is not linked, which has its symbols: they are what it is
+/// linked by.
+pub(crate) fn functions(image: &Image<'_>) -> Vec<Range> {
+    let file = &image.file;
+    if file.kind() == ObjectKind::Relocatable {
+        return Vec::new();
+    }
     let Some(section) = file.section_by_name(".eh_frame") else { return Vec::new() };
     // Compressed, no program could unwind by it.
     let data = section.compressed_data().ok().filter(|data| data.format == CompressionFormat::None);
@@ -35,12 +40,13 @@ pub(crate) fn functions(file: &File<'_>) -> Vec<Range> {
         address: section.address(),
         address_bytes: if file.is_64() { 8 } else { 4 },
     };
-    eh_frame.functions(&code(file), MAX_FUNCTIONS)
+    eh_frame.functions(&code(image), MAX_FUNCTIONS)
 }
 
 /// What is loaded as code.
-fn code(file: &File<'_>) -> Vec<Range> {
-    let mut ranges: Vec<Range> = file.sections().filter_map(|section| elf::code_range(&section)).collect();
+fn code(image: &Image<'_>) -> Vec<Range> {
+    let file = &image.file;
+    let mut ranges = image.code();
     if ranges.is_empty() {
         let is_code = |flags| matches!(flags, SegmentFlags::Elf { p_flags, .. } if p_flags.contains(PF_X));
         let segments = file.segments().filter(|segment| is_code(segment.flags()));

@@ -37,7 +37,7 @@
 //!
 //! An index of nothing is its header, for example with base 0:
 //! ```text
-//! 57 4c 53 58  02 00 00 00  <8 bytes of checksum>  00 00 00 00  00 00 00 00  <base: 8 zero bytes>
+//! 57 4c 53 58  03 00 00 00  <8 bytes of checksum>  00 00 00 00  00 00 00 00  <base: 8 zero bytes>
 //! 70 00 00 00 00 00 00 00  <8 zero bytes>    five times: an empty section at offset 112
 //! ```
 //!
@@ -54,8 +54,8 @@ use crate::symbol_table::{self, SymbolTable};
 
 /// The version of the format.
 ///
-/// 2: extents of functions without names. 1: the first.
-pub const FORMAT_VERSION: u32 = 2;
+/// 3: files that are not linked. 2: extents of functions without names. 1: the first.
+pub const FORMAT_VERSION: u32 = 3;
 
 const MAGIC: [u8; 4] = *b"WLSX";
 const HEADER_BYTES: usize = 112;

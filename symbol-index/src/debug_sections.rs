@@ -9,10 +9,12 @@ use std::borrow::Cow;
 use std::convert::Infallible;
 
 use gimli::{EndianSlice, RunTimeEndian, SectionId};
-use object::{CompressedData, CompressionFormat, File, Object, ObjectSection};
+use object::{CompressedData, CompressionFormat, Object, ObjectKind, ObjectSection};
 use symbolic::debuginfo::dwarf::{Dwarf, DwarfSection, Endian};
 
 use crate::dwarf::Reader;
+use crate::elf::Image;
+use crate::relocatable::relocate;
 
 /// Most bytes that compressed sections become for each byte of their file. Of 273 debug files of a Debian
 /// machine, all compressed with zlib, one of 138 KB reaches 12.8, any larger one 2.1.
@@ -62,8 +64,9 @@ fn budget_bytes(file_bytes: usize) -> u64 {
 }
 
 impl<'a> DebugSections<'a> {
-    /// Those of `file`, which has `file_bytes`.
-    pub(crate) fn load(file: &File<'a>, file_bytes: usize) -> Result<Self, OverBudget> {
+    /// Those of `image`.
+    pub(crate) fn load(image: &Image<'a>) -> Result<Self, OverBudget> {
+        let file = &image.file;
         let mut complete = true;
         let mut stored = Vec::new();
         for id in SECTIONS {
@@ -73,7 +76,13 @@ impl<'a> DebugSections<'a> {
                 None => {}
             }
         }
-        let (sections, decompressed) = decompress(stored, budget_bytes(file_bytes))?;
+        let (mut sections, decompressed) = decompress(stored, budget_bytes(image.bytes))?;
+        if file.kind() == ObjectKind::Relocatable {
+            for (id, data) in &mut sections {
+                let section = file.section_by_name(id.name());
+                complete &= section.is_some_and(|it| relocate(file, &image.placement, &it, data.to_mut()));
+            }
+        }
         Ok(Self { sections, little_endian: file.is_little_endian(), complete: complete && decompressed })
     }
 

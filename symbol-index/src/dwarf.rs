@@ -20,6 +20,7 @@ use symbolic::debuginfo::{Function, ObjectKind, SymbolMap};
 use symbolic::symcache::{SymCache, SymCacheConverter};
 
 use crate::debug_sections::DebugSections;
+use crate::elf::Image;
 use crate::name::{self, Demangler};
 use crate::symbol::Symbol;
 use crate::{die_tree, line_only};
@@ -47,27 +48,23 @@ pub(crate) struct DwarfFrame<'a> {
 /// Bytes of a section of DWARF.
 pub(crate) type Reader<'a> = EndianSlice<'a, RunTimeEndian>;
 
-/// Converts the DWARF in `file`, which has `file_bytes`. `symbols` are its functions.
-pub(crate) fn convert(
-    file: &object::File<'_>,
-    file_bytes: usize,
-    symbols: &[Symbol<'_>],
-) -> Option<Converted> {
+/// Converts the DWARF in `image`. `symbols` are its functions.
+pub(crate) fn convert(image: &Image<'_>, symbols: &[Symbol<'_>]) -> Option<Converted> {
     guarded(|| {
-        let sections = DebugSections::load(file, file_bytes).ok()?;
+        let sections = DebugSections::load(image).ok()?;
         let mut dwarf = sections.dwarf();
         dwarf.populate_abbreviations_cache(AbbreviationsCacheStrategy::Duplicates);
         if !die_tree::is_bounded(&dwarf) {
             return None;
         }
 
-        let base = file.segments().next().map_or(0, |segment| segment.address());
+        let base = image.file.segments().next().map_or(0, |segment| segment.address());
         let mut converter = SymCacheConverter::new();
         converter.add_transformer(Demangler::default());
         let mut covered = Vec::new();
         let mut broken = !sections.complete;
         broken |= !add_functions(&mut converter, &sections, base, symbols, &mut covered)?;
-        broken |= !line_only::add(&mut converter, &dwarf, file, base, covered);
+        broken |= !line_only::add(&mut converter, &dwarf, image, base, covered);
         let mut symcache = Vec::new();
         converter.serialize(&mut symcache).ok()?;
         Some(Converted { base, symcache, broken })

@@ -1,9 +1,12 @@
 //! Opening an ELF file, and what it brings.
 
 use object::elf::{ELFMAG, SHF_ALLOC, SHF_EXECINSTR, SHT_NOBITS};
-use object::{File, Object, ObjectKind, ObjectSection, ObjectSymbol, Section, SectionFlags, SectionKind};
+use object::{File, Object, ObjectSection, ObjectSymbol, Section, SectionFlags, SectionKind};
 
-/// A file is no ELF file that has image addresses.
+use crate::range::Range;
+use crate::relocatable::Placement;
+
+/// A file is no ELF file.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ElfError {
     /// Another format.
@@ -12,9 +15,6 @@ pub enum ElfError {
     /// Headers or tables are broken.
     #[error("broken ELF file: {0}")]
     Broken(object::Error),
-    /// `ET_REL`: its sections have no addresses yet.
-    #[error("relocatable object: it has no image addresses")]
-    Relocatable,
 }
 
 /// What a file brings to symbolization and unwinding. A section without data (`SHT_NOBITS`, as in
@@ -37,7 +37,7 @@ pub struct Contents {
     pub code: bool,
 }
 
-/// What an ELF file brings. Relocatable objects are described too.
+/// What an ELF file brings.
 ///
 /// ```
 /// # use windlass_symbol_index::describe;
@@ -72,21 +72,35 @@ fn parse(elf: &[u8]) -> Result<File<'_>, ElfError> {
     File::parse(elf).map_err(ElfError::Broken)
 }
 
-/// Opens an ELF file whose addresses are image addresses.
-pub(crate) fn parse_image(elf: &[u8]) -> Result<File<'_>, ElfError> {
-    let file = parse(elf)?;
-    if file.kind() == ObjectKind::Relocatable {
-        return Err(ElfError::Relocatable);
-    }
-    Ok(file)
+/// An ELF file and where it lies among the addresses of its image.
+pub(crate) struct Image<'a> {
+    pub(crate) file: File<'a>,
+    /// Bytes of the file.
+    pub(crate) bytes: usize,
+    pub(crate) placement: Placement,
 }
 
-/// The image addresses that a section with code takes up, from start to end (exclusive), whether or not
-/// the file holds its data.
-pub(crate) fn code_range(section: &Section<'_, '_>) -> Option<(u64, u64)> {
-    let SectionFlags::Elf { sh_flags, .. } = section.flags() else { return None };
-    let is_code = sh_flags.contains(SHF_ALLOC) && sh_flags.contains(SHF_EXECINSTR);
-    is_code.then(|| (section.address(), section.address().saturating_add(section.size())))
+impl<'a> Image<'a> {
+    pub(crate) fn parse(elf: &'a [u8]) -> Result<Self, ElfError> {
+        let file = parse(elf)?;
+        Ok(Self { bytes: elf.len(), placement: Placement::of(&file), file })
+    }
+
+    /// The image addresses of each section with code, whether or not the file holds its data.
+    pub(crate) fn code(&self) -> Vec<Range> {
+        self.placement.code(&self.file).into_iter().map(|(_, range)| range).collect()
+    }
+}
+
+/// Whether a section is loaded to be run.
+pub(crate) fn is_code(section: &Section<'_, '_>) -> bool {
+    is_loaded(section)
+        && matches!(section.flags(), SectionFlags::Elf { sh_flags, .. } if sh_flags.contains(SHF_EXECINSTR))
+}
+
+/// Whether a section is part of the image, and not only of the file.
+pub(crate) fn is_loaded(section: &Section<'_, '_>) -> bool {
+    matches!(section.flags(), SectionFlags::Elf { sh_flags, .. } if sh_flags.contains(SHF_ALLOC))
 }
 
 /// Whether DWARF functions can be expected in it.

@@ -1,39 +1,40 @@
 //! Functions by name, from `.symtab` and `.dynsym`.
 
 use object::elf::{STB_GLOBAL, STB_GNU_UNIQUE, STB_WEAK, STT_FUNC, STT_GNU_IFUNC, STT_NOTYPE};
-use object::{Architecture, File, Object, ObjectSection, ObjectSymbol, SymbolFlags};
+use object::{Architecture, Object, ObjectSymbol, SymbolFlags};
 use windlass_schema::http::Provenance;
 
-use crate::elf;
+use crate::elf::Image;
+use crate::range::Range;
 use crate::symbol::{Binding, Symbol};
 
-/// The functions in both symbol tables of `file`.
-pub(crate) fn symbols<'a>(file: &File<'a>) -> Vec<Symbol<'a>> {
-    let code: Vec<Option<(u64, u64)>> = code_ranges(file);
+/// The functions in both symbol tables of `image`.
+pub(crate) fn symbols<'a>(image: &Image<'a>) -> Vec<Symbol<'a>> {
+    let file = &image.file;
+    let code = code_ranges(image);
     let tables = file
         .symbols()
         .map(|symbol| (symbol, Provenance::Symtab))
         .chain(file.dynamic_symbols().map(|symbol| (symbol, Provenance::Dynsym)));
-    tables.filter_map(|(symbol, provenance)| function(&symbol, &code, file, provenance)).collect()
+    tables.filter_map(|(symbol, provenance)| function(&symbol, &code, image, provenance)).collect()
 }
 
 /// The code range of each section, by section index.
-fn code_ranges(file: &File<'_>) -> Vec<Option<(u64, u64)>> {
+fn code_ranges(image: &Image<'_>) -> Vec<Option<Range>> {
     let mut ranges = Vec::new();
-    for section in file.sections() {
-        let index = section.index().0;
-        if index >= ranges.len() {
-            ranges.resize(index + 1, None);
+    for (index, range) in image.placement.code(&image.file) {
+        if index.0 >= ranges.len() {
+            ranges.resize(index.0 + 1, None);
         }
-        ranges[index] = elf::code_range(&section);
+        ranges[index.0] = Some(range);
     }
     ranges
 }
 
 fn function<'a>(
     symbol: &object::Symbol<'a, '_>,
-    code: &[Option<(u64, u64)>],
-    file: &File<'a>,
+    code: &[Option<Range>],
+    image: &Image<'_>,
     provenance: Provenance,
 ) -> Option<Symbol<'a>> {
     let SymbolFlags::Elf { st_info, .. } = symbol.flags() else { return None };
@@ -41,13 +42,14 @@ fn function<'a>(
     if !is_function && st_info.st_type() != STT_NOTYPE {
         return None;
     }
-    let (section_start, section_end) = (*code.get(symbol.section_index()?.0)?)?;
-    let start = symbol.address();
+    let section = symbol.section_index()?;
+    let (section_start, section_end) = (*code.get(section.0)?)?;
+    let start = symbol.address().checked_add(image.placement.bias(section)?)?;
     if start < section_start || start >= section_end {
         return None;
     }
     let name = base_name(symbol.name().ok()?);
-    let is_mapping_symbol = file.architecture() == Architecture::Aarch64 && name.starts_with('$');
+    let is_mapping_symbol = image.file.architecture() == Architecture::Aarch64 && name.starts_with('$');
     if name.is_empty() || is_mapping_symbol {
         return None;
     }

@@ -5,6 +5,7 @@
 //!
 //! - [`build`]: what the inputs bring, put together ([`Input`], [`BuildError`])
 //! - `elf`: opening an ELF file, and what it holds ([`describe`], [`Contents`])
+//! - `relocatable`: where code is in kernel modules, which are not linked
 //! - `debug_sections`: DWARF's sections, decompressed within bounds
 //! - `dwarf`: functions, inlined calls and lines; `die_tree`: what has to hold before; `line_only`: lines of code
 //!   that no function describes
@@ -29,6 +30,7 @@ mod line_only;
 mod name;
 mod perf_map;
 mod range;
+mod relocatable;
 mod symbol;
 mod symbol_table;
 

@@ -5,29 +5,24 @@
 //! the line table all the same. They go into the SymCache as functions without a name; the lookup takes
 //! the name from the symbols.
 
-use object::Object;
 use symbolic::common::{Language, Name, NameMangling};
 use symbolic::debuginfo::{FileInfo, Function, LineInfo};
 use symbolic::symcache::SymCacheConverter;
 
 use crate::dwarf::Reader;
-use crate::elf;
+use crate::elf::Image;
 use crate::range::{self, Range};
 
-/// Adds the lines of `dwarf`, of `file`, outside `functions`, the ranges relative to `base` that have functions.
+/// Adds the lines of `dwarf`, of `image`, outside `functions`, the ranges relative to `base` that have functions.
 /// Says whether all line tables could be read.
 pub(crate) fn add(
     converter: &mut SymCacheConverter<'_>,
     dwarf: &gimli::Dwarf<Reader<'_>>,
-    file: &object::File<'_>,
+    image: &Image<'_>,
     base: u64,
     functions: Vec<Range>,
 ) -> bool {
-    let gaps = Gaps {
-        base,
-        functions: range::union(functions),
-        code: file.sections().filter_map(|section| elf::code_range(&section)).collect(),
-    };
+    let gaps = Gaps { base, functions: range::union(functions), code: image.code() };
     let mut complete = true;
     let mut units = dwarf.units();
     loop {

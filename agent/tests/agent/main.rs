@@ -4,6 +4,7 @@
 
 mod fake_backend;
 mod fake_service;
+mod network_faults;
 mod service_faults;
 mod table_refresh;
 

@@ -16,7 +16,7 @@ use crate::{config, eventually, own_address, own_pid, stop};
 
 /// The body of an answer of the agent's, which must have this status.
 #[track_caller]
-fn get(address: SocketAddr, path: &str, status: u16) -> String {
+pub(crate) fn get(address: SocketAddr, path: &str, status: u16) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     write!(stream, "GET {path} HTTP/1.1\r\nHost: agent\r\n\r\n").unwrap();
     let mut answer = String::new();
@@ -27,7 +27,7 @@ fn get(address: SocketAddr, path: &str, status: u16) -> String {
 }
 
 /// An agent whose numbers can be asked for.
-fn start(mut config: Config) -> (Agent, View) {
+pub(crate) fn start(mut config: Config) -> (Agent, View) {
     let (backend, view) = FakeBackend::new();
     config.listen = Some(([127, 0, 0, 1], 0).into());
     (Agent::start_with_backend(config, Box::new(backend)).unwrap(), view)
@@ -35,17 +35,17 @@ fn start(mut config: Config) -> (Agent, View) {
 
 /// The number of one line of `/metrics`.
 #[track_caller]
-fn number(agent: &Agent, series: &str) -> u64 {
+pub(crate) fn number(agent: &Agent, series: &str) -> u64 {
     let text = get(agent.status_address().unwrap(), "/metrics", 200);
     let line = text.lines().find_map(|line| line.strip_prefix(&format!("windlass_agent_{series} ")));
     line.unwrap_or_else(|| panic!("no {series} in {text}")).parse().unwrap()
 }
 
-fn send(view: &View, tid: u32) {
+pub(crate) fn send(view: &View, tid: u32) {
     view.send(Event::Sample(sample(tid, StopReason::EndOfStack, &[own_address() | EXACT_ADDRESS])));
 }
 
-fn shipped(service: &FakeService) -> Vec<u32> {
+pub(crate) fn shipped(service: &FakeService) -> Vec<u32> {
     service.samples().iter().map(|sample| sample.tid).collect()
 }
 

@@ -1,7 +1,8 @@
-//! Names of a kernel's code: from the list of a running one, and better ones when its file arrives.
+//! Names of a kernel's and its modules' code: from the list of a running one, and better ones when its file arrives.
 
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use reqwest::StatusCode;
+use windlass_schema::kernel_module::MODULE_TEXT;
 use windlass_schema::pprof::{self, Profile};
 
 use crate::naming::{START_NS, batch, decode, send};
@@ -37,31 +38,44 @@ fn lines(profile: &Profile) -> Vec<Vec<(String, String, i64)>> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kernel_is_named_by_its_list_and_then_by_its_file() {
-    let server = Server::start().await;
     let kernel = vmlinux();
     let outer = symbol(&kernel.full, "outer") - LINKED_TEXT;
+    let list = format!("{USUAL_TEXT:016x} T _text\n{:016x} t outer\n", USUAL_TEXT + outer);
+    check(&kernel, "[kernel.kallsyms]", USUAL_TEXT, outer, &list).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_module_is_named_by_its_list_and_then_by_its_file() {
+    let module = build_with(&["-r", "-nostdlib"]);
+    let outer = symbol(&module.full, "outer");
+    let list = format!("{:016x} t outer\n", MODULE_TEXT + outer);
+    check(&module, "[some_module]", MODULE_TEXT, outer, &list).await;
+}
+
+/// Names `outer`, `outer` bytes behind the start of the code, which agents place at `text` in the mapping `path`.
+async fn check(build: &Build, path: &str, text: u64, outer: u64, list: &str) {
+    let server = Server::start().await;
     assert!(outer < 0x1000, "{outer:#x}");
     // As agents send it: by the distance from the first byte of code.
-    let addresses: Vec<u64> = (USUAL_TEXT + outer..USUAL_TEXT + outer + OUTER_BYTES).collect();
+    let addresses: Vec<u64> = (text + outer..text + outer + OUTER_BYTES).collect();
     let mut request = batch(START_NS, &addresses, [1, 1]);
     let dictionary = request.dictionary.as_mut().unwrap();
-    dictionary.string_table[5] = "[kernel.kallsyms]".to_owned();
+    dictionary.string_table[5] = path.to_owned();
     let mapping = &mut dictionary.mapping_table[1];
-    (mapping.memory_start, mapping.memory_limit) = (USUAL_TEXT, USUAL_TEXT + outer + OUTER_BYTES);
+    (mapping.memory_start, mapping.memory_limit) = (text, text + outer + OUTER_BYTES);
     let attribute = dictionary.attribute_table[1].value.as_mut().unwrap();
-    attribute.value = Some(Value::StringValue(kernel.id.to_string()));
+    attribute.value = Some(Value::StringValue(build.id.to_string()));
     assert_eq!(send(&server, &request).await.status(), StatusCode::OK);
     let profile = async || {
         decode(server.get(&format!("/api/v1/profiles?start={}&end={}", START_NS, START_NS + 1)).await).await
     };
 
-    let list = format!("{USUAL_TEXT:016x} T _text\n{:016x} t outer\n", USUAL_TEXT + outer);
-    server.expect_put(&format!("{}/kallsyms", kernel.id), list.as_bytes(), StatusCode::CREATED).await;
+    server.expect_put(&format!("{}/kallsyms", build.id), list.as_bytes(), StatusCode::CREATED).await;
     let poor = lines(&profile().await);
     assert_eq!(poor.len(), addresses.len());
     assert!(poor.iter().all(|lines| *lines == [("outer".to_owned(), String::new(), 0)]), "{poor:?}");
 
-    server.expect_put(&format!("{}/debuginfo", kernel.id), &kernel.debug, StatusCode::CREATED).await;
+    server.expect_put(&format!("{}/debuginfo", build.id), &build.debug, StatusCode::CREATED).await;
     let rich = lines(&profile().await);
     assert!(rich.iter().all(|lines| lines.last().is_some_and(|(name, ..)| name == "outer")), "{rich:?}");
     let twice = ("twice".to_owned(), "program.c".to_owned(), i64::from(TWICE_LINE));

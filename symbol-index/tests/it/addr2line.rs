@@ -15,13 +15,16 @@ pub(crate) struct Line {
 
 /// The frames at each address, innermost first.
 pub(crate) fn frames(elf: &Path, addresses: &[u64]) -> Vec<Vec<Line>> {
-    let mut child = Command::new("addr2line")
-        .args(["-afiC", "-e"])
-        .arg(elf)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    ask(Command::new("addr2line").args(["-afiC", "-e"]).arg(elf), addresses)
+}
+
+/// The frames at each offset of a section of a file that is not linked.
+pub(crate) fn frames_in(elf: &Path, section: &str, offsets: &[u64]) -> Vec<Vec<Line>> {
+    ask(Command::new("addr2line").args(["-afiC", "-j", section, "-e"]).arg(elf), offsets)
+}
+
+fn ask(addr2line: &mut Command, addresses: &[u64]) -> Vec<Vec<Line>> {
+    let mut child = addr2line.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let input: String = addresses.iter().map(|address| format!("{address:#x}\n")).collect();
     let writer = std::thread::spawn(move || stdin.write_all(input.as_bytes()).unwrap());

@@ -10,4 +10,5 @@ mod damaged;
 mod described;
 mod format;
 mod program;
+mod relocatable;
 mod unnamed;

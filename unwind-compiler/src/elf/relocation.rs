@@ -6,8 +6,9 @@
 //! it is find all functions at one address, so most leave it out. Here sections are laid out as elfutils does
 //! for a file that is not loaded (libdwfl, `dwfl_report_offline`): those with `SHF_ALLOC` one behind the
 //! other in the order of their headers from address 0, each at the next multiple of its `sh_addralign`. That
-//! is the image address space of such a file, for its table, for lookups and for symbols. A file and its
-//! split debug file have the same section headers, so the same layout.
+//! is the image address space of such a file for its table. A file and its split debug file have the same section
+//! headers, so the same layout. Names go by another, in which a section's place is known by its name alone
+//! (`windlass_schema::kernel_module`): who samples a module has no headers, and no stack in a module is walked by tables.
 //!
 //! Linkers stop at the first relocation they cannot apply. Here it costs the entry that it lies in, which
 //! is made unreadable, because with a field unfilled it would be read as something else; and so does a
