@@ -21,8 +21,9 @@ use crate::image::ProgramHeader;
 const MIN_GAP_BYTES: u64 = 256 * 1024;
 /// Widest gap that is looked at, in bytes: it is read at once.
 const MAX_GAP_BYTES: u64 = 16 * 1024 * 1024;
-/// Most bytes of such code in a skeleton: of V8 there are one and a half million.
-const MAX_KEPT_BYTES: u64 = 2 * MAX_GAP_BYTES;
+/// Most bytes of gaps of one image that are looked at, and so of such code in a skeleton: of V8 there are one and a half
+/// million. Anyone can map a file that has nothing but gaps.
+const MAX_GAPS_BYTES: u64 = 2 * MAX_GAP_BYTES;
 /// Largest `.eh_frame_hdr` read, in bytes: two million functions.
 const MAX_HEADER_BYTES: u64 = 16 * 1024 * 1024;
 /// Fewest functions to tell by whether code keeps frame pointers.
@@ -68,7 +69,7 @@ pub(crate) fn kept_code<'data, R: ReadRef<'data>>(
     image: R,
 ) -> Vec<KeptCode> {
     let file = Loaded { program_headers, image };
-    let mut left = MAX_KEPT_BYTES;
+    let mut left = MAX_GAPS_BYTES;
     let kept = frame_pointer_code(program_headers, image).into_iter().filter_map(|range| {
         let size = range.end - range.start;
         let offset = file.offset(range.start, size, true)?;
@@ -117,15 +118,24 @@ impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
             let offset = i32::from_le_bytes(bytes.try_into().expect("4 bytes"));
             address.wrapping_add_signed(offset.into())
         };
-        let entries: Vec<(u64, u64)> =
-            table.chunks_exact(8).take(count).map(|pair| (at(&pair[..4]), at(&pair[4..]))).collect();
-        let gap = |pair: &[(u64, u64)]| {
-            let [(start, fde), (next, _)] = [pair[0], pair[1]];
-            let is_wide = |from: u64| (MIN_GAP_BYTES..=MAX_GAP_BYTES).contains(&next.saturating_sub(from));
-            let end = is_wide(start).then(|| self.end_of(start, fde)).flatten()?;
-            is_wide(end).then_some(end..next)
-        };
-        Some(entries.windows(2).filter_map(gap).collect())
+        let mut entries = table.chunks_exact(8).take(count).map(|pair| (at(&pair[..4]), at(&pair[4..])));
+        let (mut start, mut fde) = entries.next()?;
+        let (mut gaps, mut left) = (Vec::new(), MAX_GAPS_BYTES);
+        for (next, next_fde) in entries {
+            // The table is sorted, for a binary search (LSB Core, 10.6.2.1); in another, gaps may lie over each other.
+            let apart = next.checked_sub(start)?;
+            let wide = MIN_GAP_BYTES..=MAX_GAP_BYTES;
+            if wide.contains(&apart)
+                && let Some(end) =
+                    self.end_of(start, fde).filter(|end| wide.contains(&next.saturating_sub(*end)))
+            {
+                let Some(rest) = left.checked_sub(next - end) else { break };
+                left = rest;
+                gaps.push(end..next);
+            }
+            (start, fde) = (next, next_fde);
+        }
+        Some(gaps)
     }
 
     /// Where the function ends that starts there and has its FDE there.
@@ -232,6 +242,51 @@ mod tests {
             assert_eq!(section.data().ok(), text.data_range(range.start, size).unwrap());
         }
         assert!(sections.next().is_none());
+    }
+
+    /// The program headers of a crafted image of zeros, which is all code, and its bytes. Its header names functions at
+    /// these offsets from the header, of which none has bytes.
+    fn crafted(starts: &[u32], code_bytes: u64) -> (Vec<ProgramHeader>, Vec<u8>) {
+        let table_end = TABLE_OFFSET + 8 * starts.len();
+        let mut image = [&HEADER_START[..], &[0; 4], &(starts.len() as u32).to_le_bytes()].concat();
+        for (number, start) in starts.iter().enumerate() {
+            let fde = (table_end + FDE_BYTES as usize * number) as u32;
+            image.extend([start.to_le_bytes(), fde.to_le_bytes()].concat());
+        }
+        for (number, start) in starts.iter().enumerate() {
+            let place = (table_end + FDE_BYTES as usize * number + 8) as u32;
+            image.extend([[0; 4], [0; 4], start.wrapping_sub(place).to_le_bytes(), [0; 4]].concat());
+        }
+        let header_bytes = image.len() as u64;
+        image.resize((code_bytes + header_bytes) as usize, 0);
+        let header = |kind, size: u64| ProgramHeader {
+            p_type: object::U32::new(LE, kind),
+            p_flags: object::U32::new(LE, elf::PF_X | elf::PF_R),
+            p_offset: object::U64::new(LE, 0),
+            p_vaddr: object::U64::new(LE, 0),
+            p_paddr: object::U64::new(LE, 0),
+            p_filesz: object::U64::new(LE, size),
+            p_memsz: object::U64::new(LE, size),
+            p_align: object::U64::new(LE, 1),
+        };
+        let size = image.len() as u64;
+        (vec![header(elf::PT_LOAD, size), header(elf::PT_GNU_EH_FRAME, header_bytes)], image)
+    }
+
+    #[test]
+    fn gaps_are_apart_and_bounded_in_all() {
+        let gaps = |starts: &[u32], code_bytes: u64| {
+            let (program_headers, image) = crafted(starts, code_bytes);
+            Loaded { program_headers: &program_headers, image: &image[..] }.wide_gaps()
+        };
+        let mib = 1024 * 1024;
+        assert_eq!(gaps(&[mib, 3 * mib, 4 * mib], 8 << 20), Some(vec![1 << 20..3 << 20, 3 << 20..4 << 20]));
+        let over_each_other: Vec<u32> = (0..2000).map(|number| mib * (1 + number % 2)).collect();
+        assert_eq!(gaps(&over_each_other, 8 << 20), None);
+        let many: Vec<u32> = (1..64).map(|number| mib * number).collect();
+        let many = gaps(&many, 64 << 20).expect("the table is sorted");
+        let bytes: u64 = many.iter().map(|gap| gap.end - gap.start).sum();
+        assert_eq!(bytes, MAX_GAPS_BYTES);
     }
 
     #[test]

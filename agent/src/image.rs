@@ -30,8 +30,11 @@ pub const MAX_PROGRAM_HEADERS: u32 = 1170;
 /// Most section headers read, 4 MiB of them; linked images have fewer than a hundred. Below
 /// `SHN_LORESERVE` (65,280), from where on counts move to another place.
 pub const MAX_SECTION_HEADERS: u32 = 65_000;
-/// Largest note segment or section read in bytes; they have some hundreds.
+/// Most bytes read of all note segments and sections of an image; they have some hundreds, with probes some tens of
+/// thousands.
 pub const MAX_NOTE_BYTES: u64 = 1024 * 1024;
+/// Most note segments and sections read; linked images have fewer than ten.
+const MAX_NOTES: u32 = 1024;
 
 /// An image's identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -199,9 +202,12 @@ pub(crate) fn gnu_build_id<'data, R: ReadRef<'data>>(
     program_headers: &[ProgramHeader],
     elf: R,
 ) -> Option<BuildId> {
-    let in_notes = |offset: u64, size: u64, align: u64| {
-        let data = elf.read_bytes_at(offset, size.min(MAX_NOTE_BYTES)).ok()?;
-        build_id_in_notes(data, align)
+    let (mut bytes_left, mut notes_left) = (MAX_NOTE_BYTES, MAX_NOTES);
+    let mut in_notes = |offset: u64, size: u64, align: u64| {
+        notes_left = notes_left.checked_sub(1)?;
+        let size = size.min(bytes_left);
+        bytes_left -= size;
+        build_id_in_notes(elf.read_bytes_at(offset, size).ok()?, align)
     };
     program_headers
         .iter()
@@ -304,6 +310,47 @@ mod tests {
         // Behind the end of every segment; and no overflow at the extremes.
         check(&lld, 0x1000, 0x10_0000, 0x1000, None);
         check(&lld, u64::MAX, u64::MAX, u64::MAX, None);
+    }
+
+    /// A file that counts what is asked of it.
+    #[derive(Clone, Copy)]
+    struct Counted<'a>(&'a [u8], &'a std::cell::Cell<u64>);
+
+    impl<'a> ReadRef<'a> for Counted<'a> {
+        fn len(self) -> Result<u64, ()> {
+            ReadRef::len(self.0)
+        }
+
+        fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'a [u8], ()> {
+            self.1.set(self.1.get() + size);
+            self.0.read_bytes_at(offset, size)
+        }
+
+        fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
+            self.0.read_bytes_at_until(range, delimiter)
+        }
+    }
+
+    #[test]
+    fn notes_are_bounded_in_all() {
+        let note = ProgramHeader {
+            p_type: object::U32::new(LE, elf::PT_NOTE),
+            p_flags: object::U32::new(LE, elf::PF_R),
+            p_offset: object::U64::new(LE, 0),
+            p_vaddr: object::U64::new(LE, 0),
+            p_paddr: object::U64::new(LE, 0),
+            p_filesz: object::U64::new(LE, MAX_NOTE_BYTES),
+            p_memsz: object::U64::new(LE, MAX_NOTE_BYTES),
+            p_align: object::U64::new(LE, 4),
+        };
+        let file = vec![0xff; MAX_NOTE_BYTES as usize];
+        let header = std::fs::read("/bin/ls").expect("a file of the machine");
+        let mut header = *file_header(&header[..]).expect("an ELF file");
+        header.e_shoff = object::U64::new(LE, 0);
+        let read = std::cell::Cell::new(0);
+        let id = gnu_build_id(&header, &vec![note; MAX_PROGRAM_HEADERS as usize], Counted(&file, &read));
+        assert_eq!(id, None);
+        assert!(read.get() <= MAX_NOTE_BYTES, "{} bytes read", read.get());
     }
 
     #[test]
