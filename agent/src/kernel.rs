@@ -9,6 +9,7 @@
 
 mod audits;
 mod chunk_maps;
+mod cpus;
 mod map_sizes;
 mod object;
 mod program;
@@ -21,7 +22,6 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::ProgramError;
-use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
 use windlass_schema::maps::{
     Counter, Mapping, MappingSegment, PROCESS_SEGMENTS, ProcessEntry, SEGMENT_MAPPINGS, SEGMENT_SLOTS,
     SampleHeader, SegmentKey, UNUSED_START, names,
@@ -32,6 +32,7 @@ use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsuppor
 use crate::chunks::ChunkSpace;
 use audits::Audits;
 pub use chunk_maps::ChunkMaps;
+use cpus::Cpus;
 use map_sizes::MapSizes;
 pub(crate) use object::{HashMaps, load_object};
 pub use program::Turns;
@@ -99,7 +100,7 @@ pub enum LoadError {
 /// The program at work.
 pub struct Kernel {
     // Declared first, so that sampling stops before the maps go.
-    _bpf: Ebpf,
+    bpf: Ebpf,
     processes: HashMap<MapData, u32, PlainProcess>,
     mappings: HashMap<MapData, PlainKey, PlainSegment>,
     counters: PerCpuArray<MapData, u64>,
@@ -109,6 +110,7 @@ pub struct Kernel {
     /// Tables that nothing names any more, but walks may still read.
     removed: Vec<Location>,
     sideband: Sideband,
+    cpus: Cpus,
     /// If there are any.
     audits: Option<Audits>,
     generation: u32,
@@ -224,26 +226,11 @@ impl Kernel {
             Some(_) => Some(Audits::new(take(names::AUDITS)?).map_err(wrong)?),
             None => None,
         };
-        let cpus =
-            aya::util::online_cpus().map_err(|(path, error)| LoadError::Cpus(format!("{path}: {error}")))?;
-        let program = program::program(&mut bpf, name)?;
-        // Events before samples: what happens between the scan of /proc and the first sample is then known.
-        let sideband = Sideband::open(&cpus)?;
-        for cpu in cpus {
-            program
-                .attach(
-                    PerfEventConfig::Software(SoftwareEvent::CpuClock),
-                    PerfEventScope::AllProcessesOneCpu { cpu },
-                    SamplePolicy::Frequency(u64::from(options.frequency_hz)),
-                    false,
-                )
-                .map_err(|error| {
-                    let advice = sampling_advice(errno(&error), options.frequency_hz, max_sample_rate());
-                    LoadError::Attach { cpu, reason: format!("{}{advice}", describe(&error)) }
-                })?;
-        }
+        let mut sideband = Sideband::new();
+        let mut cpus = Cpus::new(name, options.frequency_hz);
+        cpus.review(&mut bpf, &mut sideband)?;
         Ok(Self {
-            _bpf: bpf,
+            bpf,
             processes,
             mappings,
             counters,
@@ -252,6 +239,7 @@ impl Kernel {
             space: ChunkSpace::new(options.table_budget_bytes),
             removed: Vec::new(),
             sideband,
+            cpus,
             audits,
             generation: 0,
         })
@@ -324,6 +312,7 @@ impl Backend for Kernel {
     }
 
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()> {
+        self.cpus.review_if_due(&mut self.bpf, &mut self.sideband);
         let mut descriptors =
             vec![libc::pollfd { fd: self.samples.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
         let others = self.sideband.descriptors().chain(self.audits.iter().map(Audits::descriptor));

@@ -56,6 +56,7 @@ pub(super) struct Sideband {
 
 /// The events of a CPU.
 struct Ring {
+    cpu: u32,
     ring: PerfRing,
     end: RingEnd,
 }
@@ -103,29 +104,45 @@ impl TimeOrder {
 }
 
 impl Sideband {
-    pub(super) fn open(cpus: &[u32]) -> Result<Self, LoadError> {
-        let start_ns = monotonic_ns();
-        let open = |cpu: u32| {
-            let open = |build_ids| {
-                PerfRing::open(&PerfEventAttr::sideband(build_ids), PerfScope::Cpu(cpu), RING_PAGES)
-            };
-            // Kernels before 5.12 refuse the bit that they do not know.
-            open(true).or_else(|error| match error.raw_os_error() {
-                Some(libc::EINVAL) => open(false),
-                _ => Err(error),
-            })
+    /// Of no CPU yet.
+    pub(super) fn new() -> Self {
+        Self { rings: Vec::new(), waiting: TimeOrder::default() }
+    }
+
+    /// Watches a CPU, if that is not so already. One that is not online is left out.
+    pub(super) fn watch(&mut self, cpu: u32) -> Result<(), LoadError> {
+        if self.rings.iter().any(|ring| ring.cpu == cpu) {
+            return Ok(());
+        }
+        let open =
+            |build_ids| PerfRing::open(&PerfEventAttr::sideband(build_ids), PerfScope::Cpu(cpu), RING_PAGES);
+        // Kernels before 5.12 refuse the bit that they do not know.
+        let opened = open(true).or_else(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => open(false),
+            _ => Err(error),
+        });
+        let ring = match opened {
+            Ok(ring) => ring,
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+            Err(error) => {
+                let advice = super::sampling_advice(error.raw_os_error(), 0, None);
+                return Err(LoadError::Attach { cpu, reason: format!("process events: {error}{advice}") });
+            }
         };
-        let rings = cpus
-            .iter()
-            .map(|cpu| {
-                let ring = open(*cpu).map_err(|error| {
-                    let advice = super::sampling_advice(error.raw_os_error(), 0, None);
-                    LoadError::Attach { cpu: *cpu, reason: format!("process events: {error}{advice}") }
-                })?;
-                Ok(Ring { ring, end: RingEnd { last_ns: start_ns, lost: false } })
-            })
-            .collect::<Result<_, LoadError>>()?;
-        Ok(Self { rings, waiting: TimeOrder::default() })
+        let now_ns = monotonic_ns();
+        self.rings.push(Ring { cpu, ring, end: RingEnd { last_ns: now_ns, lost: false } });
+        Ok(())
+    }
+
+    /// Events up to now are lost: a CPU was not watched.
+    pub(super) fn note_lost(&mut self) {
+        let now_ns = monotonic_ns();
+        self.waiting.push(now_ns, Event::Lost { until_ns: now_ns });
+    }
+
+    /// Watches a CPU no more.
+    pub(super) fn forget(&mut self, cpu: u32) {
+        self.rings.retain(|ring| ring.cpu != cpu);
     }
 
     pub(super) fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
@@ -139,7 +156,7 @@ impl Sideband {
         for (time_ns, sample) in samples {
             waiting.push(time_ns, sample);
         }
-        for Ring { ring, end } in &mut self.rings {
+        for Ring { ring, end, .. } in &mut self.rings {
             let was_full = ring.drain(|record| {
                 let Some(time_ns) = time_of(&record, SIDEBAND_TIME_FROM_END) else { return };
                 if let Some(since_ns) = end.note(time_ns, record.kind == record_kind::LOST) {
@@ -320,13 +337,38 @@ mod tests {
         assert_eq!(end.note(91, true), Some(90));
     }
 
+    /// The events of these CPUs, from now on.
+    fn watching(cpus: &[u32]) -> Option<Sideband> {
+        let mut sideband = Sideband::new();
+        if cpus.iter().any(|cpu| sideband.watch(*cpu).is_err()) {
+            eprintln!("skipped: process events of all CPUs need CAP_PERFMON");
+            return None;
+        }
+        Some(sideband)
+    }
+
+    #[test]
+    fn cpus_come_and_go() {
+        let Some(mut sideband) = watching(&[0]) else { return };
+        let check = |sideband: &Sideband, expect: &[u32]| {
+            assert_eq!(sideband.rings.iter().map(|ring| ring.cpu).collect::<Vec<_>>(), expect);
+        };
+        sideband.watch(0).unwrap();
+        check(&sideband, &[0]);
+        sideband.forget(0);
+        check(&sideband, &[]);
+        sideband.watch(0).unwrap();
+        check(&sideband, &[0]);
+        sideband.note_lost();
+        let mut losses = 0;
+        sideband.drain(Vec::new(), &mut |event| losses += u32::from(matches!(event, Event::Lost { .. })));
+        assert_eq!(losses, 1);
+    }
+
     #[test]
     fn a_full_ring_is_a_loss_before_the_kernel_says_so() {
         let cpus = aya::util::online_cpus().unwrap();
-        let Ok(mut sideband) = Sideband::open(&cpus) else {
-            eprintln!("skipped: process events of all CPUs need CAP_PERFMON");
-            return;
-        };
+        let Some(mut sideband) = watching(&cpus) else { return };
         let last_ns = |sideband: &Sideband| sideband.rings.iter().map(|ring| ring.end.last_ns).max();
         let start_ns = last_ns(&sideband).unwrap();
         // Each a record of some 120 bytes, of 64 KiB a CPU.
@@ -353,10 +395,7 @@ mod tests {
     #[test]
     fn a_short_life_in_order() {
         let cpus = aya::util::online_cpus().unwrap();
-        let Ok(mut sideband) = Sideband::open(&cpus) else {
-            eprintln!("skipped: process events of all CPUs need CAP_PERFMON");
-            return;
-        };
+        let Some(mut sideband) = watching(&cpus) else { return };
         let start_ns = monotonic_ns();
         let mut child = std::process::Command::new("true").spawn().unwrap();
         child.wait().unwrap();
