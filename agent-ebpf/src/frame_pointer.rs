@@ -9,7 +9,7 @@
 //! memory of JIT compilers, and OpenTelemetry's knows the frames of one runtime after the other. Here a step is taken only
 //! where the instructions in front of the address, or the words on the stack, leave no other caller; or, behind the
 //! innermost frame, where all code of an image is known to keep frame pointers, or all that a compiler makes. See
-//! [`x86_64`](crate::x86_64) for what counts. Otherwise the walk ends with its reason.
+//! [`x86_64`](crate::x86_64) and [`aarch64`](crate::aarch64) for what counts. Otherwise the walk ends with its reason.
 //!
 //! Looking for a proof takes many small reads. So that a BPF program needs no loop for them, a [`Search`] makes
 //! one in each turn of the walk, as a step does.

@@ -61,7 +61,7 @@
 //!
 //! Kind 14 has return-address rule 2, any frame-pointer rule but `AT_FP`, and states what no other kind can: places that are more than
 //! 32 KiB from the CFA, or a return address alone that is more than 128 words from it or not at a word. With frame-pointer rules 0 and 3,
-//! f is a place where no frame pointer is.
+//! f is a place where no frame pointer is. From the CFA both places are offsets of 32 bits.
 //!
 //! On aarch64 a return address may be signed; whether it is makes no difference to its lower bits, so the
 //! signature is taken off wherever one is read, and no record speaks of it.

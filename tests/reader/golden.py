@@ -154,7 +154,8 @@ def aarch64() -> bytes:
         plain(UNSUPPORTED, byte1=3),
         plain(FAR_CFA, 65632, fp=1, f=0, ra=2, byte1=31),
         plain(FAR_CFA, 16400, f=-8, ra=2, byte1=29),
-        plain(FAR_CFA, 2**31 - 1, fp=3, f=-(2**15), ra=2, byte1=9),
+        plain(FAR_CFA, 2**31 - 1, fp=3, f=-1, ra=2, byte1=9),
+        plain(FAR_CFA, -(2**31) + 2**15, fp=1, f=2**15 - 9, ra=2, byte1=9),
     ]
     entries = [(0x10 * n, n) for n in range(1, len(records))]
     return table(AARCH64, 0, b"\x2a" * 64, records, [page(0, [*entries, (0x100, 0)], len(records), [], range(1))])

@@ -126,6 +126,7 @@ def far_rule(record: bytes, field: str) -> str:
     f, offset = unpack_from("<hi", record, 2)
     require(ra_rule == 2 and fp_rule != 2, field, f"kind {FAR_CFA} with rules {fp_rule} and {ra_rule}")
     saved = f - offset
+    require(-(2**31) <= saved < 2**31 - 8, field, f"kind {FAR_CFA} with a place at CFA{saved:+}")
     register = name_of(record[1], AARCH64, field)
     fp = ("same", f"cfa{saved:+}", "", "undefined")[fp_rule]
     return f"cfa={register}{offset:+} ra=cfa{saved + 8:+} fp={fp}"

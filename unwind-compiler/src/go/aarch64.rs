@@ -14,7 +14,8 @@
 //! no callee takes. At depth 0, cfa = sp, and the return address is in x30, which a call has changed only where the stack is
 //! grown: there the runtime puts it back (`morestack`, runtime/asm_arm64.s).
 //!
-//! Functions that write the stack pointer go from one stack to another, and are unsupported; so are those that signal handlers
+//! Functions that write the stack pointer go from one stack to another, and are unsupported. So are functions in assembly of which there
+//! is no code, as in a skeleton: one without a frame may keep its return address where it likes. And so are those that signal handlers
 //! make interrupted code appear to have called: they push x30 as it was then, of which the code's own rows know nothing
 //! (`preparePanic` and `pushCall`, runtime/signal_arm64.go).
 
