@@ -38,6 +38,9 @@ const TABLE_TIMEOUT: Duration =
     Duration::from_secs(ANSWER_TIMEOUT.as_secs() + (MAX_TABLE_BYTES / SLOWEST_TABLE) as u64);
 /// How long a large upload may take: 256 MiB at 2 MiB/s.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(128);
+/// Most bytes taken of an answer that is no table, unpacked: the ten lines of an error, one artefact's name. What a few
+/// kilobytes unpack to has no end.
+const MAX_ANSWER_BYTES: usize = 64 * 1024;
 /// Longest part of an error text that is kept.
 const MAX_REASON_BYTES: usize = 500;
 
@@ -216,18 +219,10 @@ impl Service {
             _ => return Err(refusal(response).await),
         }
         let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok()).map(str::to_owned);
-        let mut table = Vec::new();
-        loop {
-            let allowed = Duration::from_secs((table.len() / SLOWEST_TABLE) as u64);
-            let part = timeout_at(asked + ANSWER_TIMEOUT + allowed, response.chunk());
-            let Some(part) = part.await.map_err(too_slow)?? else { break };
-            if table.len() + part.len() > MAX_TABLE_BYTES {
-                let reason = format!("its table of {id} exceeds {MAX_TABLE_BYTES} bytes");
-                return Err(ServiceError::Refused { status: 200, reason });
-            }
-            table.extend_from_slice(&part);
+        match up_to(&mut response, MAX_TABLE_BYTES, asked).await? {
+            (sent, true) => Ok(TableAnswer::Table { sent, tag }),
+            (_, false) => Err(too_long(&format!("its table of {id}"), MAX_TABLE_BYTES)),
         }
-        Ok(TableAnswer::Table { sent: table, tag })
     }
 
     /// `PUT /api/v1/buildid/ID/KIND`. That other content is already there (409) is no failure: the
@@ -271,11 +266,16 @@ impl Service {
         let name = ArtefactName { build_id: id, kind, path: None, sha256: None };
         let request = MissingRequest { artefacts: vec![name.clone()] };
         let url = format!("{}/api/v1/missing", self.base);
-        let response = self.send(self.http.post(url).json(&request)).await?;
+        let mut response = self.send(self.http.post(url).json(&request)).await?;
         if response.status() != StatusCode::OK {
             return Err(refusal(response).await);
         }
-        let answer: MissingResponse = response.json().await?;
+        let (answer, is_whole) = up_to(&mut response, MAX_ANSWER_BYTES, Instant::now()).await?;
+        if !is_whole {
+            return Err(too_long("its answer", MAX_ANSWER_BYTES));
+        }
+        let answer: MissingResponse = serde_json::from_slice(&answer)
+            .map_err(|error| ServiceError::NoAnswer(format!("its answer is malformed: {error}")))?;
         Ok(answer.missing.contains(&name))
     }
 
@@ -319,15 +319,42 @@ fn retry_after(response: &Response) -> Option<Duration> {
     text.trim().parse().ok().map(Duration::from_secs)
 }
 
+/// The body of an answer that was `asked` for then, up to `limit` bytes, unpacked, and whether that is all of it.
+async fn up_to(
+    response: &mut Response,
+    limit: usize,
+    asked: Instant,
+) -> Result<(Vec<u8>, bool), ServiceError> {
+    let mut body = Vec::new();
+    loop {
+        let allowed = Duration::from_secs((body.len() / SLOWEST_TABLE) as u64);
+        let part = timeout_at(asked + ANSWER_TIMEOUT + allowed, response.chunk());
+        let Some(part) = part.await.map_err(too_slow)?? else { return Ok((body, true)) };
+        let taken = part.len().min(limit - body.len());
+        body.extend_from_slice(&part[..taken]);
+        if taken < part.len() {
+            return Ok((body, false));
+        }
+    }
+}
+
+fn too_long(what: &str, limit: usize) -> ServiceError {
+    ServiceError::Refused { status: StatusCode::OK.as_u16(), reason: format!("{what} exceeds {limit} bytes") }
+}
+
 async fn refusal(response: Response) -> ServiceError {
     let (status, reason) = stated(response).await;
     ServiceError::Refused { status, reason }
 }
 
 /// The status of an answer and what it says.
-async fn stated(response: Response) -> (u16, String) {
+async fn stated(mut response: Response) -> (u16, String) {
     let status = response.status().as_u16();
-    let text = response.text().await.unwrap_or_default();
+    let body = up_to(&mut response, MAX_ANSWER_BYTES, Instant::now())
+        .await
+        .map(|(body, _)| body)
+        .unwrap_or_default();
+    let text = String::from_utf8_lossy(&body);
     let mut reason = match serde_json::from_str::<ErrorBody>(&text) {
         Ok(body) => body.error,
         Err(_) => text.lines().next().unwrap_or_default().to_owned(),
@@ -338,4 +365,40 @@ async fn stated(response: Response) -> (u16, String) {
     }
     reason.truncate(end);
     (status, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// The address of a service that answers one request with `head` and then says `part` until nobody listens.
+    fn endless(head: &'static str, part: &'static [u8]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("it is bound");
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("the client connects");
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request);
+            let part = part.repeat(64 * 1024 / part.len());
+            let _ = stream.write_all(head.as_bytes());
+            while stream.write_all(&part).is_ok() {}
+        });
+        format!("http://{address}")
+    }
+
+    #[tokio::test]
+    async fn answers_without_end_are_not_read_to_it() {
+        let id = "abcd".parse().expect("a build-ID");
+        let service = |url: String| Service::new(&url, None, Arc::default()).expect("an address");
+        let failing = endless("HTTP/1.1 500 Oops\r\n\r\nno room\n", b"x");
+        let error = service(failing).lacks(id, ArtefactKind::Skeleton).await;
+        let reason = "no room".to_owned();
+        assert_eq!(error, Err(ServiceError::Busy { status: 500, reason, retry_after: None }));
+        let talking = endless("HTTP/1.1 200 OK\r\n\r\n", b" ");
+        let error = service(talking).lacks(id, ArtefactKind::Skeleton).await;
+        assert_eq!(error, Err(too_long("its answer", MAX_ANSWER_BYTES)));
+    }
 }
