@@ -11,7 +11,7 @@
 //! | runtimes over systemd | `docker-ID.scope`, `cri-containerd-ID.scope`, `crio-ID.scope`, `libpod-ID.scope` |
 //! | containerd, its group driver unlike the kubelet's | `kubepods-PODUID.slice:cri-containerd:ID` |
 //! | kubelet over cgroupfs | `kubepods/QOS/podUID` |
-//! | kubelet over systemd | `kubepods-QOS-podUID.slice`, the UID's dashes as `_` |
+//! | kubelet over systemd | `kubepods-QOS-podUID.slice`, the UID's dashes as `_`; below another root `ROOT-kubepods-...` |
 //! | systemd | `NAME.service` |
 //!
 //! `ID` has 64 hexadecimal digits (OCI runtimes take any name, all of these make it so); `UID` is a UUID, or for
@@ -99,7 +99,11 @@ fn pod_uid(component: &str) -> Option<String> {
     // Of `slice:prefix:name` the slice.
     let component = component.split(':').next()?;
     let named = match component.strip_suffix(".slice") {
-        Some(slice) => slice.strip_prefix("kubepods-")?.rsplit('-').next()?,
+        // Dashes lead from slice to slice (systemd.slice(5)).
+        Some(slice) => {
+            let (above, own) = slice.rsplit_once('-')?;
+            above.split('-').any(|name| name == "kubepods").then_some(own)?
+        }
         None => component,
     };
     let uid = named.strip_prefix("pod")?.replace('_', "-");
@@ -143,6 +147,8 @@ fn unescaped(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::strategy::Strategy as _;
+
     use super::*;
 
     const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
@@ -168,6 +174,10 @@ mod tests {
             format!("/system.slice/docker-{ID}.scope"),
             format!("/system.slice/containerd.service/cri-containerd-{ID}.scope"),
             format!("/machine.slice/libpod-{ID}.scope/container"),
+            format!("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{ID}.scope/container"),
+            format!("/k8s.io/{ID}"),
+            format!("/ecs/{HASH}/{ID}"),
+            format!("/docker/{INNER}/docker/{ID}/init"),
             format!("/default/{ID}"),
             format!("/kubepods/burstable/crio-{ID}"),
             format!("/system.slice/docker-{INNER}.scope/docker/{ID}"),
@@ -194,6 +204,14 @@ mod tests {
             ),
             format!("/../../kubepods-besteffort-pod{underscored}.slice/cri-containerd-{ID}.scope"),
             format!("/docker/{INNER}/kubelet/kubepods/burstable/pod{UID}/{ID}"),
+            // kind: nodes are containers, and their kubelets have a root of their own.
+            format!(
+                "/system.slice/docker-{INNER}.scope/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{underscored}.slice/cri-containerd-{ID}.scope"
+            ),
+            format!("/kubepods.slice/kubepods-pod{underscored}.slice/crio-{ID}.scope/container"),
+            format!(
+                "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{underscored}.slice/cri-containerd-{ID}.scope/init.scope"
+            ),
         ] {
             check(&path, Some(ID), Some(UID), None);
         }
@@ -227,12 +245,41 @@ mod tests {
             format!("/kubepods.slice/crio-conmon-{ID}.scope"),
             format!("/kubepods/pod{}", &UID[1..]),
             "/kubepods/podium".to_owned(),
+            format!("/myslice-pod{}.slice", UID.replace('-', "_")),
+            format!("/kubepods-burstable-pod{}_.slice", UID.replace('-', "_")),
+            format!("/notkubepods-pod{}.slice", UID.replace('-', "_")),
+            format!("/docker/{ID}{ID}"),
+            format!("/docker/{ID}.scope.scope"),
+            format!("/docker-docker-{ID}.scope"),
+            format!("/docker/{}", "é".repeat(32)),
+            "/lxc.payload.web/system.slice".to_owned(),
+            format!("/{}", "a/".repeat(2000)),
             "/.service".to_owned(),
         ] {
             check(&path, None, None, None);
         }
         assert_eq!(parse(""), Cgroup { path: "/".to_owned(), ..Cgroup::default() });
         assert_eq!(parse("no colons\n1:x\n").path, "/");
+    }
+
+    proptest::proptest! {
+        /// Names are given by whoever may make groups; what is told of them has the form that it should have.
+        #[test]
+        fn nothing_odd_is_told(parts in proptest::collection::vec(
+            proptest::prop_oneof![
+                proptest::sample::select(&["/", ":", "-", "\\x", ".slice", ".scope", ".service", "kubepods", "pod", "docker-", ID, UID, "/.."][..])
+                    .prop_map(str::to_owned),
+                "\\PC{0,3}",
+            ],
+            0..24,
+        )) {
+            let cgroup = parse(&format!("0::/{}\n", parts.concat()));
+            proptest::prop_assert!(cgroup.path.starts_with('/'));
+            proptest::prop_assert!(cgroup.container_id.is_none_or(|id| is_hexadecimal(&id, CONTAINER_ID_DIGITS)));
+            let digits = cgroup.pod_uid.map(|uid| uid.replace('-', ""));
+            proptest::prop_assert!(digits.is_none_or(|digits| is_hexadecimal(&digits, POD_UID_DIGITS)));
+            proptest::prop_assert!(cgroup.service.is_none_or(|service| !service.is_empty()));
+        }
     }
 
     #[test]

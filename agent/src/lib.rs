@@ -18,7 +18,7 @@
 //! - [`jit_code`]: code of just-in-time compilers; [`code_file`], [`code_records`] ([`mod@perf_map`], [`jitdump`]),
 //!   [`code_map`], [`symbol_upload`]
 //! - [`audit`]: whether the kernel's walks are right
-//! - [`metrics`], `status`: what it says of itself; [`privilege`]: what it may not do
+//! - [`metrics`], `own_cost`, `status`: what it says of itself; [`privilege`]: what it may not do
 //! - [`service`]: what is asked of the service
 //! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory; `eviction`: which of them go for others
 
@@ -46,6 +46,7 @@ pub mod kernel_modules;
 pub mod mapped_file;
 pub mod metrics;
 pub mod otlp;
+mod own_cost;
 pub mod perf_map;
 mod perf_ring;
 pub mod privilege;

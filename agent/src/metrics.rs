@@ -16,6 +16,7 @@ use windlass_schema::rule::UnsupportedReason;
 
 use crate::audit::{AuditReport, SharedReport};
 
+use crate::own_cost::OwnCost;
 use crate::service::ServiceError;
 use crate::shipper::Shipped;
 
@@ -230,6 +231,8 @@ impl Metrics {
         if let Some(audit) = &self.audit {
             text.audit(&audit.get());
         }
+        text.build(env!("CARGO_PKG_VERSION"));
+        text.process(OwnCost::read());
         text.text
     }
 }
@@ -266,6 +269,27 @@ impl Exposition {
         let name = std::mem::take(&mut self.name);
         self.write(format_args!("{name}{labels} {count}\n"));
         self.name = name;
+    }
+
+    fn build(&mut self, version: &str) {
+        self.gauge("build_info", "The agent's version; always 1.");
+        self.number(&[("version", version)], 1);
+    }
+
+    fn process(&mut self, cost: OwnCost) {
+        if let Some(cpu) = cost.cpu {
+            let help = "Seconds of CPU time of the agent's own.";
+            self.metric("process_cpu_seconds_total".to_owned(), help, "counter");
+            self.write(format_args!("process_cpu_seconds_total {}\n", cpu.as_secs_f64()));
+        }
+        if let Some(bytes) = cost.resident_bytes {
+            self.metric("process_resident_memory_bytes".to_owned(), "Resident memory of the agent.", "gauge");
+            self.number(&[], bytes);
+        }
+        if let Some(descriptors) = cost.descriptors {
+            self.metric("process_open_fds".to_owned(), "Open file descriptors of the agent.", "gauge");
+            self.number(&[], descriptors);
+        }
     }
 
     fn audit(&mut self, report: &AuditReport) {
@@ -359,6 +383,10 @@ mod tests {
             "# TYPE windlass_agent_spooled_bytes gauge",
             "windlass_agent_spooled_batches 1",
             "windlass_agent_spooled_bytes 100",
+            concat!("windlass_agent_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
+            "# TYPE process_cpu_seconds_total counter",
+            "# TYPE process_resident_memory_bytes gauge",
+            "# TYPE process_open_fds gauge",
         ] {
             assert!(text.lines().any(|it| it == line), "{line} in\n{text}");
         }

@@ -66,6 +66,8 @@ pub struct Privilege {
     bounding: u64,
     /// Whether its user namespace is the first; capabilities in others do not count for BPF.
     first_user_namespace: bool,
+    /// Whether its PID namespace is the first: samples say whose they are by the numbers that processes have there.
+    first_pid_namespace: bool,
     /// Whether a seccomp filter is on it.
     seccomp: bool,
     /// `/sys/kernel/security/lockdown`.
@@ -85,6 +87,8 @@ const CAP_PERFMON: u32 = 38;
 const PARANOID_USER: i64 = 2;
 /// Users that the first user namespace maps: all (user_namespaces(7)).
 const ALL_USERS: &str = "4294967295";
+/// The first PID namespace (`PROC_PID_INIT_INO` in include/linux/proc_ns.h).
+const FIRST_PID_NAMESPACE: &str = "pid:[4026531836]";
 
 impl Privilege {
     /// Of this process.
@@ -99,6 +103,8 @@ impl Privilege {
             effective: capabilities("CapEff:"),
             bounding: capabilities("CapBnd:"),
             first_user_namespace: users.split_ascii_whitespace().eq(["0", "0", ALL_USERS]),
+            first_pid_namespace: fs::read_link("/proc/self/ns/pid")
+                .map_or(true, |namespace| namespace.as_os_str() == FIRST_PID_NAMESPACE),
             seccomp: field("Seccomp:").is_some_and(|mode| mode != "0"),
             lockdown: fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default(),
             perf_event_paranoid: number("/proc/sys/kernel/perf_event_paranoid"),
@@ -115,11 +121,17 @@ impl Privilege {
         !(self.has(capability.bit) || capability.by_admin && self.has(CAP_SYS_ADMIN))
     }
 
-    /// What will be missing for want of capabilities, one point a line.
+    /// What will be missing for want of capabilities or in a namespace, one point a line.
     pub fn limits(&self) -> Vec<String> {
         let limit =
             |capability: &Capability| Some(format!("without {}, {}", capability.name, capability.without?));
-        CAPABILITIES.iter().filter(|capability| self.lacks(capability)).filter_map(limit).collect()
+        let namespace = (!self.first_pid_namespace).then(|| {
+            "in a PID namespace of its own, it takes no process for the one that a sample is of, and \
+             shows no stacks but the kernel's: run the container with --pid=host (hostPID: true in Kubernetes)"
+                .to_owned()
+        });
+        let lacking = CAPABILITIES.iter().filter(|capability| self.lacks(capability));
+        namespace.into_iter().chain(lacking.filter_map(limit)).collect()
     }
 
     /// Why the BPF program may have been refused, and what to do, one point a line.
@@ -217,6 +229,7 @@ mod tests {
             effective: u64::MAX,
             bounding: u64::MAX,
             first_user_namespace: true,
+            first_pid_namespace: true,
             seccomp: false,
             lockdown: "[none] integrity confidentiality".to_owned(),
             perf_event_paranoid: Some(2),
@@ -286,6 +299,11 @@ mod tests {
         check(&two.limits(), &["CAP_SYS_PTRACE", "CAP_SYSLOG"], &["CAP_BPF", "CAP_PERFMON"]);
         let admin = Privilege { effective: 1 << CAP_SYS_ADMIN, ..root() };
         check(&admin.limits(), &["CAP_SYS_PTRACE"], &["CAP_CHECKPOINT_RESTORE"]);
+        check(
+            &Privilege { first_pid_namespace: false, ..root() }.limits(),
+            &["--pid=host", "hostPID"],
+            &["CAP_"],
+        );
     }
 
     #[test]

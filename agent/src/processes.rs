@@ -32,7 +32,7 @@ use crate::selection::Selection;
 use crate::tables::{TableOutcome, TableRequest, TableResult};
 
 /// How long an ended process is remembered: its last samples are still on their way.
-const EXIT_GRACE: Duration = Duration::from_secs(3);
+pub(crate) const EXIT_GRACE: Duration = Duration::from_secs(3);
 /// How often known processes are looked up in `/proc`, for those whose end was not reported; a few hundred
 /// microseconds on a host with a thousand processes.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);

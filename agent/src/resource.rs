@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use percent_encoding::percent_decode_str;
 
 use crate::cgroup::{self, Cgroup};
+use crate::processes::EXIT_GRACE;
 
 /// How long what was read of a process counts: three small files a minute each cost a host of a thousand sampled
 /// processes a thousandth of a core.
@@ -176,6 +177,8 @@ struct Known {
     /// Until when it counts; `None` if it is of the program before the last exec.
     until: Option<Instant>,
     used: Instant,
+    /// When the process ended. Its number may be another's later, of whose fork no event told.
+    ended: Option<Instant>,
 }
 
 impl Resources {
@@ -206,7 +209,8 @@ impl Resources {
             Some(known) if *known.resource == resource => known.resource.clone(),
             _ => Arc::new(resource),
         };
-        let known = Known { resource: resource.clone(), cgroup: facts.cgroup, until, used: now };
+        let ended = known.and_then(|known| known.ended);
+        let known = Known { resource: resource.clone(), cgroup: facts.cgroup, until, used: now, ended };
         self.known.insert(tgid, known);
         resource
     }
@@ -215,7 +219,7 @@ impl Resources {
     pub fn forked(&mut self, tgid: u32, parent: u32, now: Instant) {
         // The number may have been another process's.
         match self.known.get(&parent).cloned() {
-            Some(parent) => self.known.insert(tgid, Known { used: now, ..parent }),
+            Some(parent) => self.known.insert(tgid, Known { used: now, ended: None, ..parent }),
             None => self.known.remove(&tgid),
         };
     }
@@ -227,6 +231,13 @@ impl Resources {
         }
     }
 
+    /// A process ended. Shells that are sampled fork thousands in a minute, each of which would be kept as long as they.
+    pub fn exited(&mut self, tgid: u32, now: Instant) {
+        if let Some(known) = self.known.get_mut(&tgid) {
+            known.ended.get_or_insert(now);
+        }
+    }
+
     /// Process events were lost: any process may run another program by now.
     pub fn lost(&mut self) {
         for known in self.known.values_mut() {
@@ -234,9 +245,13 @@ impl Resources {
         }
     }
 
-    /// Forgets processes of which no sample came for long.
+    /// Forgets processes that ended, and those of which no sample came for long.
     pub fn expire(&mut self, now: Instant) {
-        self.known.retain(|_, known| now.saturating_duration_since(known.used) < 2 * REREAD_AFTER);
+        let passed = |since: Instant| now.saturating_duration_since(since);
+        self.known.retain(|_, known| {
+            passed(known.used) < 2 * REREAD_AFTER
+                && known.ended.is_none_or(|ended| passed(ended) < EXIT_GRACE)
+        });
     }
 }
 
@@ -328,6 +343,15 @@ mod tests {
         assert_eq!(print(&resources.of_by(7, late, gone)), "");
         resources.expire(late + 3 * REREAD_AFTER);
         assert!(resources.known.is_empty());
+
+        // Of what ended the last samples are still to come.
+        let app = resources.of_by(7, late, |_| facts("", &container, Some("app")));
+        resources.forked(8, 7, late);
+        resources.exited(8, late);
+        resources.expire(late + EXIT_GRACE / 2);
+        assert!(Arc::ptr_eq(&app, &resources.of_by(8, late + EXIT_GRACE / 2, never)));
+        resources.expire(late + EXIT_GRACE);
+        assert_eq!(resources.known.keys().collect::<Vec<_>>(), [&7]);
     }
 
     #[test]

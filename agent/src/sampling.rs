@@ -138,7 +138,8 @@ impl Sampling {
                 }
                 Event::Audit(walk) => self.audit(*walk),
                 Event::Lost { .. } => self.resources.lost(),
-                Event::Mapped { .. } | Event::Exited { .. } => {}
+                Event::Exited { tgid } => self.resources.exited(tgid, now),
+                Event::Mapped { .. } => {}
             }
         }
         // Before the other samples: the first sample of a process is what has it read.

@@ -289,7 +289,7 @@ impl TableSource {
         let skeleton = made
             .map_err(|error| SendError::Gone(error.to_string()))?
             .map_err(|error| SendError::Image(error.to_string()))?;
-        tracing::info!(path = %request.path, id = %request.id, bytes = skeleton.len(), "sending skeleton");
+        tracing::debug!(path = %request.path, id = %request.id, bytes = skeleton.len(), "sending skeleton");
         Ok(self.service.put(request.id, ArtefactKind::Skeleton, skeleton).await?)
     }
 }

@@ -28,7 +28,7 @@ const PROG_GET_NEXT_ID: libc::c_long = 11;
 const FREQUENCY_HZ: &str = "199";
 
 /// A running agent; dropping it kills it.
-struct AgentProcess {
+pub(crate) struct AgentProcess {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
 }
@@ -60,7 +60,7 @@ fn keep_capabilities(command: &mut Command, kept: &'static [u32]) {
 }
 
 impl AgentProcess {
-    fn command(url: &str, cache_dir: &Path) -> Command {
+    pub(crate) fn command(url: &str, cache_dir: &Path) -> Command {
         let mut command = windlass("windlass-agent");
         command.args(["--server", url, "--frequency", FREQUENCY_HZ, "--listen", "127.0.0.1:0"]);
         command.args(["--ship-interval", "1", "--cache-dir"]).arg(cache_dir);
@@ -68,7 +68,7 @@ impl AgentProcess {
         command
     }
 
-    fn start(command: &mut Command) -> Self {
+    pub(crate) fn start(command: &mut Command) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().expect("the agent starts");
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(child.stderr.take().expect("a piped stderr")).lines();
@@ -79,11 +79,11 @@ impl AgentProcess {
         Self { child, log }
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         self.log.lock().expect("no panic").join("\n")
     }
 
-    async fn eventually(&mut self, what: &str, mut holds: impl AsyncFnMut(&Self) -> bool) {
+    pub(crate) async fn eventually(&mut self, what: &str, mut holds: impl AsyncFnMut(&Self) -> bool) {
         let start = Instant::now();
         while !holds(self).await {
             assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}\n{}", self.log());
@@ -94,7 +94,7 @@ impl AgentProcess {
     }
 
     /// The text of `/metrics`; nothing while the agent starts.
-    async fn metrics(&self) -> String {
+    pub(crate) async fn metrics(&self) -> String {
         let log = self.log();
         let Some(at) = log.find("http://127.0.0.1:") else { return String::new() };
         let url = log[at..].split(' ').next().unwrap_or_default();
@@ -118,7 +118,7 @@ impl AgentProcess {
 }
 
 /// The sum of the numbers in `/metrics` whose lines begin so.
-fn total(metrics: &str, begin: &str) -> u64 {
+pub(crate) fn total(metrics: &str, begin: &str) -> u64 {
     let lines = metrics.lines().filter(|line| line.starts_with(begin));
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
 }
@@ -135,7 +135,7 @@ fn is_loaded(program: u32) -> bool {
 }
 
 /// Whether this process may take capabilities from its children; if not, `test` is skipped.
-fn may_drop_capabilities(test: &str) -> bool {
+pub(crate) fn may_drop_capabilities(test: &str) -> bool {
     if !may_use_bpf(test) {
         return false;
     }

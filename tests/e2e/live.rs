@@ -1,6 +1,6 @@
 //! A live profile of the bundled workload, from its ELF file to named stacks, through either backend.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use gimli::{BaseAddresses, EhFrame, LittleEndian, RegisterRule, UnwindContext, UnwindSection as _, X86_64};
 use object::{Object as _, ObjectSection as _};
@@ -14,15 +14,26 @@ use windlass_tests::workload::Workload;
 use windlass_unwind_compiler::build_id_of;
 use windlass_workload::{ELF, EXPECTED};
 
+use crate::agent_process::total as sum;
+
 /// Samples a second: enough for the rarest expected stack to be seen many times.
 const FREQUENCY_HZ: u32 = 199;
 /// How often the agent sends what it has. A batch that reaches into the time asked for counts in full.
 const SHIP_INTERVAL: Duration = Duration::from_secs(1);
-/// How long the agent samples. The first part goes to tables, which the service compiles meanwhile.
+/// How long the agent samples, at least. The first part goes to tables, which the service compiles meanwhile.
 const WARM_UP: Duration = Duration::from_secs(4);
 const SAMPLED: Duration = Duration::from_secs(6);
+/// Longest wait for tables, and for samples, on a machine with much else to do: a third of the workload's time.
+const PATIENCE: Duration = Duration::from_secs(40);
 /// Fewest samples of the measured time for the shares below to mean something.
 const MIN_SAMPLES: i64 = 200;
+/// Samples after which the measured time may end: some of those counted are of the time before.
+const ENOUGH_SAMPLES: u64 = 2 * MIN_SAMPLES as u64;
+/// Fewest samples that show that no table is missing any more.
+const SETTLED_SAMPLES: u64 = 20;
+/// How walks end while the agent learns of a process.
+const LEARNING: [StopReason; 3] =
+    [StopReason::TablePending, StopReason::ProcessUnknown, StopReason::MappingsChanged];
 /// Fewest samples of each expected stack. Each gets a twentieth of the time at least when all threads get
 /// the same, which other tests at the same time may prevent.
 const MIN_SAMPLES_EACH: i64 = 5;
@@ -72,13 +83,20 @@ async fn profile_process_by(
     config.only_pid = Some(pid);
     config.backend = backend;
     config.turns = turns;
+    config.listen = Some(([127, 0, 0, 1], 0).into());
     let agent = tokio::task::spawn_blocking(move || Agent::start(config))
         .await
         .expect("the agent's start does not panic")
         .expect("the agent starts");
+    let numbers = Numbers::of(service, &agent);
     tokio::time::sleep(WARM_UP).await;
+    numbers.settle().await;
     let from = SystemTime::now() + SHIP_INTERVAL;
+    let (start, before) = (Instant::now(), numbers.samples().await);
     tokio::time::sleep(SHIP_INTERVAL + SAMPLED).await;
+    while numbers.samples().await - before < ENOUGH_SAMPLES && start.elapsed() < PATIENCE {
+        tokio::time::sleep(SHIP_INTERVAL).await;
+    }
     let summary = tokio::task::spawn_blocking(move || agent.stop())
         .await
         .expect("the agent's end does not panic")
@@ -87,6 +105,48 @@ async fn profile_process_by(
     let stacks: Vec<_> = stacks(&profile).into_iter().filter(|stack| stack.pid == i64::from(pid)).collect();
     assert!(total(&stacks) >= MIN_SAMPLES, "{} samples of the process; {summary:?}", total(&stacks));
     stacks
+}
+
+/// The agent's own numbers.
+struct Numbers {
+    client: reqwest::Client,
+    url: String,
+}
+
+impl Numbers {
+    fn of(service: &TestService, agent: &Agent) -> Self {
+        let address = agent.status_address().expect("it listens");
+        Self { client: service.client.clone(), url: format!("http://{address}/metrics") }
+    }
+
+    async fn text(&self) -> String {
+        self.client.get(&self.url).send().await.expect("it answers").text().await.expect("text")
+    }
+
+    async fn samples(&self) -> u64 {
+        sum(&self.text().await, "windlass_agent_samples_total{")
+    }
+
+    /// Waits until walks end for no reason that passes.
+    async fn settle(&self) {
+        let start = Instant::now();
+        let counts = |text: &str| {
+            let of = |reason: StopReason| {
+                format!("windlass_agent_samples_total{{reason=\"{}\"}}", reason.as_str())
+            };
+            let learning = LEARNING.into_iter().map(|reason| sum(text, &of(reason)));
+            (sum(text, "windlass_agent_samples_total{"), learning.sum::<u64>())
+        };
+        let mut before = counts(&self.text().await);
+        while start.elapsed() < PATIENCE {
+            tokio::time::sleep(SHIP_INTERVAL).await;
+            let now = counts(&self.text().await);
+            if now.0 - before.0 >= SETTLED_SAMPLES && now.1 == before.1 {
+                break;
+            }
+            before = now;
+        }
+    }
 }
 
 /// Every stack that the workload is known to have was seen as often as it must be, with its inlined

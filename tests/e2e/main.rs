@@ -13,6 +13,7 @@ mod kernel_maps;
 mod live;
 mod made_code;
 mod mixed_stacks;
+mod packaging;
 mod quickstart;
 mod readme;
 mod rule_walks;

@@ -8,6 +8,7 @@ use windlass_agent::backend::Event;
 use windlass_agent::table_cache::TableCache;
 use windlass_agent::{Agent, Config};
 use windlass_schema::maps::{EXACT_ADDRESS, no_table};
+use windlass_schema::table::checksum;
 use windlass_schema::{StopReason, UnsupportedReason};
 
 use crate::fake_backend::{FakeBackend, View, sample};
@@ -80,10 +81,25 @@ fn numbers_and_health_are_told_to_whoever_asks() {
 /// What is wrong with a table, and how it becomes so.
 type Lie = (&'static str, fn(Vec<u8>) -> Vec<u8>);
 
+/// With the checksum of what it has become.
+fn sealed(mut table: Vec<u8>) -> Vec<u8> {
+    let sum = checksum(&table);
+    table[8..16].copy_from_slice(&sum.to_le_bytes());
+    table
+}
+
 #[test]
 fn tables_that_are_not_what_they_should_be_are_not_placed() {
-    let lies: [Lie; 7] = [
+    let lies: [Lie; 9] = [
         ("of another image", |_| table_of("abcd".parse().unwrap())),
+        ("for another architecture", |mut table| {
+            table[6] = if table[6] == 1 { 2 } else { 1 };
+            sealed(table)
+        }),
+        ("of a later version", |mut table| {
+            table[4] += 1;
+            sealed(table)
+        }),
         ("a bit is wrong", |mut table| {
             *table.last_mut().unwrap() ^= 1;
             table
