@@ -21,6 +21,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::{self, BufRead, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use windlass_schema::BuildId;
 use windlass_schema::kernel_module::{self, SECTION_SPAN};
@@ -31,6 +32,9 @@ use crate::otlp::{Frame, Module};
 
 /// Largest file read below `/sys/module` in bytes; a page is what the kernel gives of one.
 const MAX_ATTRIBUTE_BYTES: usize = 4096;
+
+/// How often it is looked whether other modules are loaded.
+const REVIEW_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A module as it is loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +72,7 @@ pub struct KernelModules {
     starts: Vec<(u64, usize, usize)>,
     /// Those whose symbols were asked for.
     named: HashSet<BuildId>,
+    reviewed: Instant,
 }
 
 impl KernelModules {
@@ -78,19 +83,22 @@ impl KernelModules {
 
     fn read_from(proc: PathBuf, sys: PathBuf) -> Self {
         let (listed, loaded, starts) = (Vec::new(), Vec::new(), Vec::new());
-        let mut modules = Self { proc, sys, listed, loaded, starts, named: HashSet::new() };
+        let (named, reviewed) = (HashSet::new(), Instant::now());
+        let mut modules = Self { proc, sys, listed, loaded, starts, named, reviewed };
         modules.review();
         modules
     }
 
-    /// Reads what is loaded, if that has changed, as it does when a machine starts and hardly ever again. Due with each
-    /// batch: what comes in the place of another module is taken for it until then.
-    pub fn review(&mut self) {
+    /// Reads what is loaded, if that has changed, as it does when a machine starts and hardly ever again. Returns what is
+    /// not where it was: of frames there since the last review it is not known whose they are.
+    pub fn review(&mut self) -> Vec<Module> {
+        self.reviewed = Instant::now();
         // Without modules in the kernel there is no such file.
         let listed = fs::read(self.proc.join("modules")).unwrap_or_default();
         if listed == self.listed {
-            return;
+            return Vec::new();
         }
+        let before = std::mem::take(&mut self.loaded);
         let found: Vec<Listed> =
             listed.split(|byte| *byte == b'\n').filter_map(|line| Listed::read(&self.sys, line)).collect();
         let mut boundaries: Vec<u64> =
@@ -102,6 +110,18 @@ impl KernelModules {
         self.starts = code.map(|(module, (number, section))| (section.start, module, number)).collect();
         self.starts.sort_unstable();
         self.listed = listed;
+        let gone = before.into_iter().filter(|module| !self.loaded.contains(module));
+        gone.flat_map(|module| module.code).map(|section| section.module).collect()
+    }
+
+    /// Does so if it was not done lately.
+    pub fn review_if_due(&mut self) -> Vec<Module> {
+        if self.reviewed.elapsed() < REVIEW_INTERVAL { Vec::new() } else { self.review() }
+    }
+
+    /// The symbols of a module could not be taken: the next sample in it has them sent.
+    pub fn forget(&mut self, id: BuildId) {
+        self.named.remove(&id);
     }
 
     /// Takes note of a sample's address; the module whose symbols are to be sent, if it is the first in it.
@@ -204,11 +224,18 @@ impl LoadedModule {
         self.id
     }
 
-    /// Its functions as the kernel lists them now, as lines of `ADDRESS TYPE NAME` with image addresses.
-    pub fn symbols(&self) -> Result<Vec<u8>, KallsymsError> {
-        open_kallsyms().and_then(|kallsyms| {
+    /// Its functions as the kernel lists them now, as lines of `ADDRESS TYPE NAME` with image addresses. `None` if it is
+    /// not loaded there any more: the names may be another build's.
+    pub fn symbols(&self) -> Result<Option<Vec<u8>>, KallsymsError> {
+        let symbols = open_kallsyms().and_then(|kallsyms| {
             self.symbols_in(kallsyms).map_err(|error| KallsymsError::Read("/proc/kallsyms", error))
-        })
+        })?;
+        // It was when it was met: a build of the same name in its place has another build-ID.
+        Ok(self.is_loaded(&KernelModules::read()).then_some(symbols))
+    }
+
+    fn is_loaded(&self, modules: &KernelModules) -> bool {
+        modules.loaded.contains(self)
     }
 
     fn symbols_in(&self, kallsyms: impl BufRead) -> io::Result<Vec<u8>> {
@@ -332,12 +359,22 @@ mod tests {
     fn what_is_loaded_changes() {
         let host = host(LISTED, "0xffffffffc0201000");
         let mut modules = read(host.path());
+        let met = modules.meet(0xffff_ffff_c020_1010).unwrap();
+        let shown = modules.frame(0xffff_ffff_c020_1010).unwrap().module.unwrap().clone();
+        assert!(met.is_loaded(&modules) && modules.review().is_empty());
         list(host.path(), "");
-        modules.review();
+        assert!(modules.review().contains(&shown), "of what is gone, no frames since then are believed");
         assert_eq!(modules.frame(0xffff_ffff_c020_1010), None);
+        assert!(!met.is_loaded(&modules));
+        // The same name at the same place: another build.
+        add(host.path(), "nf_tables", Some([9; 4]), &[]);
         list(host.path(), LISTED);
-        modules.review();
-        assert!(modules.frame(0xffff_ffff_c020_1010).is_some());
+        assert!(modules.review().is_empty());
+        let other = modules.meet(0xffff_ffff_c020_1010).unwrap();
+        assert!(other.is_loaded(&modules) && !met.is_loaded(&modules));
+        assert!(modules.meet(0xffff_ffff_c020_1010).is_none());
+        modules.forget(other.build_id());
+        assert!(modules.meet(0xffff_ffff_c020_1010).is_some(), "it was not sent");
     }
 
     #[test]

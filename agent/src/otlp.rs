@@ -17,6 +17,7 @@
 
 mod interner;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use hashbrown::HashMap;
@@ -175,9 +176,15 @@ impl Batch {
         self.attributes.index(&(key, value))
     }
 
-    /// The request that ships the batch. Of addresses that a reading was to explain, `code` says where they are.
-    pub fn into_request(mut self, recording: &Recording, code: &BatchCode) -> ExportProfilesServiceRequest {
-        let locations = self.location_table(code);
+    /// The request that ships the batch. Of addresses that a reading was to explain, `code` says where they are. Those in
+    /// modules that are `gone` are no one's.
+    pub fn into_request(
+        mut self,
+        recording: &Recording,
+        code: &BatchCode,
+        gone: &[Module],
+    ) -> ExportProfilesServiceRequest {
+        let locations = self.location_table(code, gone);
         let mapping_table = self.mapping_table();
         let [samples, count, cpu, nanoseconds] =
             ["samples", "count", "cpu", "nanoseconds"].map(|text| self.strings.index(text));
@@ -219,10 +226,18 @@ impl Batch {
         ExportProfilesServiceRequest { resource_profiles, dictionary: Some(dictionary) }
     }
 
-    fn location_table(&mut self, code: &BatchCode) -> Vec<Location> {
+    fn location_table(&mut self, code: &BatchCode, gone: &[Module]) -> Vec<Location> {
+        let gone: HashSet<i32> = (self.mappings.values.iter().zip(0..))
+            .filter(|(module, _)| module.as_ref().is_some_and(|module| gone.contains(module)))
+            .map(|(_, index)| index)
+            .collect();
         let locations = std::mem::take(&mut self.locations.values).into_iter();
         locations
             .map(|(mapping, address, reading)| {
+                // An address of the image says nothing without it.
+                if gone.contains(&mapping) {
+                    return Location::default();
+                }
                 let module = reading.and_then(|reading| code.get(&(reading, address)));
                 let mapping_index = match module {
                     Some(module) => self.mappings.index(&Some(Module::clone(module))),
@@ -349,7 +364,7 @@ mod tests {
     }
 
     fn encoded(batch: Batch) -> ExportProfilesServiceRequest {
-        let bytes = batch.into_request(&recording(), &BatchCode::new()).encode_to_vec();
+        let bytes = batch.into_request(&recording(), &BatchCode::new(), &[]).encode_to_vec();
         ExportProfilesServiceRequest::decode(&bytes[..]).unwrap()
     }
 
@@ -414,6 +429,22 @@ mod tests {
                 format!("[1] {thread}=no_cfi {stack}"),
                 format!("[2] {thread}=end_of_stack {stack}"),
             ]
+        );
+    }
+
+    #[test]
+    fn frames_of_what_is_gone_are_no_ones() {
+        let [gone, stays] = ["[nf_tables]", "[xfs]"].map(|name| module(name, None));
+        let labels = Labels { tgid: 7, tid: 8, comm: "worker", cpu: 3, stop: StopReason::EndOfStack };
+        let frames = [(&gone, 0x1234), (&stays, 0x2000)];
+        let mut batch = Batch::default();
+        let frame = |(module, address)| Frame { module: Some(module), address, reading: None };
+        batch.add(&shop(), &labels, frames.map(frame));
+        let request = batch.into_request(&recording(), &BatchCode::new(), &[gone]);
+        assert!(
+            print(&request)[0].ends_with("windlass.stop_reason=end_of_stack 0x0@[] 0x2000@[xfs][]"),
+            "{:?}",
+            print(&request)
         );
     }
 

@@ -345,7 +345,7 @@ mod tests {
         assert!(resources.known.is_empty());
 
         // Of what ended the last samples are still to come.
-        let app = resources.of_by(7, late, |_| facts("", &container, Some("app")));
+        let app = resources.of_by(7, late, |_| facts("A=b", &container, Some("app")));
         resources.forked(8, 7, late);
         resources.exited(8, late);
         resources.expire(late + EXIT_GRACE / 2);

@@ -21,7 +21,7 @@ use crate::jit_code::JitCode;
 use crate::kallsyms::KernelImage;
 use crate::kernel_modules::KernelModules;
 use crate::metrics::Metrics;
-use crate::otlp::{Batch, Frame, Labels, Recording};
+use crate::otlp::{Batch, Frame, Labels, Module, Recording};
 use crate::process::{Met, frame, is_made_code, lookup_address};
 use crate::processes::{Placement, Processes};
 use crate::resource::Resources;
@@ -72,11 +72,14 @@ pub(crate) struct OpenBatch {
     started: Instant,
     started_unix: SystemTime,
     number: u64,
+    /// Kernel modules that were not where they had been, since it was opened.
+    gone: Vec<Module>,
 }
 
 impl OpenBatch {
     pub(crate) fn new(number: u64) -> Self {
-        Self { batch: Batch::default(), started: Instant::now(), started_unix: SystemTime::now(), number }
+        let (started, started_unix) = (Instant::now(), SystemTime::now());
+        Self { batch: Batch::default(), started, started_unix, number, gone: Vec::new() }
     }
 }
 
@@ -151,6 +154,7 @@ impl Sampling {
             self.record(&sample, now);
         }
         self.jit.read(now, |tgid, is_wanted| self.processes.mapped_path(tgid, is_wanted));
+        self.batch.gone.extend(self.modules.review_if_due());
         self.place_tables(now);
         self.processes.expire(&mut *self.backend, now);
         if self.batch.started.elapsed() >= self.ship_interval || self.batch.batch.len() >= MAX_BATCH_SAMPLES {
@@ -185,8 +189,12 @@ impl Sampling {
         self.summary.count(stop);
         // Not that of a walk which turned out to be of other mappings.
         self.metrics.sample(stop, sample.unsupported.filter(|_| stop == StopReason::UnsupportedRule));
-        for module in sample.kernel.iter().filter_map(|address| self.modules.meet(*address)) {
-            self.symbols.send_module(module);
+        for address in &sample.kernel {
+            let Some(module) = self.modules.meet(*address) else { continue };
+            let id = module.build_id();
+            if !self.symbols.send_module(module) {
+                self.modules.forget(id);
+            }
         }
         let kernel = sample.kernel.iter().enumerate().map(|(depth, address)| {
             // Only the innermost kernel address is that of an instruction.
@@ -276,9 +284,10 @@ impl Sampling {
             duration_ns: u64::try_from(open.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
             batch_id: batch_id(&self.host_name, start, open.number),
         };
-        self.modules.review();
+        let mut gone = open.gone;
+        gone.extend(self.modules.review());
         let code = self.jit.name_batch(&self.symbols);
-        let request = open.batch.into_request(&recording, &code).encode_to_vec();
+        let request = open.batch.into_request(&recording, &code, &gone).encode_to_vec();
         match self.compression.compress(&request) {
             Ok(request) => {
                 self.shipper.ship(EncodedBatch { compression: self.compression, bytes: request.into() });

@@ -112,6 +112,17 @@ impl ServiceError {
         matches!(self, Self::Unreachable(_) | Self::NoAnswer(_) | Self::Busy { .. })
     }
 
+    /// Whether it may once the service or its operator has mended something: a token that is missing or wrong (401,
+    /// 403) gets mended.
+    pub fn is_for_later(&self) -> bool {
+        self.is_transient() || matches!(self, Self::Refused { status: 401 | 403, .. })
+    }
+
+    /// Whether the service failed, as it says itself (5xx).
+    pub fn is_of_service(&self) -> bool {
+        matches!(self, Self::Refused { status: 500.., .. })
+    }
+
     /// When the service wants to be asked again.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::metrics::Metrics;
-use crate::service::{Service, ServiceError};
+use crate::service::Service;
 use crate::spool::{EncodedBatch, Spool};
 
 /// Most bytes of spooled batches: a day of a busy 32-core host at 19 Hz (1.5 KiB/s compressed).
@@ -177,7 +177,7 @@ impl Line {
                 }
                 true
             }
-            Err(error) if is_for_later(&error) => {
+            Err(error) if error.is_for_later() => {
                 // Once for each time that the service is away, which may be a day.
                 if !std::mem::replace(&mut self.is_late, true) {
                     tracing::warn!(%error, "profiles are kept on disk until the service takes them");
@@ -194,9 +194,4 @@ impl Line {
             }
         }
     }
-}
-
-/// Whether a batch may be taken later. A token that is missing or wrong (401, 403) gets mended.
-fn is_for_later(error: &ServiceError) -> bool {
-    error.is_transient() || matches!(error, ServiceError::Refused { status: 401 | 403, .. })
 }

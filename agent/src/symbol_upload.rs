@@ -2,8 +2,10 @@
 //!
 //! Those are of just-in-time compiled functions and of kernel modules. Each list is sent once, under its ID, in a task of
 //! its own, so that no sample waits for it. While the service is away, lists wait in memory up to a bound, and beyond it
-//! functions stay without a name: what is spooled for a day are addresses, whose names most likely were sent before.
+//! functions stay without a name: what is spooled for a day are addresses, whose names most likely were sent before. A list
+//! that the service fails for again and again goes behind the others, and is given up at last.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +27,8 @@ const WAITING_LISTS: usize = 1024;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause after the service failed.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// How often the service may fail for a list, with an answer, before it is given up: with the pauses, a minute and a half.
+const MAX_FAILURES: u32 = 12;
 /// How long the last lists may take when the agent stops.
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 
@@ -64,11 +68,9 @@ impl SymbolUpload {
         room.is_ok_and(|room| self.lists.try_send(Waiting::PerfMap { id, content, _room: room }).is_ok())
     }
 
-    /// Queues the symbols of a kernel module. Never waits.
-    pub fn send_module(&self, module: LoadedModule) {
-        if self.lists.try_send(Waiting::Module(module)).is_err() {
-            tracing::warn!("symbols of a kernel module are not sent: too much waits for the service");
-        }
+    /// Queues the symbols of a kernel module; false if there is no room. Never waits.
+    pub fn send_module(&self, module: LoadedModule) -> bool {
+        self.lists.try_send(Waiting::Module(module)).is_ok()
     }
 
     /// Sends what can be sent in a short time, and ends.
@@ -81,21 +83,33 @@ impl SymbolUpload {
 }
 
 async fn run(service: Service, mut queue: mpsc::Receiver<Waiting>) {
-    while let Some(list) = queue.recv().await {
-        let mut pause = FIRST_PAUSE;
-        loop {
-            match send(&service, &list).await {
-                Ok(()) => break,
-                Err(error) if error.is_transient() => {
-                    tokio::time::sleep(error.retry_after().unwrap_or(pause).min(LONGEST_PAUSE)).await;
-                    pause = (2 * pause).min(LONGEST_PAUSE);
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "names of this host's code were not taken");
-                    break;
-                }
+    let mut pause = FIRST_PAUSE;
+    // Those that failed, and how often, behind those that were not tried.
+    let mut failed: VecDeque<(Waiting, u32)> = VecDeque::new();
+    loop {
+        let untried = match failed.is_empty() {
+            true => queue.recv().await,
+            false => queue.try_recv().ok(),
+        };
+        let next = untried.map(|list| (list, 0)).or_else(|| failed.pop_front());
+        let Some((list, failures)) = next else { return };
+        let error = match send(&service, &list).await {
+            Ok(()) => {
+                pause = FIRST_PAUSE;
+                continue;
             }
+            Err(error) => error,
+        };
+        if !error.is_for_later() && !error.is_of_service() || failures == MAX_FAILURES {
+            tracing::warn!(%error, "names of this host's code were not taken");
+            continue;
         }
+        if failed.len() < WAITING_LISTS {
+            // Only what the service says of this list counts against it.
+            failed.push_back((list, failures + u32::from(error.is_of_service())));
+        }
+        tokio::time::sleep(error.retry_after().unwrap_or(pause).min(LONGEST_PAUSE)).await;
+        pause = (2 * pause).min(LONGEST_PAUSE);
     }
 }
 
@@ -113,9 +127,11 @@ async fn send(service: &Service, list: &Waiting) -> Result<(), ServiceError> {
             let symbols = tokio::task::spawn_blocking(move || module.symbols()).await;
             let symbols = symbols.map_err(|error| ServiceError::Client(error.to_string()))?;
             let symbols = symbols.map_err(|error| ServiceError::Client(error.to_string()))?;
-            match symbols.is_empty() {
-                true => Ok(()),
-                false => service.put(id, ArtefactKind::Kallsyms, symbols).await,
+            match symbols {
+                Some(symbols) if !symbols.is_empty() => {
+                    service.put(id, ArtefactKind::Kallsyms, symbols).await
+                }
+                _ => Ok(()),
             }
         }
     }

@@ -61,6 +61,8 @@ struct Shared {
     turns: Semaphore,
     /// What the next of them are answered; then 200.
     answers: Mutex<VecDeque<StatusCode>>,
+    /// What artefacts of a build-ID are answered, and are not kept.
+    refused: Mutex<HashMap<String, StatusCode>>,
     /// What the header of [`Tables::Tagged`] says.
     rows: AtomicU32,
     /// What becomes of them on their way.
@@ -135,6 +137,12 @@ impl FakeService {
         self.shared.answers.lock().unwrap().extend(statuses);
     }
 
+    /// From now on artefacts of this build-ID are answered so; 201 stores them.
+    pub(crate) fn answer_artefacts(&self, id: &str, status: u16) {
+        let status = StatusCode::from_u16(status).unwrap();
+        self.shared.refused.lock().unwrap().insert(id.to_owned(), status);
+    }
+
     /// From now on [`Tables::Tagged`] are others, and this becomes of them on their way.
     pub(crate) fn change_tables(&self, rows: u32, damage: fn(Vec<u8>) -> Vec<u8>) {
         *self.shared.damage.lock().unwrap() = damage;
@@ -155,6 +163,7 @@ fn shared(tables: Tables) -> Arc<Shared> {
         profiles: Mutex::default(),
         turns: Semaphore::new(1),
         answers: Mutex::default(),
+        refused: Mutex::default(),
         rows: AtomicU32::new(0),
         damage: Mutex::new(|table| table),
     })
@@ -242,6 +251,10 @@ async fn store(
     let sha256: String = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
     if headers[SHA256_HEADER] != sha256 {
         return shared.note(request, StatusCode::UNPROCESSABLE_ENTITY);
+    }
+    let refused = shared.refused.lock().unwrap().get(&id).copied();
+    if let Some(status) = refused.filter(|status| *status != StatusCode::CREATED) {
+        return shared.note(request, status);
     }
     if kind == "skeleton" {
         let image = windlass_agent::image::identify(&content[..]).unwrap();
