@@ -1,6 +1,7 @@
 //! The table: program, what it exercises, the stacks that it can have. Here those in C and C++ over glibc.
 
 mod others;
+mod without_cfi;
 
 use windlass_schema::StopReason;
 use windlass_schema::maps::MAX_USER_FRAMES;
@@ -84,7 +85,7 @@ const LOADING: Chain = seldom(
 
 /// All rows.
 pub(crate) fn rows() -> impl Iterator<Item = &'static Row> {
-    ROWS.iter().chain(others::ROWS)
+    ROWS.iter().chain(without_cfi::ROWS).chain(others::ROWS)
 }
 
 static ROWS: &[Row] = &[
