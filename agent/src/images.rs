@@ -15,11 +15,16 @@ use windlass_schema::{BuildId, ImageAddress, Rule, StopReason, Table};
 
 use crate::eviction::{IN_USE, PlacedTable};
 use crate::image::{Image, ImageError, ImageId, identify};
-use crate::mapped_file::{END_OF_32_BIT, FileKey, ImageSource, SourceError};
+use crate::mapped_file::{END_OF_32_BIT, FileKey, ImageSource, SourceError, is_own_vdso};
 
 /// Most files whose identity is remembered, about 10 MiB. Beyond it, all that no process maps are
 /// forgotten.
 pub const MAX_FILES: usize = 50_000;
+/// Most vDSOs that are remembered, of 256 KiB at most: a kernel has one for each of its instruction sets, but a process may
+/// write into its own copy.
+const MAX_VDSOS: usize = 8;
+/// At how many tables those of images that no process maps are forgotten for the first time, some 10 MiB.
+const MAX_TABLES: usize = MAX_FILES;
 /// How long a table that was not to be had is left alone, before a sample may ask for it again:
 /// debuginfo is uploaded late, services are mended.
 pub const UNAVAILABLE_RETRY: Duration = Duration::from_secs(300);
@@ -79,6 +84,8 @@ pub struct Images {
     /// The files by their GNU build-IDs, and where to read one; `None` if files of one build-ID differ.
     by_build_id: HashMap<BuildId, Option<(Weak<Image>, ImageSource)>>,
     tables: HashMap<BuildId, TableEntry>,
+    /// At how many tables those of unmapped images are forgotten: twice as many as stayed, so that it is seldom done.
+    full_tables: usize,
     /// Paths of the files that were named as unreadable.
     named: HashSet<String>,
     /// Path and reason of those not yet handed on.
@@ -144,7 +151,15 @@ impl Images {
                     self.note_build_id(image, source);
                 }
             }
-            ImageSource::Memory(bytes) => self.vdsos.push((bytes.clone(), identified.clone())),
+            ImageSource::Memory(bytes) => {
+                // What the kernel maps into all processes stays, whatever others made of theirs before.
+                if is_own_vdso(bytes) {
+                    self.vdsos.insert(0, (bytes.clone(), identified.clone()));
+                    self.vdsos.truncate(MAX_VDSOS);
+                } else if self.vdsos.len() < MAX_VDSOS {
+                    self.vdsos.push((bytes.clone(), identified.clone()));
+                }
+            }
         }
         identified
     }
@@ -157,6 +172,21 @@ impl Images {
             let is_alive = |(image, _): &(Weak<Image>, _)| image.strong_count() > 0;
             self.by_build_id.retain(|_, known| known.as_ref().is_some_and(is_alive));
         }
+    }
+
+    /// Keeps the tables under their limit: forgets why there is none for images that no process maps.
+    fn forget_tables(&mut self) {
+        if self.tables.len() < self.full_tables.max(MAX_TABLES) {
+            return;
+        }
+        let images = self.files.values().chain(self.vdsos.iter().map(|(_, identified)| identified)).flatten();
+        let mapped = images.filter(|image| Arc::strong_count(image) > 1);
+        let mapped: HashSet<BuildId> = mapped.map(|image| image.id.build_id()).collect();
+        // Of those that are placed or on their way, others know.
+        self.tables.retain(|id, entry| {
+            mapped.contains(id) || matches!(entry.state, TableState::Placed(_) | TableState::Pending { .. })
+        });
+        self.full_tables = 2 * self.tables.len();
     }
 
     fn note_build_id(&mut self, image: &Arc<Image>, source: &ImageSource) {
@@ -182,9 +212,10 @@ impl Images {
     /// The vDSO of 64-bit processes, if it is what is mapped at `range`: the kernel maps the same pages into all.
     pub(crate) fn known_vdso(&self, range: &Range<u64>) -> Option<(Arc<Image>, ImageSource)> {
         let bytes = range.end.checked_sub(range.start)?;
-        let mut same = self.vdsos.iter().filter(|(known, _)| known.len() as u64 == bytes);
-        let (known, identified) = same.next().filter(|_| range.start >= END_OF_32_BIT)?;
-        same.next().is_none().then_some(())?;
+        let (known, identified) = self.vdsos.first().filter(|(known, _)| known.len() as u64 == bytes)?;
+        if range.start < END_OF_32_BIT || !is_own_vdso(known) {
+            return None;
+        }
         Some((identified.clone().ok()?, ImageSource::Memory(known.clone())))
     }
 
@@ -225,6 +256,7 @@ impl Images {
     pub fn want_table(&mut self, id: BuildId, urgent: bool, now: Instant) -> bool {
         let sampled = urgent.then_some(now);
         let Some(entry) = self.tables.get_mut(&id) else {
+            self.forget_tables();
             self.tables.insert(id, TableEntry { sampled, ..TableEntry::new(TableState::Pending { urgent }) });
             return true;
         };
@@ -316,6 +348,44 @@ mod tests {
         images.set_table(id, Some(TableState::Placed(Location::new(1, 8))));
         assert_eq!(images.location(id), Location::new(1, 8));
         assert!(!images.want_table(id, true, now));
+    }
+
+    #[test]
+    fn tables_of_unmapped_images_are_forgotten() {
+        let (mut images, now) = (Images::default(), Instant::now());
+        let id = |number: usize| BuildId::new(&number.to_be_bytes()).expect("8 bytes");
+        let own = std::env::current_exe().expect("this program");
+        let own = std::fs::read(own).expect("this program");
+        let mapped = images.identify(&ImageSource::Memory(own.into())).expect("an image");
+        images.set_table(mapped.id.build_id(), Some(TableState::Unavailable { since: now }));
+        images.set_table(id(0), Some(TableState::Placed(Location::new(1, 8))));
+        for number in 1..3 * MAX_TABLES {
+            images.want_table(id(number), true, now);
+            images.set_table(id(number), Some(TableState::Unavailable { since: now }));
+        }
+        assert!(images.tables.len() <= MAX_TABLES, "{} tables", images.tables.len());
+        assert!(images.tables.contains_key(&mapped.id.build_id()) && images.placed(id(0)).is_some());
+    }
+
+    #[test]
+    fn vdsos_that_processes_wrote_into_are_passed_over() {
+        let maps = std::fs::read("/proc/self/maps").expect("own mappings");
+        let entries = crate::proc_maps::executable_mappings(&maps);
+        let is_vdso = |entry: &&crate::proc_maps::MapsEntry| entry.backing == crate::proc_maps::Backing::Vdso;
+        let entry = entries.iter().find(is_vdso).expect("the kernel maps it");
+        let source = ImageSource::of_vdso(std::process::id(), entry).expect("own memory");
+        let ImageSource::Memory(bytes) = &source else { panic!("no bytes: {source:?}") };
+        let mut images = Images::default();
+        for number in 0..2 * MAX_VDSOS as u8 {
+            let mut other = bytes.to_vec();
+            *other.last_mut().expect("it has bytes") ^= number + 1;
+            let _ = images.identify(&ImageSource::Memory(other.into()));
+        }
+        assert!(images.known_vdso(&(entry.start..entry.end)).is_none());
+        images.identify(&source).expect("an image");
+        assert_eq!(images.vdsos.len(), MAX_VDSOS);
+        let (_, known) = images.known_vdso(&(entry.start..entry.end)).expect("it was identified");
+        assert!(matches!(known, ImageSource::Memory(known) if known == *bytes));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use std::fs::{File, Metadata};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use crate::proc_maps::{Backing, MapsEntry, executable_mappings};
 
@@ -210,10 +210,24 @@ fn named(rooted: &Path, entry: &MapsEntry, path: &Path) -> Result<Metadata, Sour
     Ok(metadata)
 }
 
+/// Whether these are the bytes of this process's vDSO, which nobody wrote into.
+pub(crate) fn is_own_vdso(bytes: &[u8]) -> bool {
+    static OWN: LazyLock<Option<&'static [u8]>> = LazyLock::new(|| {
+        let own = own_vdso_entry()?;
+        // SAFETY: the kernel maps the vDSO for reading, never writes to it, and nothing here unmaps it.
+        Some(unsafe { std::slice::from_raw_parts(own.start as *const u8, (own.end - own.start) as usize) })
+    });
+    OWN.is_some_and(|own| own == bytes)
+}
+
+fn own_vdso_entry() -> Option<MapsEntry> {
+    let maps = std::fs::read("/proc/self/maps").ok()?;
+    executable_mappings(&maps).into_iter().find(|entry| entry.backing == Backing::Vdso)
+}
+
 /// The bytes of this process's vDSO, if it is that of another process at `other`.
 fn own_vdso(other: &MapsEntry) -> Option<Vec<u8>> {
-    let maps = std::fs::read("/proc/self/maps").ok()?;
-    let own = executable_mappings(&maps).into_iter().find(|entry| entry.backing == Backing::Vdso)?;
+    let own = own_vdso_entry()?;
     let bytes = own.end - own.start;
     if other.start < END_OF_32_BIT || other.end - other.start != bytes || bytes > MAX_VDSO_BYTES {
         return None;
