@@ -35,8 +35,6 @@ const SHORTEST_WARM_UP: Duration = Duration::from_millis(200);
 /// Longest wait for events: within it samples that wake nobody are read, a table that arrived is placed, and a stop is
 /// noticed.
 const LONGEST_WAIT: Duration = Duration::from_millis(100);
-/// Distinct samples in a batch, at which it is shipped early: some 10 MiB.
-const MAX_BATCH_SAMPLES: usize = 50_000;
 /// Most tables that the summary names as unavailable.
 const MAX_NAMED_UNAVAILABLE: usize = 1000;
 
@@ -157,7 +155,7 @@ impl Sampling {
         self.batch.gone.extend(self.modules.review_if_due());
         self.place_tables(now);
         self.processes.expire(&mut *self.backend, now);
-        if self.batch.started.elapsed() >= self.ship_interval || self.batch.batch.len() >= MAX_BATCH_SAMPLES {
+        if self.batch.started.elapsed() >= self.ship_interval || self.batch.batch.is_full() {
             self.ship();
         }
     }
