@@ -15,6 +15,8 @@
 //! its own is a part of it, and so is all in between. At a start, a call has been made, or a jump that stands for one,
 //! if without any call on the way control comes to a return, or a jump elsewhere, or a prologue, with the frame as it
 //! was at the start. What returns with any other frame is not believed at all.
+//! What is called may not return, and padding stands behind that only where the next function needs some. So behind a call
+//! the frame is known if what follows undoes it, uses it, or goes to where control comes without the call.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -49,21 +51,21 @@ pub(crate) fn framed_code<C: Code>(
     }
     let bytes = code.get(gap)?;
     let mut functions = functions::<C>(gap, bytes, starts)?;
-    let mut walks = BTreeMap::new();
+    let mut followed = BTreeMap::new();
     for _ in 0..MAX_ROUNDS {
-        follow::<C>(gap, bytes, &functions, &mut walks);
-        if !put_together(&walks, &mut functions, starts) {
+        follow::<C>(gap, bytes, &functions, &mut followed);
+        if !put_together(&followed, &mut functions, starts) {
             break;
         }
     }
     let mut found = Vec::new();
     // Whether the function in front may switch to what looks like the start of one.
     let mut may_switch = true;
-    for (start, walk) in &walks {
-        let is_known = starts.symbols.contains_key(start) || !may_switch;
-        may_switch = walk.may_switch;
-        if walk.is_believed(is_known, &functions) {
-            walk.append_rows(&mut found);
+    for (start, function) in followed {
+        let is_known = starts.symbols.contains_key(&start) || !may_switch;
+        may_switch = function.may_switch;
+        if function.is_believed(is_known, &functions) {
+            found.extend(function.rows);
         }
     }
     Some(found)
@@ -73,19 +75,19 @@ pub(crate) fn framed_code<C: Code>(
 fn functions<C: Code>(gap: &Range<u64>, bytes: &[u8], starts: &Starts) -> Option<BTreeSet<u64>> {
     let (mut kept, mut others) = (0, 0);
     let mut functions = BTreeSet::new();
+    let symbols = starts.symbols.range(gap.start..gap.end).map(|(start, _)| *start);
     let first = gap.start.next_multiple_of(FUNCTION_ALIGNMENT);
-    // Where the function ends that a symbol names.
-    let mut named_to = 0;
-    for start in (first..gap.end).step_by(FUNCTION_ALIGNMENT as usize) {
-        let (before, code) = bytes.split_at((start - gap.start) as usize);
-        let end = starts.symbols.get(&start);
-        let is_start = end.is_some() || C::is_padded(before) && start >= named_to;
+    let padded = (first..gap.end).step_by(FUNCTION_ALIGNMENT as usize).filter(|start| {
+        // Where a symbol covers it, it is a part of that function.
+        let named = starts.symbols.range(..=start).next_back();
+        C::is_padded(&bytes[..(start - gap.start) as usize]) && named.is_none_or(|(_, end)| end <= start)
+    });
+    for start in symbols.chain(padded).filter(|start| start.is_multiple_of(C::ALIGNMENT)) {
+        let code = &bytes[(start - gap.start) as usize..];
         // Otherwise there is more padding.
-        if !is_start || code.len() < 2 || C::is_padded(&code[..2]) {
+        if code.len() < 2 || C::is_padded(&code[..2]) || !functions.insert(start) {
             continue;
         }
-        named_to = end.copied().unwrap_or(named_to);
-        functions.insert(start);
         match C::prologue(code) {
             Prologue::FramePointer => kept += 1,
             Prologue::Other => others += 1,
@@ -96,31 +98,27 @@ fn functions<C: Code>(gap: &Range<u64>, bytes: &[u8], starts: &Starts) -> Option
 }
 
 /// Follows those of `functions` whose end has moved.
-fn follow<'a, C: Code>(
+fn follow<C: Code>(
     gap: &Range<u64>,
-    bytes: &'a [u8],
+    bytes: &[u8],
     functions: &BTreeSet<u64>,
-    walks: &mut BTreeMap<u64, Walk<'a, C>>,
+    followed: &mut BTreeMap<u64, Followed>,
 ) {
-    walks.retain(|start, _| functions.contains(start));
+    followed.retain(|start, _| functions.contains(start));
     let ends = functions.iter().skip(1).copied().chain([gap.end]);
     for (start, end) in functions.iter().zip(ends) {
-        if walks.get(start).is_none_or(|walk| walk.range.end != end) {
+        if followed.get(start).is_none_or(|function| function.end != end) {
             let code = &bytes[(start - gap.start) as usize..(end - gap.start) as usize];
-            walks.insert(*start, Walk::follow(*start..end, code));
+            followed.insert(*start, Walk::<C>::follow(*start..end, code));
         }
     }
 }
 
 /// Takes out of `functions` what is a part of another. Whether there was any.
-fn put_together<C: Code>(
-    walks: &BTreeMap<u64, Walk<'_, C>>,
-    functions: &mut BTreeSet<u64>,
-    starts: &Starts,
-) -> bool {
+fn put_together(followed: &BTreeMap<u64, Followed>, functions: &mut BTreeSet<u64>, starts: &Starts) -> bool {
     let before = functions.len();
-    for (start, walk) in walks {
-        for (target, has_frame_pointer) in &walk.entered {
+    for (start, function) in followed {
+        for Entered { target, has_frame_pointer, .. } in &function.entered {
             // A jump to a function that stands for a call, with a frame that could not be followed.
             if functions.contains(target) && !has_frame_pointer {
                 continue;
@@ -137,6 +135,45 @@ fn put_together<C: Code>(
         }
     }
     functions.len() < before
+}
+
+/// Where control goes outside of a function with another frame than that of the start.
+struct Entered {
+    target: u64,
+    has_frame_pointer: bool,
+    /// Whether a way leads there on which calls are seen to return.
+    is_sure: bool,
+}
+
+/// What came of following a function.
+struct Followed {
+    /// Where what is followed ends.
+    end: u64,
+    rows: Vec<Recognised>,
+    /// Whether control comes for certain to a return, a jump to another function or a prologue with the frame of the start.
+    is_proved: bool,
+    /// Whether it comes so to a jump to an address that the code does not say, which may be within the function.
+    leaves: bool,
+    /// Whether it comes to such a jump with another frame, or one that is not known.
+    may_switch: bool,
+    /// Whether the function returns with another frame, or is no code.
+    is_refuted: bool,
+    entered: Vec<Entered>,
+    /// Where it jumps outside of its range with the frame of the start.
+    jumps: Vec<u64>,
+}
+
+impl Followed {
+    /// Whether the function starts where its range does, and was followed rightly. With `is_known`, there is no
+    /// other whose code it could be.
+    fn is_believed(&self, is_known: bool, functions: &BTreeSet<u64>) -> bool {
+        let is_start = |target: &u64| functions.contains(target);
+        let stands_for_call = |one: &Entered| is_start(&one.target) && !one.has_frame_pointer;
+        (self.is_proved || self.leaves && is_known)
+            && !self.is_refuted
+            && self.jumps.iter().all(is_start)
+            && self.entered.iter().filter(|one| one.is_sure).all(stands_for_call)
+    }
 }
 
 /// What is known in front of an instruction.
@@ -156,6 +193,32 @@ struct Met<S> {
     way: Way<S>,
     /// Where it ends, once it has been looked at.
     end: Option<u64>,
+    /// Whether a way leads from there to where the frame is seen to be this function's.
+    comes_back: bool,
+    /// Whether a way leads there on which each call is seen to return.
+    is_sure: bool,
+}
+
+/// An instruction that was looked at.
+struct Passed<S> {
+    /// Where it ends.
+    next: u64,
+    flow: Flow,
+    /// The frame behind it.
+    behind: Option<S>,
+}
+
+impl<S> Passed<S> {
+    /// Where control goes from there, as far as the code says.
+    fn targets(&self) -> impl Iterator<Item = u64> + use<S> {
+        let (one, other) = match self.flow {
+            Flow::Next | Flow::Call(_) => (Some(self.next), None),
+            Flow::Branch(target) => (Some(self.next), Some(target)),
+            Flow::Jump(target) => (None, Some(target)),
+            Flow::Return | Flow::Leave | Flow::Trap => (None, None),
+        };
+        one.into_iter().chain(other)
+    }
 }
 
 /// A function that is followed.
@@ -166,51 +229,27 @@ struct Walk<'a, C: Code> {
     /// Each instruction that control reaches.
     met: BTreeMap<u64, Met<C::State>>,
     pending: Vec<u64>,
-    /// Whether control comes for certain to a return, a jump to another function or a prologue with the frame of the start.
-    is_proved: bool,
-    /// Whether it comes so to a jump to an address that the code does not say, which may be within the function.
-    leaves: bool,
-    /// Whether it comes to such a jump with another frame, or one that is not known.
-    may_switch: bool,
-    /// Whether the function returns with another frame, or is no code.
-    is_refuted: bool,
-    /// Where control goes outside of `range` with another frame than that of the start, and whether that has a frame pointer.
-    entered: Vec<(u64, bool)>,
-    /// Where it jumps outside of `range` with that.
-    jumps: Vec<u64>,
 }
 
 impl<'a, C: Code> Walk<'a, C> {
-    fn follow(range: Range<u64>, code: &'a [u8]) -> Self {
+    fn follow(range: Range<u64>, code: &'a [u8]) -> Followed {
         let start = range.start;
-        let mut walk = Self {
-            range,
-            code,
-            met: BTreeMap::new(),
-            pending: Vec::new(),
-            is_proved: false,
-            leaves: false,
-            may_switch: false,
-            is_refuted: false,
-            entered: Vec::new(),
-            jumps: Vec::new(),
-        };
+        let mut walk = Self { range, code, met: BTreeMap::new(), pending: Vec::new() };
         walk.meet(start, Way { state: Some(C::ENTRY), is_certain: true, is_doubtful: false });
         while let Some(address) = walk.pending.pop() {
             walk.pass(address);
         }
-        walk
+        walk.see_returns();
+        walk.finish()
     }
 
     /// Control comes to `address` on this way. The frame there only ever becomes less known, so that this ends.
     fn meet(&mut self, address: u64, way: Way<C::State>) {
         if !self.range.contains(&address) {
-            self.is_refuted = true;
-            self.entered.push((address, true));
             return;
         }
         let Some(met) = self.met.get_mut(&address) else {
-            self.met.insert(address, Met { way, end: None });
+            self.met.insert(address, Met { way, end: None, comes_back: false, is_sure: false });
             return self.pending.push(address);
         };
         let joined = Way {
@@ -224,73 +263,136 @@ impl<'a, C: Code> Walk<'a, C> {
         }
     }
 
+    /// The instruction at `address`, in this state. `None` if it is none.
+    fn passed(&self, address: u64, state: Option<C::State>) -> Option<Passed<C::State>> {
+        let code = &self.code[(address - self.range.start) as usize..];
+        let (bytes, flow) = C::passes(code, address)?;
+        let behind = state.and_then(|state| C::step(code, address, state)).map(|step| step.behind);
+        Some(Passed { next: address + bytes as u64, flow, behind })
+    }
+
     /// Takes the instruction at `address`.
     fn pass(&mut self, address: u64) {
-        let code = &self.code[(address - self.range.start) as usize..];
-        let Some(met) = self.met.get_mut(&address) else { return };
-        let Some((bytes, flow)) = C::passes(code, address) else {
-            self.is_refuted = true;
-            return;
+        let Some(way) = self.met.get(&address).map(|met| met.way) else { return };
+        let Some(passed) = self.passed(address, way.state) else { return };
+        self.met.entry(address).and_modify(|met| met.end = Some(passed.next));
+        let mut way = Way { state: passed.behind, ..way };
+        if let Flow::Call(_) = passed.flow {
+            way.is_certain = false;
+            way.is_doubtful |= !passed.behind.is_some_and(C::has_frame_pointer);
+        }
+        passed.targets().for_each(|target| self.meet(target, way));
+    }
+
+    /// Tells the instructions apart that are sure to be of this function. What is called may not return, and behind the call
+    /// stands another function then, with a frame of its own. So a call is seen to return if a way from behind it leads
+    /// to where the frame is as at the start, or to where control comes without the call; or to what uses the frame, of
+    /// which the frame pointer is set in front of the call.
+    fn see_returns(&mut self) {
+        let mut ways = Vec::new();
+        let (mut ends, mut uses) = (Vec::new(), Vec::new());
+        for (address, met) in &self.met {
+            let Some(passed) = self.passed(*address, met.way.state) else { continue };
+            let is_as_at_start = passed.behind.is_some_and(is_entry::<C>);
+            let mut is_end = is_as_at_start && matches!(passed.flow, Flow::Return | Flow::Leave);
+            for target in passed.targets() {
+                ways.push((target, *address));
+                is_end |= match self.met.get(&target) {
+                    Some(to) => to.way.is_certain && to.way.state.is_some(),
+                    None => is_as_at_start && passed.flow == Flow::Jump(target),
+                };
+            }
+            ends.extend(is_end.then_some(*address));
+            let code = &self.code[(address - self.range.start) as usize..];
+            uses.extend(met.way.state.is_some_and(|state| C::uses_frame(code, state)).then_some(*address));
+        }
+        ways.sort_unstable();
+        self.come_back(&ways, ends, |_| true);
+        self.come_back(&ways, uses, C::has_frame_pointer);
+        let mut pending = vec![self.range.start];
+        while let Some(address) = pending.pop() {
+            let Some(met) = self.met.get_mut(&address).filter(|met| !met.is_sure) else { continue };
+            met.is_sure = true;
+            let state = met.way.state;
+            let Some(passed) = self.passed(address, state) else { continue };
+            let is_call = matches!(passed.flow, Flow::Call(_));
+            let goes_there =
+                |target: &u64| !is_call || self.met.get(target).is_some_and(|met| met.comes_back);
+            pending.extend(passed.targets().filter(goes_there));
+        }
+    }
+
+    /// Marks what leads to one of `to` on `ways`, which are sorted, through states like that.
+    fn come_back(&mut self, ways: &[(u64, u64)], mut to: Vec<u64>, is_through: fn(C::State) -> bool) {
+        let mut seen = BTreeSet::new();
+        while let Some(address) = to.pop() {
+            let Some(met) = self.met.get_mut(&address) else { continue };
+            if !met.way.state.is_some_and(is_through) || !seen.insert(address) {
+                continue;
+            }
+            met.comes_back = true;
+            let first = ways.partition_point(|(to, _)| *to < address);
+            to.extend(ways[first..].iter().take_while(|(to, _)| *to == address).map(|(_, from)| from));
+        }
+    }
+
+    /// What it comes to.
+    fn finish(self) -> Followed {
+        let mut followed = Followed {
+            end: self.range.end,
+            rows: Vec::new(),
+            is_proved: false,
+            leaves: false,
+            may_switch: false,
+            is_refuted: false,
+            entered: Vec::new(),
+            jumps: Vec::new(),
         };
-        let next = address + bytes as u64;
-        met.end = Some(next);
-        let Way { state, is_certain, is_doubtful } = met.way;
-        let behind = state.and_then(|state| C::step(code, address, state)).map(|step| step.behind);
-        let way = Way { state: behind, ..met.way };
-        let is_as_at_start = behind.is_some_and(is_entry::<C>);
-        self.is_proved |=
+        let mut met_to = self.range.start;
+        for (address, met) in &self.met {
+            let is_sure = met.is_sure;
+            // It shares a byte with the one in front, or is none.
+            followed.is_refuted |= is_sure && (*address < met_to || met.end.is_none());
+            met_to = met.end.filter(|_| is_sure).unwrap_or(met_to);
+            self.judge(*address, met, &mut followed);
+        }
+        followed.rows = self.rows(followed.may_switch || self.has_other_ways());
+        followed
+    }
+
+    /// Adds what the instruction at `address` says of the function.
+    fn judge(&self, address: u64, met: &Met<C::State>, followed: &mut Followed) {
+        let Some(passed) = self.passed(address, met.way.state) else { return };
+        let Way { state, is_certain, .. } = met.way;
+        let is_sure = met.is_sure;
+        let is_as_at_start = passed.behind.is_some_and(is_entry::<C>);
+        let code = &self.code[(address - self.range.start) as usize..];
+        followed.is_proved |=
             is_certain && state.is_some_and(is_entry::<C>) && C::prologue(code) == Prologue::FramePointer;
-        match flow {
-            Flow::Next => self.meet(next, way),
-            Flow::Call(_) => {
-                let is_doubtful = is_doubtful || !behind.is_some_and(C::has_frame_pointer);
-                self.meet(next, Way { is_certain: false, is_doubtful, ..way });
-            }
-            Flow::Branch(target) => {
-                self.go(target, way);
-                self.meet(next, way);
-            }
-            Flow::Jump(target) => self.go(target, way),
+        match passed.flow {
             Flow::Return => {
-                self.is_proved |= is_as_at_start && is_certain;
-                self.is_refuted |= behind.is_some() && !is_as_at_start;
+                followed.is_proved |= is_as_at_start && is_certain;
+                followed.is_refuted |= is_sure && passed.behind.is_some() && !is_as_at_start;
             }
             Flow::Leave => {
-                self.leaves |= is_as_at_start && is_certain;
-                self.may_switch |= !is_as_at_start;
+                followed.leaves |= is_as_at_start && is_certain;
+                followed.may_switch |= !is_as_at_start;
             }
-            Flow::Trap => {}
+            Flow::Next | Flow::Call(_) | Flow::Branch(_) | Flow::Jump(_) | Flow::Trap => {}
         }
-    }
-
-    /// Control jumps to `target`: within the function, or to another one, which then returns in place of this one.
-    fn go(&mut self, target: u64, way: Way<C::State>) {
-        if self.range.contains(&target) {
-            self.meet(target, way);
-        } else if way.state.is_some_and(is_entry::<C>) {
-            self.is_proved |= way.is_certain;
-            self.jumps.push(target);
-        } else {
-            self.entered.push((target, way.state.is_some_and(C::has_frame_pointer)));
+        for target in passed.targets().filter(|target| !self.range.contains(target)) {
+            let is_jump = matches!(passed.flow, Flow::Branch(to) | Flow::Jump(to) if to == target);
+            if is_jump && is_as_at_start {
+                followed.is_proved |= is_certain;
+                followed.jumps.extend(is_sure.then_some(target));
+                continue;
+            }
+            // A call at the end is not seen to return.
+            let is_sure = is_sure && !matches!(passed.flow, Flow::Call(_));
+            followed.is_refuted |= is_sure && !is_jump;
+            let has_frame_pointer = !is_jump || passed.behind.is_some_and(C::has_frame_pointer);
+            followed.entered.push(Entered { target, has_frame_pointer, is_sure });
         }
-    }
-
-    /// Whether the function starts where its range does, and was followed rightly. With `is_known`, there is no
-    /// other whose code it could be.
-    fn is_believed(&self, is_known: bool, functions: &BTreeSet<u64>) -> bool {
-        let is_start = |target: &u64| functions.contains(target);
-        let mut end = self.range.start;
-        let overlaps = self.met.iter().any(|(start, met)| {
-            let is_inside = *start < end;
-            end = met.end.unwrap_or(*start);
-            is_inside
-        });
-        let is_proved = self.is_proved || self.leaves && is_known;
-        is_proved
-            && !self.is_refuted
-            && !overlaps
-            && self.jumps.iter().all(is_start)
-            && self.entered.iter().all(|(target, has_frame_pointer)| is_start(target) && !has_frame_pointer)
     }
 
     /// Whether there is code that no way was found to: what catches exceptions, or what is switched to.
@@ -311,22 +413,20 @@ impl<'a, C: Code> Walk<'a, C> {
 
     /// The rows of what is known. Behind a call that does not return may stand what is come to on other ways. With a frame
     /// pointer the frame is the same there, as who catches exceptions has one; without, that is too much doubt.
-    fn append_rows(&self, found: &mut Vec<Recognised>) {
-        let has_other_ways = self.may_switch || self.has_other_ways();
-        for (start, met) in &self.met {
+    fn rows(&self, has_other_ways: bool) -> Vec<Recognised> {
+        let mut rows: Vec<Recognised> = Vec::new();
+        for (start, met) in self.met.iter().filter(|(_, met)| met.is_sure) {
             let (Some(state), Some(end)) = (met.way.state, met.end) else { continue };
             if has_other_ways && met.way.is_doubtful {
                 continue;
             }
             let rule = C::rule(state);
-            match found.last_mut().filter(|last| last.range.end == *start && last.rule == rule) {
+            match rows.last_mut().filter(|last| last.range.end == *start && last.rule == rule) {
                 Some(last) => last.range.end = end,
-                None => {
-                    let kind = RecognisedKind::Function;
-                    found.push(Recognised { range: *start..end, rule, kind });
-                }
+                None => rows.push(Recognised { range: *start..end, rule, kind: RecognisedKind::Function }),
             }
         }
+        rows
     }
 }
 

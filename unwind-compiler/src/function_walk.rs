@@ -76,6 +76,12 @@ pub(crate) trait Frames {
     /// Whether the frame is known by the frame pointer.
     fn has_frame_pointer(state: Self::State) -> bool;
 
+    /// Whether the instruction that `code` begins with has an operand in the frame, by a frame pointer that points to where
+    /// the caller's is saved.
+    fn uses_frame(_code: &[u8], _state: Self::State) -> bool {
+        false
+    }
+
     /// Length of the instruction that `code` begins with, at `address`, and where control goes behind it.
     fn passes(code: &[u8], address: u64) -> Option<(usize, Flow)>;
 

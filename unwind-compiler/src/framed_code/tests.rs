@@ -117,6 +117,61 @@ fn blocks_behind_padding_belong_to_the_function_that_jumps_there() {
     assert_eq!(named.len(), 4, "{named:?}");
 }
 
+/// A function and, behind its call, another one.
+fn followed_by(function: &[u8]) -> Vec<u8> {
+    // push %rbp; mov %rsp, %rbp; push %rbx; push %rax; call
+    let mut code = vec![0x55, 0x48, 0x89, 0xe5, 0x53, 0x50, 0xe8, 0, 1, 0, 0];
+    code.extend(function);
+    code
+}
+
+#[test]
+fn what_is_behind_a_call_that_does_not_return_is_another_function() {
+    let rows_of_first = [
+        "0..1 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "1..4 cfa=rsp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "4..11 cfa=rbp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+    ];
+    // With a frame; without one, that jumps elsewhere or calls; a loop.
+    check(&followed_by(&WITH_FRAME), &rows_of_first);
+    check(&followed_by(&[0x55, 0x48, 0x89, 0xe5, 0x48, 0x89, 0x45, 0xf8, 0xc9, 0xc3]), &rows_of_first);
+    check(&followed_by(&[0x48, 0x8b, 0x07, 0xff, 0x20]), &rows_of_first);
+    check(&followed_by(&[0x48, 0x89, 0xf8, 0xe8, 0, 1, 0, 0, 0xcc]), &rows_of_first);
+    check(&followed_by(&[0xf3, 0x90, 0xeb, 0xfc]), &rows_of_first);
+    check(&followed_by(&[0x31, 0xc0, 0xc3]), &rows_of_first);
+}
+
+#[test]
+fn a_call_returns_to_what_uses_the_frame_or_undoes_it() {
+    let rows = |code: &[u8]| rows(&gap(code), code.len(), &Starts::default());
+    // mov -8(%rbp), %rbx; leave; ret
+    let end = [0x48, 0x8b, 0x5d, 0xf8, 0xc9, 0xc3];
+    let code = followed_by(&end);
+    let all = ["4..16 cfa=rbp+16 ra=*(cfa-8) rbp=*(cfa-16)", "16..17 cfa=rsp+8 ra=*(cfa-8) rbp=same"];
+    assert_eq!(rows(&code)[2..], all);
+    // A call behind it that does not return: nop; mov -8(%rbp), %rdi; call
+    let code = followed_by(&[0x90, 0x48, 0x8b, 0x7d, 0xf8, 0xe8, 0, 1, 0, 0, 0xcc]);
+    assert_eq!(rows(&code)[2..], ["4..21 cfa=rbp+16 ra=*(cfa-8) rbp=*(cfa-16)"]);
+}
+
+/// What GCC and LLVM call unlikely they put where nothing is aligned.
+#[test]
+fn functions_that_symbols_name_start_anywhere() {
+    let mut code = vec![0x55, 0x48, 0x89, 0xe5, 0xe8, 0, 1, 0, 0];
+    let second = TRIED + code.len() as u64;
+    code.extend(WITH_FRAME);
+    let symbols = BTreeMap::from([(TRIED, second), (second, second + 6)]);
+    let found = rows(&gap(&code), code.len(), &Starts { symbols, ..Starts::default() });
+    let rows_of_second = [
+        "9..10 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "10..13 cfa=rsp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "13..14 cfa=rbp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "14..15 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    assert_eq!(found[3..], rows_of_second, "{found:?}");
+    assert_eq!(found.len(), 7);
+}
+
 /// A jump to an address that the code does not say proves a start only if no function in front may switch to it.
 #[test]
 fn a_handler_behind_what_may_switch() {

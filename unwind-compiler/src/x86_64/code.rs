@@ -273,6 +273,11 @@ impl Frames for Machine {
         state.frame.is_some()
     }
 
+    fn uses_frame(code: &[u8], state: State) -> bool {
+        let is_set = state.frame.is_some() && state.frame == state.saved;
+        is_set && decode(code).and_then(|one| one.memory?.base) == Some(RBP)
+    }
+
     fn passes(code: &[u8], address: u64) -> Option<(usize, Flow)> {
         let instruction = decode(code)?;
         let next = address.checked_add(instruction.bytes as u64)?;

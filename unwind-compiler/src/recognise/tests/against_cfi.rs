@@ -8,6 +8,7 @@ use windlass_schema::{BuildId, CfaRule, FramePointerRule, ImageAddress, Table};
 use super::*;
 use crate::compile::{compile, uncovered};
 use crate::elf::Image;
+use crate::framed_code::framed_code;
 
 /// How many bytes of code have a frame by both, and the places where the frames are not the same.
 #[derive(Debug, Default)]
@@ -122,5 +123,71 @@ fn parts_of_functions() {
     if built.is_ok_and(|built| built.status.success()) {
         check(&image, 50);
         std::fs::remove_file(&image).unwrap();
+    }
+}
+
+/// As [`agree`], where code keeps frame pointers: then CFI, too, has the frame by that register as soon as it is set.
+fn agree_on_frame_pointer(one: Rule, stated: Rule) -> Option<bool> {
+    match (one, stated) {
+        (Rule::Frame { cfa, .. }, Rule::Frame { cfa: stated_cfa, .. }) if cfa != stated_cfa => Some(false),
+        (one, stated) => agree(one, stated),
+    }
+}
+
+/// What `framed_code` says of all code of an image with CFI, as if it had none.
+fn framed_compared(elf: &[u8], starts: impl Fn(Starts) -> Starts) -> Compared {
+    let image = Image::parse(elf).unwrap();
+    let code = image.code_bytes();
+    let mut gaps = Vec::new();
+    code.gaps([], |gap| gaps.push(gap));
+    let starts = starts(image.starts(&gaps));
+    let compiled = compile(elf, BuildId::new(b"WINDLASS").unwrap()).unwrap();
+    let table = Table::parse(&compiled.table).unwrap();
+    let mut compared = Compared::default();
+    let framed = gaps.iter().filter_map(|gap| framed_code::<x86_64::code::Machine>(&code, gap, &starts));
+    for one in framed.flatten() {
+        for address in one.range.clone() {
+            let stated = table.rule(ImageAddress::new(address));
+            match agree_on_frame_pointer(one.rule, stated) {
+                Some(true) => compared.same += 1,
+                Some(false) => {
+                    compared.different.push(format!("{address:#x}: {}, CFI {stated}", one.rule));
+                }
+                None => {}
+            }
+        }
+    }
+    compared
+}
+
+/// A program that keeps frame pointers, linked by LLD, which puts traps between functions: by its symbols and, as if it
+/// were stripped, by those traps alone.
+#[test]
+fn code_with_frame_pointers() {
+    if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
+        println!("code_with_frame_pointers: skipped, rustc has LLD for x86-64 Linux");
+        return;
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/framed/words.rs");
+    let image: PathBuf = std::env::temp_dir().join(format!("windlass-framed-{}", std::process::id()));
+    let options =
+        ["-Copt-level=2", "-Cpanic=abort", "-Cforce-frame-pointers=yes", "-Cforce-unwind-tables=yes"];
+    let built = Command::new("rustc")
+        .args(options)
+        .args(["--edition", "2024", "-o"])
+        .args([&image, &source])
+        .output()
+        .expect("rustc, which has built this test");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let elf = std::fs::read(&image).unwrap();
+    std::fs::remove_file(&image).unwrap();
+    let stripped = |starts: Starts| Starts { symbols: BTreeMap::new(), ..starts };
+    for (compared, bytes) in
+        [(framed_compared(&elf, |starts| starts), 150_000), (framed_compared(&elf, stripped), 100_000)]
+    {
+        let Compared { same, different } = compared;
+        let first = &different[..different.len().min(20)];
+        assert!(different.is_empty(), "{} bytes, as {first:#?}", different.len());
+        assert!(same >= bytes, "{same} bytes");
     }
 }
