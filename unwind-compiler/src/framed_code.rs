@@ -22,13 +22,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use crate::code_bytes::CodeBytes;
-use crate::function_walk::{Flow, is_entry};
+use crate::function_walk::{Budget, Flow, is_entry};
 use crate::recognise::{Code, Prologue, Recognised, Starts};
 use crate::report::RecognisedKind;
 
 /// Narrowest gap that is looked at, in bytes, as the agent that uploads one has it. Functions in assembly without CFI come
 /// in some tens of kilobytes.
 const MIN_GAP_BYTES: u64 = 256 * 1024;
+/// Widest gap that is looked at, in bytes: forty times V8's built-in functions.
+const MAX_GAP_BYTES: u64 = 64 * 1024 * 1024;
 /// Fewest functions to tell by whether code keeps frame pointers.
 const MIN_FUNCTIONS: usize = 64;
 /// For how many functions with a frame pointer one may build a frame without it.
@@ -37,6 +39,14 @@ const FRAME_POINTERS_PER_OTHER: usize = 20;
 const FUNCTION_ALIGNMENT: u64 = 16;
 /// Longest function that is put together, in bytes. V8's have up to twenty thousand.
 const MAX_FUNCTION_BYTES: u64 = 64 * 1024;
+/// Most instructions of a function, which are kept while it is followed: one of four bytes each.
+const MAX_INSTRUCTIONS: usize = MAX_FUNCTION_BYTES as usize / 4;
+/// Instructions that are followed, and functions that are put together, for each byte of a gap. Instructions have four
+/// bytes, and few are followed again.
+const FOLLOWED_PER_BYTE: u64 = 2;
+/// For how many bytes of a gap a row, a jump or a function is kept. V8's have a row for a hundred; this bounds the
+/// memory to a few times the gap for code that is made to have more.
+const BYTES_PER_KEPT: u64 = 16;
 /// How often functions are put together from what was taken for several. Three times are enough for V8's.
 const MAX_ROUNDS: usize = 8;
 
@@ -46,15 +56,27 @@ pub(crate) fn framed_code<C: Code>(
     gap: &Range<u64>,
     starts: &Starts,
 ) -> Option<Vec<Recognised>> {
-    if gap.end - gap.start < MIN_GAP_BYTES {
+    let gap_bytes = gap.end - gap.start;
+    if !(MIN_GAP_BYTES..=MAX_GAP_BYTES).contains(&gap_bytes) {
         return None;
     }
+    let mut budget = Budget { instructions: gap_bytes * FOLLOWED_PER_BYTE, kept: gap_bytes / BYTES_PER_KEPT };
+    within::<C>(code, gap, starts, &mut budget)
+}
+
+/// As [`framed_code`], as far as `budget` goes: otherwise nothing is known, as what is not followed may jump anywhere.
+fn within<C: Code>(
+    code: &CodeBytes<'_>,
+    gap: &Range<u64>,
+    starts: &Starts,
+    budget: &mut Budget,
+) -> Option<Vec<Recognised>> {
     let bytes = code.get(gap)?;
     let mut functions = functions::<C>(gap, bytes, starts)?;
     let mut followed = BTreeMap::new();
     for _ in 0..MAX_ROUNDS {
-        follow::<C>(gap, bytes, &functions, &mut followed);
-        if !put_together(&followed, &mut functions, starts) {
+        follow::<C>(gap, bytes, &functions, &mut followed, budget)?;
+        if !put_together(&followed, &mut functions, starts, budget)? {
             break;
         }
     }
@@ -103,19 +125,29 @@ fn follow<C: Code>(
     bytes: &[u8],
     functions: &BTreeSet<u64>,
     followed: &mut BTreeMap<u64, Followed>,
-) {
+    budget: &mut Budget,
+) -> Option<()> {
     followed.retain(|start, _| functions.contains(start));
     let ends = functions.iter().skip(1).copied().chain([gap.end]);
     for (start, end) in functions.iter().zip(ends) {
         if followed.get(start).is_none_or(|function| function.end != end) {
             let code = &bytes[(start - gap.start) as usize..(end - gap.start) as usize];
-            followed.insert(*start, Walk::<C>::follow(*start..end, code));
+            let function = Walk::<C>::follow(*start..end, code, budget)?;
+            let kept = 1 + function.rows.len() + function.entered.len() + function.jumps.len();
+            budget.kept = budget.kept.checked_sub(kept as u64)?;
+            followed.insert(*start, function);
         }
     }
+    Some(())
 }
 
 /// Takes out of `functions` what is a part of another. Whether there was any.
-fn put_together(followed: &BTreeMap<u64, Followed>, functions: &mut BTreeSet<u64>, starts: &Starts) -> bool {
+fn put_together(
+    followed: &BTreeMap<u64, Followed>,
+    functions: &mut BTreeSet<u64>,
+    starts: &Starts,
+    budget: &mut Budget,
+) -> Option<bool> {
     let before = functions.len();
     for (start, function) in followed {
         for Entered { target, has_frame_pointer, .. } in &function.entered {
@@ -125,6 +157,7 @@ fn put_together(followed: &BTreeMap<u64, Followed>, functions: &mut BTreeSet<u64
             }
             let (first, last) = if target > start { (*start, *target) } else { (*target, *start) };
             let mut parts: Vec<u64> = functions.range(first + 1..=last).copied().collect();
+            budget.instructions = budget.instructions.checked_sub(parts.len() as u64)?;
             if last - first > MAX_FUNCTION_BYTES || parts.iter().any(|part| starts.symbols.contains_key(part))
             {
                 continue;
@@ -134,7 +167,7 @@ fn put_together(followed: &BTreeMap<u64, Followed>, functions: &mut BTreeSet<u64
             });
         }
     }
-    functions.len() < before
+    Some(functions.len() < before)
 }
 
 /// Where control goes outside of a function with another frame than that of the start.
@@ -229,18 +262,22 @@ struct Walk<'a, C: Code> {
     /// Each instruction that control reaches.
     met: BTreeMap<u64, Met<C::State>>,
     pending: Vec<u64>,
+    /// Whether it has more instructions than are kept.
+    is_too_long: bool,
 }
 
 impl<'a, C: Code> Walk<'a, C> {
-    fn follow(range: Range<u64>, code: &'a [u8]) -> Followed {
+    /// Follows the function at the start of `range`, which `code` is the code of. `None` if there is no more to be done.
+    fn follow(range: Range<u64>, code: &'a [u8], budget: &mut Budget) -> Option<Followed> {
         let start = range.start;
-        let mut walk = Self { range, code, met: BTreeMap::new(), pending: Vec::new() };
+        let mut walk = Self { range, code, met: BTreeMap::new(), pending: Vec::new(), is_too_long: false };
         walk.meet(start, Way { state: Some(C::ENTRY), is_certain: true, is_doubtful: false });
         while let Some(address) = walk.pending.pop() {
+            budget.instructions = budget.instructions.checked_sub(1)?;
             walk.pass(address);
         }
         walk.see_returns();
-        walk.finish()
+        Some(walk.finish())
     }
 
     /// Control comes to `address` on this way. The frame there only ever becomes less known, so that this ends.
@@ -248,7 +285,12 @@ impl<'a, C: Code> Walk<'a, C> {
         if !self.range.contains(&address) {
             return;
         }
+        let is_full = self.met.len() >= MAX_INSTRUCTIONS;
         let Some(met) = self.met.get_mut(&address) else {
+            self.is_too_long |= is_full;
+            if is_full {
+                return;
+            }
             self.met.insert(address, Met { way, end: None, comes_back: false, is_sure: false });
             return self.pending.push(address);
         };
@@ -344,7 +386,7 @@ impl<'a, C: Code> Walk<'a, C> {
             is_proved: false,
             leaves: false,
             may_switch: false,
-            is_refuted: false,
+            is_refuted: self.is_too_long,
             entered: Vec::new(),
             jumps: Vec::new(),
         };

@@ -207,6 +207,45 @@ fn narrow_code_and_such_without_frames_is_left() {
     assert!(!known(&others));
 }
 
+#[test]
+fn what_is_kept_and_done_has_bounds() {
+    // A function of one instruction to a byte.
+    let mut long = WITH_FRAME[..4].to_vec();
+    long.resize(MAX_INSTRUCTIONS + 4, 0x90);
+    long.extend(&WITH_FRAME[4..]);
+    check(&long, &[]);
+    long.drain(4..8);
+    assert_eq!(rows(&gap(&long[..]), long.len(), &Starts::default()).len(), 4);
+    // And a gap of many functions.
+    let code = gap(&WITH_FRAME).repeat(1 + (MAX_GAP_BYTES / MIN_GAP_BYTES) as usize);
+    let known = |length: u64| {
+        let bytes = CodeBytes::new(vec![(START, &code)]);
+        framed_code::<Machine>(&bytes, &(START..START + length), &Starts::default()).is_some()
+    };
+    assert!(known(MIN_GAP_BYTES));
+    assert!(!known(MAX_GAP_BYTES + 1));
+}
+
+/// Whether a gap is known with that budget, and what is left of it.
+fn with_budget(code: &[u8], mut budget: Budget) -> (bool, Budget) {
+    let bytes = CodeBytes::new(vec![(START, code)]);
+    let gap = START..START + code.len() as u64;
+    let is_known = within::<Machine>(&bytes, &gap, &Starts::default(), &mut budget).is_some();
+    (is_known, budget)
+}
+
+#[test]
+fn nothing_is_known_of_code_that_is_not_followed_to_the_end() {
+    let code = gap(&WITH_FRAME);
+    let all = Budget { instructions: code.len() as u64, kept: code.len() as u64 };
+    let (is_known, left) = with_budget(&code, all);
+    assert!(is_known);
+    let used = Budget { instructions: all.instructions - left.instructions, kept: all.kept - left.kept };
+    assert!(with_budget(&code, used).0);
+    assert!(!with_budget(&code, Budget { instructions: used.instructions - 1, ..used }).0);
+    assert!(!with_budget(&code, Budget { kept: used.kept - 1, ..used }).0);
+}
+
 /// Of any bytes that are changed: no panic, and rows that are disjoint and within the code.
 #[test]
 fn no_code_panics() {
