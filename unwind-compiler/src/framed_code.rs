@@ -156,15 +156,16 @@ fn put_together(
                 continue;
             }
             let (first, last) = if target > start { (*start, *target) } else { (*target, *start) };
-            let mut parts: Vec<u64> = functions.range(first + 1..=last).copied().collect();
-            budget.instructions = budget.instructions.checked_sub(parts.len() as u64)?;
-            if last - first > MAX_FUNCTION_BYTES || parts.iter().any(|part| starts.symbols.contains_key(part))
-            {
+            let mut symbols = starts.symbols.range(first + 1..=last);
+            if last - first > MAX_FUNCTION_BYTES || symbols.next().is_some() {
                 continue;
             }
-            parts.drain(..).for_each(|part| {
+            // Each is a part but once.
+            let parts: Vec<u64> = functions.range(first + 1..=last).copied().collect();
+            budget.instructions = budget.instructions.checked_sub(parts.len() as u64)?;
+            for part in parts {
                 functions.remove(&part);
-            });
+            }
         }
     }
     Some(functions.len() < before)

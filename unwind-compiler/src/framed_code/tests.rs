@@ -246,6 +246,24 @@ fn nothing_is_known_of_code_that_is_not_followed_to_the_end() {
     assert!(!with_budget(&code, Budget { kept: used.kept - 1, ..used }).0);
 }
 
+/// Jumps over thousands of functions, too far for those to be parts.
+#[test]
+fn functions_that_are_jumped_over_are_not_counted_one_by_one() {
+    let mut code = gap(&WITH_FRAME);
+    code.resize(8 * code.len(), 0xcc);
+    let functions = code.len() / 64;
+    for start in (64..code.len()).step_by(64) {
+        let target = (start + code.len() / 2) % code.len() / 64 * 64 + 1;
+        // push %rbp; mov %rsp, %rbp; jmp
+        code[start..start + 5].copy_from_slice(&[0x55, 0x48, 0x89, 0xe5, 0xe9]);
+        let displacement = target as i32 - (start as i32 + 9);
+        code[start + 5..start + 9].copy_from_slice(&displacement.to_le_bytes());
+    }
+    let all = Budget { instructions: 8 * functions as u64, kept: code.len() as u64 };
+    let (is_known, left) = with_budget(&code, all);
+    assert!(is_known, "{left:?}");
+}
+
 /// Of any bytes that are changed: no panic, and rows that are disjoint and within the code.
 #[test]
 fn no_code_panics() {
