@@ -85,8 +85,9 @@ fn within<C: Code>(
     let mut may_switch = true;
     for (start, function) in followed {
         let is_known = starts.symbols.contains_key(&start) || !may_switch;
+        let is_called = starts.called.contains(&start);
         may_switch = function.may_switch;
-        if function.is_believed(is_known, &functions) {
+        if (is_called || function.is_proved(is_known)) && function.is_right(&functions) {
             found.extend(function.rows);
         }
     }
@@ -104,7 +105,8 @@ fn functions<C: Code>(gap: &Range<u64>, bytes: &[u8], starts: &Starts) -> Option
         let named = starts.symbols.range(..=start).next_back();
         C::is_padded(&bytes[..(start - gap.start) as usize]) && named.is_none_or(|(_, end)| end <= start)
     });
-    for start in symbols.chain(padded).filter(|start| start.is_multiple_of(C::ALIGNMENT)) {
+    let called = starts.called.range(gap.start..gap.end).copied();
+    for start in symbols.chain(called).chain(padded).filter(|start| start.is_multiple_of(C::ALIGNMENT)) {
         let code = &bytes[(start - gap.start) as usize..];
         // Otherwise there is more padding.
         if code.len() < 2 || C::is_padded(&code[..2]) || !functions.insert(start) {
@@ -156,8 +158,12 @@ fn put_together(
                 continue;
             }
             let (first, last) = if target > start { (*start, *target) } else { (*target, *start) };
+            if last - first > MAX_FUNCTION_BYTES {
+                continue;
+            }
             let mut symbols = starts.symbols.range(first + 1..=last);
-            if last - first > MAX_FUNCTION_BYTES || symbols.next().is_some() {
+            let mut called = starts.called.range(first + 1..=last);
+            if symbols.next().is_some() || called.next().is_some() {
                 continue;
             }
             // Each is a part but once.
@@ -198,13 +204,16 @@ struct Followed {
 }
 
 impl Followed {
-    /// Whether the function starts where its range does, and was followed rightly. With `is_known`, there is no
-    /// other whose code it could be.
-    fn is_believed(&self, is_known: bool, functions: &BTreeSet<u64>) -> bool {
+    /// Whether a function starts where its range does. With `is_known`, there is no other whose code it could be.
+    fn is_proved(&self, is_known: bool) -> bool {
+        self.is_proved || self.leaves && is_known
+    }
+
+    /// Whether it was followed rightly, if it starts there.
+    fn is_right(&self, functions: &BTreeSet<u64>) -> bool {
         let is_start = |target: &u64| functions.contains(target);
         let stands_for_call = |one: &Entered| is_start(&one.target) && !one.has_frame_pointer;
-        (self.is_proved || self.leaves && is_known)
-            && !self.is_refuted
+        !self.is_refuted
             && self.jumps.iter().all(is_start)
             && self.entered.iter().filter(|one| one.is_sure).all(stands_for_call)
     }

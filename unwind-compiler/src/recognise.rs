@@ -128,58 +128,98 @@ pub(crate) fn is_padding(architecture: Architecture, code: &CodeBytes<'_>, gap: 
     rest.is_empty()
 }
 
-/// What is recognised in `gaps`, which are sorted and disjoint, each within a piece of `code`: in the order of
-/// addresses, disjoint, within the gaps.
+/// What is known by its bytes alone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Known {
+    /// In the order of addresses, disjoint, within the gaps.
+    pub(crate) found: Vec<Recognised>,
+    /// What the process entry calls and hands over.
+    pub(crate) called: Vec<u64>,
+}
+
+/// What is known by its bytes in `gaps`, which are sorted and disjoint, each within a piece of `code`.
+pub(crate) fn known(
+    architecture: Architecture,
+    code: &CodeBytes<'_>,
+    gaps: &[Range<u64>],
+    starts: &Starts,
+) -> Known {
+    match architecture {
+        Architecture::X86_64 => by_bytes::<x86_64::code::Machine>(code, gaps, starts),
+        Architecture::Aarch64 => by_bytes::<aarch64::code::Machine>(code, gaps, starts),
+    }
+}
+
+/// What is recognised in `gaps`, some of those that `known` is of: in the order of addresses, disjoint, within the gaps.
 pub(crate) fn recognise(
     architecture: Architecture,
     code: &CodeBytes<'_>,
     gaps: &[Range<u64>],
     starts: &Starts,
+    known: &Known,
 ) -> Vec<Recognised> {
     let mut found = match architecture {
-        Architecture::X86_64 => recognised::<x86_64::code::Machine>(code, gaps, starts),
-        Architecture::Aarch64 => recognised::<aarch64::code::Machine>(code, gaps, starts),
+        Architecture::X86_64 => recognised::<x86_64::code::Machine>(code, gaps, starts, known),
+        Architecture::Aarch64 => recognised::<aarch64::code::Machine>(code, gaps, starts, known),
     };
-    let is_stated =
-        |rule: Rule| Rule::of_record(rule.to_record(), architecture) == Ok(rule) && rule.is_exact();
-    found.retain(|one| is_stated(one.rule));
+    found.retain(|one| is_stated(architecture, one.rule));
     found.sort_unstable_by_key(|one| one.range.start);
     found
 }
 
-fn recognised<C: Code>(code: &CodeBytes<'_>, gaps: &[Range<u64>], starts: &Starts) -> Vec<Recognised> {
+/// Whether a record says that rule, and exactly.
+fn is_stated(architecture: Architecture, rule: Rule) -> bool {
+    Rule::of_record(rule.to_record(), architecture) == Ok(rule) && rule.is_exact()
+}
+
+fn by_bytes<C: Code>(code: &CodeBytes<'_>, gaps: &[Range<u64>], starts: &Starts) -> Known {
     let mut scan =
         Scan::<C> { code, starts, found: Vec::new(), called: Vec::new(), architecture: PhantomData };
-    let mut open = Vec::new();
     for gap in gaps {
-        let Some(bytes) = code.get(gap) else { continue };
-        let first = scan.found.len();
-        scan.gap(gap, bytes);
-        let mut at = gap.start;
-        for taken in &scan.found[first..] {
-            open.extend((at < taken.range.start).then_some(at..taken.range.start));
-            at = taken.range.end;
+        if let Some(bytes) = code.get(gap) {
+            scan.gap(gap, bytes);
         }
-        open.extend((at < gap.end).then_some(at..gap.end));
     }
     let Scan { mut found, mut called, .. } = scan;
     // CFI may cover it, and not what it hands over: Rust's `main` with panic=abort.
-    let entry = code.from(starts.process);
-    if let Some(entry) = entry
+    if let Some(entry) = code.from(starts.process)
         && let Some(length) = C::process_entry(entry)
     {
         called.extend(C::handed_over(&entry[..length], starts.process));
     }
+    found.retain(|one| is_stated(C::ARCHITECTURE, one.rule));
+    Known { found, called }
+}
+
+fn recognised<C: Code>(
+    code: &CodeBytes<'_>,
+    gaps: &[Range<u64>],
+    starts: &Starts,
+    known: &Known,
+) -> Vec<Recognised> {
+    let mut found = Vec::new();
+    let mut open = Vec::new();
+    for gap in gaps.iter().filter(|gap| code.get(gap).is_some()) {
+        let first = known.found.partition_point(|one| one.range.start < gap.start);
+        let within = known.found[first..].iter().take_while(|one| one.range.start < gap.end);
+        let mut at = gap.start;
+        for taken in within {
+            open.extend((at < taken.range.start).then_some(at..taken.range.start));
+            at = taken.range.end;
+            found.push(taken.clone());
+        }
+        open.extend((at < gap.end).then_some(at..gap.end));
+    }
     let is_linkage = |one: &&Recognised| one.kind == RecognisedKind::LinkageTable;
-    let linkage = found.iter().filter(is_linkage).map(|one| one.range.clone()).collect();
-    let followed = Functions::<C>::new(code, &open, starts, linkage).follow(called);
+    let linkage = known.found.iter().filter(is_linkage).map(|one| one.range.clone()).collect();
+    let followed = Functions::<C>::new(code, &open, starts, linkage).follow(known.called.clone());
     let kind = RecognisedKind::Function;
     found.reserve_exact(followed.size_hint().1.unwrap_or(0));
     found.extend(followed.map(|(range, rule)| Recognised { range, rule, kind }));
     found
 }
 
-/// What is known by its bytes alone.
+/// A look for what is known by its bytes.
 struct Scan<'s, 'a, C> {
     code: &'s CodeBytes<'a>,
     starts: &'s Starts,

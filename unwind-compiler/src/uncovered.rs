@@ -13,7 +13,7 @@ use crate::code_bytes::CodeBytes;
 use crate::elf::Image;
 use crate::frame_pointers::keeps_frame_pointers;
 use crate::framed_code::framed_code;
-use crate::recognise::{Recognised, Starts, is_padding, recognise};
+use crate::recognise::{Known, Recognised, Starts, is_padding, known, recognise};
 use crate::report::RecognisedKind;
 use crate::stretch::Stretch;
 use crate::{aarch64, x86_64};
@@ -49,10 +49,13 @@ impl Uncovered {
         if gaps.is_empty() {
             return Self::default();
         }
-        let starts = image.starts(&gaps);
+        let mut starts = image.starts(&gaps);
+        // Of wide code as well: a process may start there, and signal handlers return there.
+        let known = known(image.architecture, &code, &gaps, &starts);
+        starts.called.extend(&known.called);
         let mut framed = Framed::default();
-        gaps.retain(|gap| !framed.take(image.architecture, &code, gap, &starts));
-        let mut recognised = recognise(image.architecture, &code, &gaps, &starts);
+        gaps.retain(|gap| !framed.take(image.architecture, &code, gap, &starts, &known));
+        let mut recognised = recognise(image.architecture, &code, &gaps, &starts, &known);
         let mut frame_pointers_only = framed.rest;
         let covered_bytes = code.len() - all_bytes;
         if covered_bytes.saturating_mul(CODE_BYTES_PER_COVERED) <= code.len()
@@ -107,17 +110,33 @@ impl Framed {
         code: &CodeBytes<'_>,
         gap: &Range<u64>,
         starts: &Starts,
+        known: &Known,
     ) -> bool {
         let found = match architecture {
             Architecture::X86_64 => framed_code::<x86_64::code::Machine>(code, gap, starts),
             Architecture::Aarch64 => framed_code::<aarch64::code::Machine>(code, gap, starts),
         };
         let Some(found) = found else { return false };
+        let first = known.found.partition_point(|one| one.range.start < gap.start);
+        let len = known.found[first..].partition_point(|one| one.range.start < gap.end);
+        let found = beside(&known.found[first..first + len], found);
         self.bytes += gap.end - gap.start;
         self.rest.extend(rest(std::slice::from_ref(gap), &found));
         self.recognised.extend(found);
         true
     }
+}
+
+/// `known`, and what of `found` is none of it. All are sorted and disjoint.
+fn beside(known: &[Recognised], found: Vec<Recognised>) -> Vec<Recognised> {
+    let mut all = known.to_vec();
+    for one in found {
+        let gap = std::slice::from_ref(&one.range);
+        let first = known.partition_point(|known| known.range.end <= one.range.start);
+        all.extend(rest(gap, &known[first..]).into_iter().map(|range| Recognised { range, ..one.clone() }));
+    }
+    all.sort_unstable_by_key(|one| one.range.start);
+    all
 }
 
 /// What compilers align functions to.

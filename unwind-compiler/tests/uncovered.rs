@@ -206,3 +206,50 @@ fn no_bytes_of_code_are_nothing_to_recognise() {
         assert_eq!((report.uncovered_code_bytes, report.recognised_bytes.len()), (0, 0));
     }
 }
+
+/// A static program without CFI, wide as a runtime, which brings its C library.
+const WIDE: &str = r#"
+.text
+.globl _start
+_start: xor %ebp, %ebp
+    lea main(%rip), %rdi
+    call framed
+    hlt
+    nop
+restore: mov $15, %rax
+    syscall
+main: push %rax
+    call framed
+    pop %rcx
+    ret
+.p2align 4, 0xcc
+framed:
+.rept 16384
+    push %rbp
+    mov %rsp, %rbp
+    leave
+    ret
+    .p2align 5, 0xcc
+.endr
+.globl restore, main
+"#;
+
+#[test]
+fn wide_code_that_keeps_frame_pointers_has_an_entry_and_trampolines() {
+    if !cfg!(target_arch = "x86_64") {
+        println!("wide_code_that_keeps_frame_pointers_has_an_entry_and_trampolines: skipped, x86-64 only");
+        return;
+    }
+    let Some(elf) = built_of("wide", &[("S", WIDE)], "cc", &["-nostdlib", "-static"]) else {
+        println!("wide_code_that_keeps_frame_pointers_has_an_entry_and_trampolines: skipped, no cc");
+        return;
+    };
+    let compiled = compiled(&elf);
+    let table = Table::parse(&compiled.table).unwrap();
+    let rule = |name: &str, offset: u64| table.rule(ImageAddress::new(symbol(&elf, name).start + offset));
+    assert_eq!(rule("_start", 0), Rule::End);
+    assert!(matches!(rule("restore", 0), Rule::Signal(_)));
+    assert_eq!(rule("main", 1).to_string(), "cfa=rsp+16 ra=*(cfa-8) rbp=same");
+    let bytes: u64 = compiled.report.recognised_bytes.values().sum();
+    assert!(bytes >= 16384 * 6, "{:?}", compiled.report);
+}

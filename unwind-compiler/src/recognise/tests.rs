@@ -14,7 +14,7 @@ fn found(architecture: Architecture, code: &[u8], starts: &Starts) -> Vec<Recogn
     let code = CodeBytes::new(vec![(START, code)]);
     let mut gaps = Vec::new();
     code.gaps([], |gap| gaps.push(gap));
-    recognise(architecture, &code, &gaps, starts)
+    recognise(architecture, &code, &gaps, starts, &known(architecture, &code, &gaps, starts))
 }
 
 /// Each line of `expect` is `start..end kind rule`, in bytes from the section's start.
@@ -92,7 +92,8 @@ fn x86_64_main_that_the_process_entry_hands_over() {
         let bytes = CodeBytes::new(vec![(START, &code[..])]);
         // CFI covers the entry.
         let behind = START + 16..START + 32;
-        let found = recognise(X86_64, &bytes, std::slice::from_ref(&behind), &starts);
+        let gaps = std::slice::from_ref(&behind);
+        let found = recognise(X86_64, &bytes, gaps, &starts, &known(X86_64, &bytes, gaps, &starts));
         let text = |one: &Recognised| {
             format!(
                 "{}..{} {} {}",

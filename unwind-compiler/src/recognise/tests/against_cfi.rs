@@ -52,7 +52,8 @@ fn compared(elf: &[u8]) -> Compared {
     // Rows of the table that CFI does not say.
     let without = uncovered(&image).recognised;
     let mut compared = Compared::default();
-    for one in recognise(image.architecture, &code, &gaps, &starts) {
+    let known = known(image.architecture, &code, &gaps, &starts);
+    for one in recognise(image.architecture, &code, &gaps, &starts, &known) {
         for address in one.range.clone() {
             let behind = without.partition_point(|without| without.range.end <= address);
             if without.get(behind).is_some_and(|without| without.range.contains(&address)) {
