@@ -11,7 +11,7 @@ use windlass_schema::{Architecture, Record, UnsupportedReason};
 
 use crate::code_bytes::CodeBytes;
 use crate::elf::Image;
-use crate::frame_pointers::keeps_frame_pointers;
+use crate::frame_pointers::exceptions;
 use crate::framed_code::framed_code;
 use crate::recognise::{Known, Recognised, Starts, is_padding, known, recognise};
 use crate::report::RecognisedKind;
@@ -59,9 +59,9 @@ impl Uncovered {
         let mut frame_pointers_only = framed.rest;
         let covered_bytes = code.len() - all_bytes;
         if covered_bytes.saturating_mul(CODE_BYTES_PER_COVERED) <= code.len()
-            && keeps_frame_pointers(image.architecture, &code, &gaps, &starts)
+            && let Some(exceptions) = exceptions(image.architecture, &code, &gaps, &starts)
         {
-            frame_pointers_only.extend(rest(&gaps, &recognised));
+            frame_pointers_only.extend(without(&rest(&gaps, &recognised), exceptions.into_iter()));
         }
         let bytes = bytes_of(&gaps) + framed.bytes;
         recognised.extend(framed.recognised);
@@ -154,18 +154,28 @@ fn bytes_of(ranges: &[Range<u64>]) -> u64 {
 
 /// What of `gaps` is not recognised.
 fn rest(gaps: &[Range<u64>], recognised: &[Recognised]) -> Vec<Range<u64>> {
-    let mut recognised = recognised.iter().map(|one| one.range.clone()).peekable();
+    without(gaps, recognised.iter().map(|one| one.range.clone()))
+}
+
+/// What of `ranges` is none of `taken`. All are sorted and disjoint.
+fn without(ranges: &[Range<u64>], taken: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
+    let mut taken = taken.peekable();
     let mut rest = Vec::new();
-    for gap in gaps {
-        let mut at = gap.start;
-        while let Some(range) = recognised.next_if(|range| range.start < gap.end) {
-            if at < range.start {
-                rest.push(at..range.start);
+    for range in ranges {
+        let mut at = range.start;
+        while let Some(one) = taken.peek().filter(|one| one.start < range.end).cloned() {
+            if at < one.start {
+                rest.push(at..one.start);
             }
-            at = range.end;
+            at = at.max(one.end);
+            // It may reach into the next one.
+            if one.end > range.end {
+                break;
+            }
+            taken.next();
         }
-        if at < gap.end {
-            rest.push(at..gap.end);
+        if at < range.end {
+            rest.push(at..range.end);
         }
     }
     rest
