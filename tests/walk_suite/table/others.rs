@@ -168,8 +168,8 @@ pub(super) static ROWS: &[Row] = &[
         environment: &[("OPENBLAS_NUM_THREADS", "1")],
         needs: &[Need::File(OPENBLAS)],
         chains: &[often(&[Any(BLAS, 1, MANY), Is("multiply")], MAIN), seldom(&[Any(LOADING, 0, MANY)], MAIN)],
-        // Its kernels align the stack pointer, keep the old one in rbx, and say so nowhere.
-        stops: &[Stop { reason: StopReason::NoCfi, most: 1.0, why: Why::Unrecognised }],
+        // Its kernels align the stack pointer, keep the old one in rbx, and say so nowhere but in their code.
+        known: &[OPENBLAS],
         ..PLAIN
     },
     Row {

@@ -3,7 +3,7 @@
 
 use windlass_schema::{Architecture, CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule};
 
-use super::instruction::{Effect, Instruction, Memory, Operand, RBP, RSP, decode};
+use super::instruction::{Effect, Instruction, Memory, Operand, PRESERVED, RBP, RSP, decode};
 use super::plt;
 use crate::function_walk::{Flow, Frames, Step};
 use crate::projection::SIGCONTEXT_OFFSET;
@@ -19,6 +19,8 @@ pub(crate) struct State {
     depth: Option<i32>,
     /// Where rbp points, if it is the frame pointer of this frame.
     frame: Option<i32>,
+    /// A register that keeps a place of this frame while rsp is aligned, and where it points, if there is one.
+    base: Option<(u8, i32)>,
     /// Where the caller's rbp is saved, if it is. Otherwise rbp is the caller's.
     saved: Option<i32>,
     /// The register that the return address was popped into, if it was. Then `depth` counts from what lay below it.
@@ -36,8 +38,29 @@ impl State {
         match memory.base? {
             RSP => self.depth?.checked_sub(memory.displacement),
             RBP => self.frame?.checked_sub(memory.displacement),
-            _ => None,
+            other => self.based(other)?.checked_sub(memory.displacement),
         }
+    }
+
+    /// Where `register` points, if it keeps a place of this frame.
+    fn based(self, register: u8) -> Option<i32> {
+        self.base.filter(|(base, _)| *base == register).map(|(_, place)| place)
+    }
+
+    /// With what `instruction` says of a base: what it copies rsp to, or that it may write the last one.
+    fn with_base_behind(self, instruction: Instruction, before: Self) -> Self {
+        if let Effect::Load(to, Operand::Register(RSP)) = instruction.effect
+            && PRESERVED.contains(&to)
+            && let Some(depth) = before.depth
+        {
+            return Self { base: Some((to, depth)), ..self };
+        }
+        Self { base: self.base.filter(|(base, _)| !instruction.may_write(*base)), ..self }
+    }
+
+    /// Whether the frame is known without rsp.
+    fn has_base(self) -> bool {
+        self.saved.is_some() && self.frame.is_some() || self.base.is_some()
     }
 
     /// Whether a `push` is of the word at `place`.
@@ -96,7 +119,7 @@ impl State {
         let is_above = |depth: i32| depth >= self.saved.unwrap_or(WORD).max(WORD);
         match self.depth {
             Some(depth) => is_above(depth),
-            None => self.frame.is_some() && self.saved.is_some(),
+            None => self.has_base(),
         }
         .then_some(self)
     }
@@ -128,6 +151,7 @@ impl State {
             Effect::Leave if self.frame.is_none() || self.frame != self.saved => None,
             Effect::Leave => Self { depth: self.frame, ..self }.restored().moved(-WORD),
             Effect::Load(RSP, Operand::Register(RBP)) => Some(Self { depth: Some(self.frame?), ..self }),
+            Effect::Load(RSP, Operand::Register(base)) => Some(Self { depth: Some(self.based(base)?), ..self }),
             // rsp as it was saved before it was aligned: the frame pointer has to do.
             Effect::Load(RSP, Operand::Memory(_)) if self.frame.is_some() => Some(Self { depth: None, ..self }),
             Effect::Load(RSP, _) | Effect::Subtract(RSP, _) => None,
@@ -239,18 +263,25 @@ fn flow(effect: Effect, next: u64) -> Flow {
 /// table 3-1).
 const DWARF_NUMBERS: [u16; 16] = [0, 2, 1, 3, 7, 6, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15];
 
+/// The register that instructions give this number.
+fn register(number: u8) -> Option<Register> {
+    Register::new(Architecture::X86_64, DWARF_NUMBERS[usize::from(number & 15)])
+}
+
 impl Frames for Machine {
     type State = State;
 
-    const ENTRY: State = State { depth: Some(WORD), frame: None, saved: None, popped: None, number: None };
+    const ENTRY: State =
+        State { depth: Some(WORD), frame: None, base: None, saved: None, popped: None, number: None };
 
     fn join(one: State, other: State) -> Option<State> {
         let number = one.number.filter(|_| one.number == other.number);
-        // Of two places for rsp, the frame pointer has to do.
-        let has_frame_pointer = one.frame.is_some() && one.saved.is_some();
-        let depth = one.depth.filter(|_| one.depth == other.depth || !has_frame_pointer);
-        let joined = State { depth, number, ..one };
-        let other = State { depth: if has_frame_pointer { depth } else { other.depth }, number, ..other };
+        let base = one.base.filter(|_| one.base == other.base);
+        // Of two places for rsp, the frame pointer or the base has to do.
+        let has_base = State { base, ..one }.has_base();
+        let depth = one.depth.filter(|_| one.depth == other.depth || !has_base);
+        let joined = State { depth, number, base, ..one };
+        let other = State { depth: if has_base { depth } else { other.depth }, number, base, ..other };
         (joined == other).then_some(joined)
     }
 
@@ -264,7 +295,7 @@ impl Frames for Machine {
             }
             effect => flow(effect, address.checked_add(instruction.bytes as u64)?),
         };
-        let behind = state.behind(instruction)?.checked()?;
+        let behind = state.behind(instruction)?.with_base_behind(instruction, state).checked()?;
         let behind = State { number: number(code, state.number), ..behind };
         Some(Step { bytes: instruction.bytes, flow, behind })
     }
@@ -286,17 +317,21 @@ impl Frames for Machine {
 
     fn rule(state: State) -> Rule {
         if let Some(popped) = state.popped {
-            let number = Register::new(Architecture::X86_64, DWARF_NUMBERS[usize::from(popped & 15)]);
             let cfa = CfaRule::Offset(Register::RSP, state.depth.unwrap_or_default());
-            return number.map_or(Rule::NoCfi, |register| Rule::Frame {
+            return register(popped).map_or(Rule::NoCfi, |register| Rule::Frame {
                 cfa,
                 return_address: ReturnAddressRule::Register(register),
                 frame_pointer: FramePointerRule::Same,
             });
         }
-        let cfa = match (state.frame, state.depth) {
-            (Some(frame), _) => CfaRule::Offset(Register::RBP, frame),
-            (None, depth) => CfaRule::Offset(Register::RSP, depth.unwrap_or_default()),
+        let cfa = match (state.frame, state.depth, state.base) {
+            (Some(frame), ..) => CfaRule::Offset(Register::RBP, frame),
+            (None, Some(depth), _) => CfaRule::Offset(Register::RSP, depth),
+            (None, None, base) => {
+                let (base, place) = base.unwrap_or((RSP, 0));
+                let Some(register) = register(base) else { return Rule::NoCfi };
+                CfaRule::Offset(register, place)
+            }
         };
         let frame_pointer = match state.saved.map(|saved| i16::try_from(-saved)) {
             None => FramePointerRule::Same,

@@ -10,8 +10,13 @@
 const MAX_BYTES: usize = 15;
 
 pub(crate) const RAX: u8 = 0;
+const RBX: u8 = 3;
 pub(crate) const RSP: u8 = 4;
 pub(crate) const RBP: u8 = 5;
+
+/// Registers other than rsp and rbp that functions preserve (System V ABI for AMD64, figure 3.4): rbx, r12 to r15. Of all
+/// instructions that are decoded, only `cpuid` writes one of them without naming it.
+pub(crate) const PRESERVED: [u8; 5] = [RBX, 12, 13, 14, 15];
 
 /// Segment prefix of thread-local storage.
 const PREFIX_FS: u8 = 0x64;
@@ -76,6 +81,22 @@ pub(crate) struct Instruction {
     pub(crate) effect: Effect,
     /// What it reads or writes in memory by a ModRM byte.
     pub(crate) memory: Option<Memory>,
+    /// A bit for each register that it may write beside what `effect` says.
+    others: u16,
+}
+
+impl Instruction {
+    /// Whether it may write `register`, one of [`PRESERVED`].
+    pub(crate) fn may_write(self, register: u8) -> bool {
+        let by_effect = match self.effect {
+            Effect::Pop(popped) => popped.is_none_or(|popped| popped == register),
+            Effect::Load(to, _) | Effect::Address(to, _) | Effect::Subtract(to, _) | Effect::Add(to, _) => {
+                to == register
+            }
+            _ => false,
+        };
+        by_effect || self.others >> (register & 15) & 1 != 0
+    }
 }
 
 impl Effect {
@@ -115,11 +136,14 @@ pub(crate) fn decode(code: &[u8]) -> Option<Instruction> {
     at += usize::from(rex != 0);
     // With REX.W, the other prefix is ignored (Intel SDM volume 2, 2.2.1.2).
     is_word &= rex & 8 == 0;
-    let mut cursor = Cursor { code, at, rex, memory: None };
+    let mut cursor = Cursor { code, at, rex, memory: None, is_of_bytes: rex == 0 };
     let opcode = cursor.byte()?;
     if opcode == 0x0f {
         return two_bytes(cursor);
     }
+    // Elsewhere the lowest bit does not say that operands are of bytes.
+    let is_of_bytes = opcode & 1 == 0 && !matches!(opcode, 0x50..=0x7f | 0x90..=0xaf | 0xb8..=0xbf);
+    cursor.is_of_bytes &= is_of_bytes || matches!(opcode, 0xb1 | 0xb3 | 0xb5 | 0xb7);
     one_byte(cursor, opcode, Prefixes { is_word, is_fs })
 }
 
@@ -137,6 +161,8 @@ struct Cursor<'a> {
     at: usize,
     rex: u8,
     memory: Option<Memory>,
+    /// Whether operands may be bytes of registers, and there is no REX prefix.
+    is_of_bytes: bool,
 }
 
 impl Cursor<'_> {
@@ -200,17 +226,21 @@ impl Cursor<'_> {
     }
 
     fn end(self, effect: Effect) -> Option<Instruction> {
-        Some(Instruction { bytes: self.at, effect, memory: self.memory })
+        Some(Instruction { bytes: self.at, effect, memory: self.memory, others: 0 })
     }
 
     /// The end of an instruction that may write `registers`.
     fn end_writing(self, registers: impl IntoIterator<Item = u8>) -> Option<Instruction> {
-        let (mut stack_pointer, mut frame_pointer) = (false, false);
+        let (mut stack_pointer, mut frame_pointer, mut others) = (false, false, 0);
         for register in registers {
             stack_pointer |= register == RSP;
             frame_pointer |= register == RBP;
+            others |= 1 << (register & 15);
+            // Without REX, these numbers may be of ah, ch, dh and bh (Intel SDM volume 2, table 3-1).
+            others |= if self.is_of_bytes && matches!(register, 4..=7) { 1 << (register - 4) } else { 0 };
         }
-        self.end(Effect::Other { stack_pointer, frame_pointer })
+        let effect = Effect::Other { stack_pointer, frame_pointer };
+        Some(Instruction { others, ..self.end(effect)? })
     }
 }
 
@@ -368,17 +398,21 @@ fn arithmetic_with_constant(mut c: Cursor<'_>, opcode: u8, prefixes: Prefixes) -
 /// The two-byte map and the three-byte maps behind it (Intel SDM volume 2, tables ).
 fn two_bytes(mut c: Cursor<'_>) -> Option<Instruction> {
     let opcode = c.byte()?;
+    // setcc, cmpxchg, xadd.
+    c.is_of_bytes &= matches!(opcode, 0x90..=0x9f | 0xb0 | 0xc0);
     let mut map = 1;
     let mut inner = opcode;
     let constant_bytes = match opcode {
         0x05 => return c.end(Effect::SystemCall),
         0x0b => return c.end(Effect::Trap),
-        0x01 | 0x31 | 0x77 | 0xa2 => {
+        // 0x0e: femms.
+        0x01 | 0x0e | 0x31 | 0x77 | 0xa2 => {
             // xgetbv and rdtscp have their ModRM byte for an opcode.
             if opcode == 0x01 && !matches!(c.byte()?, 0xd0 | 0xf9) {
                 return None;
             }
-            return c.end_writing([]);
+            // cpuid
+            return c.end_writing((opcode == 0xa2).then_some(RBX));
         }
         0x80..=0x8f => return c.constant(4).and_then(|to| c.end(Effect::Branch(to))),
         0xc8..=0xcf => return c.end_writing([c.extended(opcode, 0)]),
@@ -393,8 +427,7 @@ fn two_bytes(mut c: Cursor<'_>) -> Option<Instruction> {
         | 0x28..=0x2f
         | 0x40..=0x6f
         | 0x74..=0x76
-        | 0x7e
-        | 0x7f
+        | 0x7c..=0x7f
         | 0x90..=0x9f => 0,
         0xa3 | 0xa5 | 0xab | 0xad..=0xb1 | 0xb3 | 0xb6..=0xb8 | 0xbb..=0xc1 | 0xc3 | 0xc7 | 0xd0..=0xfe => 0,
         _ => return None,
@@ -404,6 +437,10 @@ fn two_bytes(mut c: Cursor<'_>) -> Option<Instruction> {
     // The shadow stack pointer is read by what else is a nop; groups 8, 9 and 15 extend the opcode by a register's
     // number (Intel SDM volume 2, table A-6).
     if map == 1 && matches!(opcode, 0x1e | 0xae | 0xba | 0xc7) {
+        return c.end_writing(register_of(operand));
+    }
+    // movd and movq from vector registers.
+    if (map, opcode) == (1, 0x7e) {
         return c.end_writing(register_of(operand));
     }
     // A nop of several bytes and prefetches name no register that they write.
@@ -419,7 +456,7 @@ fn is_of_vectors(map: u8, opcode: u8) -> bool {
     match map {
         1 => matches!(
             opcode,
-            0x10..=0x17 | 0x28..=0x2b | 0x2e | 0x2f | 0x51..=0x76 | 0x7f | 0xc2 | 0xc4 | 0xc6 | 0xd0..=0xd6 | 0xd8..=0xfe
+            0x10..=0x17 | 0x28..=0x2b | 0x2e | 0x2f | 0x51..=0x76 | 0x7c | 0x7d | 0x7f | 0xc2 | 0xc4 | 0xc6 | 0xd0..=0xd6 | 0xd8..=0xfe
         ),
         2 => opcode < 0xf0,
         3 => !matches!(opcode, 0x14..=0x17 | 0xf0),
@@ -439,7 +476,9 @@ fn vector(code: &[u8], at: usize) -> Option<Instruction> {
         None => 1,
     };
     let opcode = *code.get(opcode_at)?;
-    let mut c = Cursor { code, at: opcode_at + 1, rex: 0, memory: None };
+    // The upper bits of register numbers, inverted.
+    let rex = map_at.map_or(0, |place| !code[place] >> 5);
+    let mut c = Cursor { code, at: opcode_at + 1, rex, memory: None, is_of_bytes: false };
     let constant_bytes = match (map, opcode) {
         // vzeroupper, which has no operands.
         (1, 0x77) => return c.end_writing([]),
@@ -454,6 +493,9 @@ fn vector(code: &[u8], at: usize) -> Option<Instruction> {
     if is_of_vectors(map, opcode) {
         return c.end_writing([]);
     }
+    if (map, opcode) == (1, 0x7e) {
+        return c.end_writing(register_of(operand));
+    }
     // Upper bits of register numbers are elsewhere than in REX: any register with these low bits is in doubt. So is
     // the one that the prefix names (vvvv), which andn, bextr and their like in map 2 and 3 write.
     let named = match prefix {
@@ -461,7 +503,8 @@ fn vector(code: &[u8], at: usize) -> Option<Instruction> {
         _ => *code.get(at + 2)?,
     };
     let named = !(named >> 3) & 15;
-    c.end_writing([Some(register), register_of(operand), Some(named)].into_iter().flatten())
+    let low = [Some(register), register_of(operand)].into_iter().flatten();
+    c.end_writing(low.flat_map(|register| [register & 7, register | 8]).chain([named]))
 }
 
 #[cfg(test)]
@@ -556,5 +599,58 @@ mod tests {
         assert_eq!(decode(&[0xc4, 0xe2, 0x71, 0xe0, 0x28]), None);
         // vaesdeclast xmm5, xmm1, [rax]
         check(&[0xc4, 0xe2, 0x71, 0xdf, 0x28], NEITHER);
+    }
+
+    #[test]
+    fn writes_of_registers_that_functions_preserve() {
+        for (code, expect) in [
+            // mov bh, 1; mov dil, 1; mov edi, 1; xchg r12b, al; sete bh; cmove edi, eax
+            (&[0xb7, 1][..], &[RBX][..]),
+            (&[0x40, 0xb7, 1], &[]),
+            (&[0xbf, 1, 0, 0, 0], &[]),
+            (&[0x41, 0x86, 0xc4], &[12]),
+            (&[0x0f, 0x94, 0xc7], &[RBX]),
+            (&[0x0f, 0x44, 0xf8], &[]),
+            // add bh, al; add [rdi], bh; add bh, [rdi]; neg bh; shl bh, 1; mov bh, [rdi]
+            (&[0x00, 0xc7], &[RBX]),
+            (&[0x00, 0x3f], &[]),
+            (&[0x02, 0x3f], &[RBX]),
+            (&[0xf6, 0xdf], &[RBX]),
+            (&[0xd0, 0xe7], &[RBX]),
+            (&[0x8a, 0x3f], &[RBX]),
+            // cpuid; pop r13; lea rbx, [rbx + 8]; add r14, 8; sub r15, [rax]; mov r15, rax
+            (&[0x0f, 0xa2], &[RBX]),
+            (&[0x41, 0x5d], &[13]),
+            (&[0x48, 0x8d, 0x5b, 8], &[RBX]),
+            (&[0x49, 0x83, 0xc6, 8], &[14]),
+            (&[0x4c, 0x2b, 0x38], &[15]),
+            (&[0x49, 0x89, 0xc7], &[15]),
+            // vpmovmskb r13d, ymm0; vmovd r12d, xmm5; andn ebx, eax, ecx
+            (&[0xc5, 0x7d, 0xd7, 0xe8], &[13]),
+            (&[0xc4, 0xc1, 0x79, 0x7e, 0xec], &[12]),
+            (&[0xc4, 0xe2, 0x78, 0xf2, 0xd9], &[RBX]),
+        ] {
+            let instruction = decode(code).expect("it is known");
+            assert_eq!(instruction.bytes, code.len());
+            for register in PRESERVED {
+                let is_expected = expect.contains(&register);
+                // A vector prefix leaves the upper bit in doubt.
+                let is_doubtful = matches!(code[0], 0xc4 | 0xc5) && expect.contains(&(register ^ 8));
+                let may = instruction.may_write(register);
+                assert!(may == is_expected || may && is_doubtful, "{code:x?} {register}");
+            }
+        }
+    }
+
+    #[test]
+    fn memory_by_vector_prefixes() {
+        // vmovups [r12 + 12], xmm7; vmovups [rsp + 12], xmm7; haddps xmm0, xmm1; movd [rax + 16], mm4; femms
+        let memory = |code: &[u8]| decode(code).expect("it is known").memory;
+        assert_eq!(memory(&[0xc4, 0xc1, 0x78, 0x11, 0x7c, 0x24, 12]), Some(at(12, 12)));
+        assert_eq!(memory(&[0xc5, 0xf8, 0x11, 0x7c, 0x24, 12]), Some(at(RSP, 12)));
+        check(&[0xf2, 0x0f, 0x7c, 0xec], NEITHER);
+        check(&[0x0f, 0x7e, 0x60, 0x10], NEITHER);
+        check(&[0x0f, 0x7e, 0xc5], FRAME_POINTER);
+        check(&[0x0f, 0x0e], NEITHER);
     }
 }
