@@ -44,9 +44,9 @@ const MAX_INSTRUCTIONS: usize = MAX_FUNCTION_BYTES as usize / 4;
 /// Instructions that are followed, and functions that are put together, for each byte of a gap. Instructions have four
 /// bytes, and few are followed again.
 const FOLLOWED_PER_BYTE: u64 = 2;
-/// For how many bytes of a gap a row, a jump or a function is kept. V8's have a row for a hundred; this bounds the
-/// memory to a few times the gap for code that is made to have more.
-const BYTES_PER_KEPT: u64 = 16;
+/// For how many bytes of a gap a row, a jump or a function is kept. V8's have a row for a hundred, the shortest functions with
+/// a frame five for sixteen; this bounds the memory for code that is made to have more.
+const BYTES_PER_KEPT: u64 = 3;
 /// How often functions are put together from what was taken for several. Three times are enough for V8's.
 const MAX_ROUNDS: usize = 8;
 
