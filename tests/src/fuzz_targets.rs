@@ -1,6 +1,10 @@
 //! The decoders, as functions that must survive any bytes: no panic, no endless loop, no memory out of
 //! proportion. The fuzzer calls them with what it invents, a plain test with the committed corpus.
 
+#[path = "fuzz_targets/walk.rs"]
+mod walk;
+
+pub use walk::walk;
 use windlass_agent::code_map::{Code, CodeMap, Met};
 use windlass_agent::code_records::{Progress, Record};
 use windlass_agent::jitdump::JitdumpReader;
@@ -25,6 +29,7 @@ pub const TARGETS: &[Target] = &[
     ("proc_maps", proc_maps),
     ("perf_map", perf_map),
     ("jitdump", jitdump),
+    ("walk", walk),
 ];
 
 /// Reads bytes as a table; then once more with the checksum mended, so that a fuzzer gets past it.
