@@ -223,7 +223,6 @@ fn x86_64_frames_by_a_register_that_is_preserved() {
         check(X86_64, &code, &starts, &[]);
     }
     // By rdi, which what is called need not preserve: mov rdi, rsp; mov rsp, rdi.
-    let mut code = code;
     (code[15], code[40]) = (0xe7, 0xfc);
     check(X86_64, &code, &starts, &[]);
 }
