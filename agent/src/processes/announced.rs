@@ -2,8 +2,8 @@
 //!
 //! A process that lives for a tenth of a second has lived for long when `/proc` is read for it, and a thousand short ones
 //! a second are more than can be read. So what an event tells counts: a fork has its parent's mappings, an exec
-//! leaves none, and a mapping of an image that is known by its build-ID is put beside the others. Only for what is not known
-//! so is `/proc` read: for new images, for those without a build-ID, and when something known is mapped over.
+//! leaves none, and a mapping of an image that is known by its build-ID is put beside the others, or in the place of those that it is
+//! mapped over. Only for what is not known so is `/proc` read: for new images, and for those without a build-ID.
 //!
 //! Two files of one build-ID have the same segments, or neither is told by it (`Images::known`).
 
@@ -80,7 +80,8 @@ impl Processes {
         {
             return;
         }
-        if process.withdrawn || is_replaced(&process.mappings, &range, of_file) {
+        let replaces = is_replaced(&process.mappings, &range, of_file);
+        if process.withdrawn || replaces && mapping.is_none() {
             process.withdrawn = true;
             process.stated = None;
             self.announced.remove(&tgid);
@@ -93,8 +94,12 @@ impl Processes {
             self.want_scan(tgid, now);
             return;
         };
+        if replaces {
+            // Walks by what was there before say nothing of what is there now.
+            process.stated = None;
+        }
         let mut mappings = process.mappings.to_vec();
-        // Anonymous memory may have been where it is now.
+        // What was where it is now is gone, and what is left of that most likely, too.
         mappings.retain(|known| known.end <= range.start || range.end <= known.start);
         let at = mappings.partition_point(|known| known.start < mapping.start);
         mappings.insert(at, mapping);

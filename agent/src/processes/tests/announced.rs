@@ -60,13 +60,34 @@ fn images_that_are_known_are_walked_without_a_look_into_proc() {
 
     // The same again is nothing new; another image in its place is.
     processes.note(&announced(tgid, &mappings, monotonic_ns())[0], &mut told, now);
-    assert!(told.processes.contains_key(&tgid));
+    processes.scan_due(&mut told, now);
+    let (generation, placed) = (told.generation, told.processes[&tgid].clone());
     let other = ExecutableMapping {
         content: mappings[1].content.clone(),
         module: mappings[1].module.clone(),
         ..mappings[0]
     };
-    processes.note(&announced(tgid, &[other], monotonic_ns())[0], &mut told, now);
+    let event = announced(tgid, &[other], monotonic_ns()).swap_remove(0);
+    processes.note(&event, &mut told, now);
+    let of_before = sample(tgid, generation, monotonic_ns());
+    assert!(processes.mappings_of(&of_before).is_none(), "it was walked by what is gone");
+    processes.scan_due(&mut told, now);
+    assert!(processes.mappings_of(&of_before).is_none());
+    assert!(processes.mappings_of(&sample(tgid, told.generation, monotonic_ns())).is_some());
+    let start_of = |placed: &PlacedMapping| (placed.start, placed.mapping.bias);
+    assert_eq!(told.processes[&tgid].len(), placed.len());
+    assert_ne!(start_of(&told.processes[&tgid][0]), start_of(&placed[0]));
+    assert_eq!(
+        told.processes[&tgid][1..].iter().map(start_of).collect::<Vec<_>>(),
+        placed[1..].iter().map(start_of).collect::<Vec<_>>()
+    );
+
+    // Of an image that is not known only that it is another one can be told.
+    let mut event = event;
+    if let Event::Mapped { image: Some(image), time_ns, .. } = &mut event {
+        (image.build_id, *time_ns) = (Some("abcd".parse().unwrap()), monotonic_ns());
+    }
+    processes.note(&event, &mut told, now);
     assert!(!told.processes.contains_key(&tgid));
 }
 
