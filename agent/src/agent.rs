@@ -16,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use windlass_schema::StopReason;
 
+use crate::alarm::Alarm;
 use crate::audit::{AuditReport, Auditor, SharedReport};
 use crate::backend::Backend;
 use crate::choice::Choice;
@@ -27,6 +28,7 @@ use crate::kernel::{DEFAULT_TABLE_BUDGET_BYTES, Kernel, LoadError, Options, Turn
 use crate::kernel_modules::KernelModules;
 use crate::metrics::Metrics;
 use crate::processes::Processes;
+use crate::promptness;
 use crate::resource::Resources;
 use crate::sampling::{OpenBatch, Sampling};
 use crate::selection::Selection;
@@ -162,6 +164,9 @@ pub enum StartError {
     /// The address for status pages.
     #[error("{0} cannot be listened at: {1}")]
     Listen(SocketAddr, std::io::Error),
+    /// What wakes the agent's thread.
+    #[error("no eventfd can be had: {0}")]
+    Alarm(std::io::Error),
     /// A thread.
     #[error("no thread can be started: {0}")]
     Thread(std::io::Error),
@@ -222,6 +227,7 @@ pub struct WarmUp {
 /// A running agent. Dropped without [`Agent::stop`], it ends by itself soon after.
 pub struct Agent {
     stop: Arc<AtomicBool>,
+    alarm: Alarm,
     thread: Option<JoinHandle<Summary>>,
     warm_up: WarmUp,
     agent_id: String,
@@ -232,6 +238,7 @@ pub struct Agent {
 /// By what others know an agent, before it runs.
 struct Presence {
     agent_id: String,
+    alarm: Alarm,
     listener: Option<StatusListener>,
     audit: Option<SharedReport>,
 }
@@ -270,6 +277,7 @@ impl Agent {
             return Err(StartError::Frequency(config.frequency_hz));
         }
         let stop = Arc::new(AtomicBool::new(false));
+        let alarm = Alarm::new().map_err(StartError::Alarm)?;
         let agent_id = agent_id();
         let listener = config
             .listen
@@ -282,12 +290,17 @@ impl Agent {
             .name("windlass-agent".to_owned())
             .spawn({
                 let stop = stop.clone();
-                let presence = Presence { agent_id: agent_id.clone(), listener, audit: audit.clone() };
+                let presence = Presence {
+                    agent_id: agent_id.clone(),
+                    alarm: alarm.clone(),
+                    listener,
+                    audit: audit.clone(),
+                };
                 move || run(&config, presence, backend, &stop, &started)
             })
             .map_err(StartError::Thread)?;
         let warm_up = starting.recv().map_err(|_| StartError::Ended)??;
-        Ok(Self { stop, thread: Some(thread), warm_up, agent_id, status_address, audit })
+        Ok(Self { stop, alarm, thread: Some(thread), warm_up, agent_id, status_address, audit })
     }
 
     /// What its batches carry as `windlass.agent.id`, and no other agent's do.
@@ -314,6 +327,7 @@ impl Agent {
     /// service does not answer.
     pub fn stop(mut self) -> Result<Summary, StopError> {
         self.stop.store(true, Ordering::Release);
+        self.alarm.ring();
         let thread = self.thread.take().expect("only stop takes the thread, and it consumes the agent");
         thread.join().map_err(|_| StopError)
     }
@@ -322,6 +336,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
+        self.alarm.ring();
     }
 }
 
@@ -350,6 +365,10 @@ fn run(
             return Summary::default();
         }
     };
+    // Last, since threads that this one starts have what it has.
+    if let Err(error) = promptness::ask() {
+        tracing::debug!(%error, "the sampling thread has slices as all have");
+    }
     let warm_up = sampling.warm_up(config.warm_up, stop);
     let _ = started.send(Ok(warm_up));
     sampling.run(stop);
@@ -373,7 +392,7 @@ fn prepare(
     backend: impl FnOnce(&Config) -> Result<Box<dyn Backend>, StartError>,
     runtime: &tokio::runtime::Handle,
 ) -> Result<Sampling, StartError> {
-    let Presence { agent_id, listener, audit } = presence;
+    let Presence { agent_id, alarm, listener, audit } = presence;
     let metrics = Arc::new(Metrics::with_audit(audit.clone()));
     let service = Service::new(&config.server, config.token.clone(), metrics.clone())?;
     let tables = config.cache_dir.join("tables");
@@ -388,10 +407,11 @@ fn prepare(
         Spool::open(&spool_dir, config.spool_bytes).map_err(|error| StartError::Spool(spool_dir, error))?;
     // First the backend, then the scan: what happens in between is then an event.
     let mut backend = backend(config)?;
+    backend.heed(&alarm);
     let now = Instant::now();
     let mut processes = Processes::new(config.selection(), now);
     processes.scan_all(&mut *backend);
-    let tables = Tables::start(runtime, &service, cache, config.refresh_after);
+    let tables = Tables::start(runtime, &service, cache, config.refresh_after, alarm.clone());
     let shipper = Shipper::start(runtime, service.clone(), spool, metrics.clone());
     if let Some(listener) = listener {
         let address = listener.address;
@@ -411,6 +431,8 @@ fn prepare(
     };
     Ok(Sampling {
         backend,
+        alarm,
+        quiet_since: now,
         processes,
         tables,
         shipper,

@@ -10,9 +10,9 @@ use std::time::Duration;
 use windlass_schema::maps::{Location, Mapping};
 use windlass_schema::{BuildId, StopReason, Table, UnsupportedReason};
 
-use crate::proc_maps::Backing;
-
+use crate::alarm::Alarm;
 use crate::audit::AuditedWalk;
+use crate::proc_maps::Backing;
 
 /// An executable mapping of a process, as a backend takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +158,9 @@ pub trait Backend: Send {
     /// Hands all waiting events to `sink`; waits up to `timeout` for the first that cannot wait. Events come in the
     /// order of their times; a sample may come late, but after all process events that are older.
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()>;
+
+    /// Has an alarm end waits in [`Backend::poll`], from now on. One that cannot be woken waits its time out.
+    fn heed(&mut self, _alarm: &Alarm) {}
 
     /// Samples that were taken but lost on the way here (ring buffer full), since the start.
     fn lost_samples(&self) -> u64;

@@ -26,6 +26,7 @@ use windlass_agent_ebpf::walk::Walk;
 use windlass_schema::maps::{Chunk, Location, MappingSegment, ProcessEntry, SegmentKey};
 use windlass_schema::{StopReason, Table};
 
+use crate::alarm::Alarm;
 use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
 use crate::chunks::{ChunkSpace, MOST_TABLE_BYTES, empty_chunk};
 use crate::kernel::sideband::{TimeOrder, event_of};
@@ -71,6 +72,7 @@ pub struct CopiedStacks {
     /// Samples newer than the process events that were handed out.
     early: Vec<Sample>,
     last_scan: std::time::Instant,
+    alarm: Option<Alarm>,
 }
 
 /// What the kernel's maps hold, in this process's memory.
@@ -127,6 +129,7 @@ impl CopiedStacks {
             lost: 0,
             early: Vec::new(),
             last_scan: std::time::Instant::now(),
+            alarm: None,
         };
         sampler.watch(pid).map_err(|error| {
             let advice = sampling_advice(error.raw_os_error(), frequency_hz, max_sample_rate());
@@ -301,7 +304,9 @@ impl Backend for CopiedStacks {
         let mut descriptors: Vec<libc::pollfd> = self
             .rings
             .values()
-            .map(|ring| libc::pollfd { fd: ring.descriptor(), events: libc::POLLIN, revents: 0 })
+            .map(PerfRing::descriptor)
+            .chain(self.alarm.iter().map(Alarm::descriptor))
+            .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })
             .collect();
         let timeout_ms = i32::try_from(timeout.min(THREAD_SCAN).as_millis()).unwrap_or(i32::MAX);
         // SAFETY: the array is valid for its length during the call.
@@ -351,6 +356,10 @@ impl Backend for CopiedStacks {
         rings.retain(|_, ring| !ended.contains(&ring.descriptor()));
         self.rings = rings;
         Ok(())
+    }
+
+    fn heed(&mut self, alarm: &Alarm) {
+        self.alarm = Some(alarm.clone());
     }
 
     fn lost_samples(&self) -> u64 {

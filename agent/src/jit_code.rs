@@ -194,6 +194,11 @@ impl JitCode {
         Some(Reading { tgid, number: process.reading })
     }
 
+    /// Whether a compiler's file is read for what samples meet.
+    pub fn has_files(&self) -> bool {
+        self.processes.values().any(|process| matches!(process.source, Source::File(_)))
+    }
+
     /// Forgets a process: another program runs under its number.
     pub fn forget(&mut self, tgid: u32) {
         self.processes.remove(&tgid);

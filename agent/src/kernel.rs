@@ -28,6 +28,7 @@ use windlass_schema::maps::{
 };
 use windlass_schema::{StopReason, Table, maps::Location};
 
+use crate::alarm::Alarm;
 use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
 use crate::chunks::ChunkSpace;
 use audits::Audits;
@@ -113,6 +114,7 @@ pub struct Kernel {
     cpus: Cpus,
     /// If there are any.
     audits: Option<Audits>,
+    alarm: Option<Alarm>,
     generation: u32,
 }
 
@@ -241,6 +243,7 @@ impl Kernel {
             sideband,
             cpus,
             audits,
+            alarm: None,
             generation: 0,
         })
     }
@@ -315,7 +318,9 @@ impl Backend for Kernel {
         self.cpus.review_if_due(&mut self.bpf, &mut self.sideband);
         let mut descriptors =
             vec![libc::pollfd { fd: self.samples.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
-        let others = self.sideband.descriptors().chain(self.audits.iter().map(Audits::descriptor));
+        let others = (self.sideband.descriptors())
+            .chain(self.audits.iter().map(Audits::descriptor))
+            .chain(self.alarm.iter().map(Alarm::descriptor));
         descriptors.extend(others.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }));
         let timeout_ms = match self.sideband.has_waiting() {
             true => 0,
@@ -340,6 +345,10 @@ impl Backend for Kernel {
         }
         self.sideband.drain(samples, sink);
         Ok(())
+    }
+
+    fn heed(&mut self, alarm: &Alarm) {
+        self.alarm = Some(alarm.clone());
     }
 
     fn lost_samples(&self) -> u64 {

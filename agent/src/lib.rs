@@ -4,7 +4,7 @@
 //! and addresses go back to it. In reading order:
 //!
 //! - [`agent`]: starting and stopping one
-//! - `sampling`: the loop
+//! - `sampling`: the loop; [`alarm`]: what wakes it beside its backend; `promptness`: how soon
 //! - [`backend`]: the boundary to what takes samples: [`kernel`] (BPF) or [`copied`] (no privilege)
 //! - [`processes`]: which processes there are; [`selection`], [`choice`],
 //!   [`scan_schedule`]
@@ -23,6 +23,7 @@
 //! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory; `eviction`: which of them go for others
 
 pub mod agent;
+pub mod alarm;
 pub mod audit;
 pub mod backend;
 pub mod cgroup;
@@ -53,6 +54,7 @@ pub mod privilege;
 pub mod proc_maps;
 pub mod process;
 pub mod processes;
+mod promptness;
 pub mod resource;
 mod sampling;
 pub mod scan_schedule;

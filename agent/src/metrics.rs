@@ -22,8 +22,8 @@ use crate::shipper::Shipped;
 
 /// `Content-Type` of the text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
-/// How long the sampling thread may be without a turn before the agent counts as stuck: a turn waits for a tenth
-/// of a second, and to read every process of a large host takes some seconds.
+/// How long the sampling thread may be without a turn before the agent counts as stuck: a turn waits for a second
+/// at most, and to read every process of a large host takes some seconds.
 pub const LONGEST_TURN: Duration = Duration::from_secs(30);
 
 /// What is asked of the service.

@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 use windlass_schema::{ReturnAddress, StopReason};
 
 use crate::agent::{Summary, WarmUp};
+use crate::alarm::Alarm;
 use crate::audit::{AuditedWalk, Auditor};
 use crate::backend::{Backend, Event, Sample};
 use crate::compression::Compression;
@@ -32,15 +33,29 @@ use crate::tables::Tables;
 
 /// Shortest warm-up: within it each CPU has a sample or several, and the images that those touch are asked for.
 const SHORTEST_WARM_UP: Duration = Duration::from_millis(200);
-/// Longest wait for events: within it samples that wake nobody are read, a table that arrived is placed, and a stop is
-/// noticed.
-const LONGEST_WAIT: Duration = Duration::from_millis(100);
+/// Longest wait for events while processes come and go: within it samples that wake nobody are read, so that `/proc` still
+/// tells of processes that end soon.
+const BUSY_WAIT: Duration = Duration::from_millis(100);
+/// The same while code is made at run time: what moves between a sample and the next reading of the compiler's file has no
+/// name.
+const MADE_CODE_WAIT: Duration = Duration::from_millis(250);
+/// The same when nothing happens. A turn takes 50 to 100 microseconds, nearly whatever it finds to do, as another program had the
+/// caches: ten in a second would be most of what the agent costs.
+const QUIET_WAIT: Duration = Duration::from_secs(1);
+/// How long nothing has happened to any process when nothing happens.
+const QUIET_AFTER: Duration = Duration::from_secs(1);
+/// Pause when events cannot be read.
+const FAILURE_PAUSE: Duration = Duration::from_millis(100);
 /// Most tables that the summary names as unavailable.
 const MAX_NAMED_UNAVAILABLE: usize = 1000;
 
 /// The loop and what it owns.
 pub(crate) struct Sampling {
     pub(crate) backend: Box<dyn Backend>,
+    /// Rings when a result of `tables` is there, and when the agent is to stop.
+    pub(crate) alarm: Alarm,
+    /// When something happened to a process last.
+    pub(crate) quiet_since: Instant,
     pub(crate) processes: Processes,
     pub(crate) tables: Tables,
     pub(crate) shipper: Shipper,
@@ -105,23 +120,37 @@ impl Sampling {
         while !stop.load(Ordering::Acquire) {
             let now = Instant::now();
             let until_ship = self.ship_interval.saturating_sub(now.duration_since(self.batch.started));
-            let until_scan = self.processes.next_due(now).unwrap_or(LONGEST_WAIT);
-            self.turn(LONGEST_WAIT.min(until_ship).min(until_scan));
+            let until_scan = self.processes.next_due(now).unwrap_or(QUIET_WAIT);
+            self.turn(self.longest_wait(now).min(until_ship).min(until_scan));
         }
         self.turn(Duration::ZERO);
         self.ship();
+    }
+
+    fn longest_wait(&self, now: Instant) -> Duration {
+        if now.duration_since(self.quiet_since) < QUIET_AFTER {
+            BUSY_WAIT
+        } else if self.jit.has_files() {
+            MADE_CODE_WAIT
+        } else {
+            QUIET_WAIT
+        }
     }
 
     fn turn(&mut self, wait: Duration) {
         let mut events = Vec::new();
         if let Err(error) = self.backend.poll(wait, &mut |event| events.push(event)) {
             tracing::warn!(error = format!("{error:#}"), "events cannot be read");
-            std::thread::sleep(LONGEST_WAIT);
+            std::thread::sleep(FAILURE_PAUSE);
         }
+        self.alarm.silence();
         let now = Instant::now();
         self.metrics.turned(now);
         let mut without_mappings = Vec::new();
         for event in events {
+            if !matches!(event, Event::Sample(_) | Event::Audit(_)) {
+                self.quiet_since = now;
+            }
             self.processes.note(&event, &mut *self.backend, now);
             match event {
                 // What is known of its process holds now, but a later event may change that.

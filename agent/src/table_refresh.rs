@@ -13,13 +13,12 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 use windlass_schema::BuildId;
 
 use crate::service::{Service, TableAnswer};
 use crate::table_cache::TableCache;
-use crate::tables::{TableOutcome, TableResult};
+use crate::tables::{Results, TableOutcome, TableResult};
 
 /// How long a table counts without being asked for, unless said otherwise; by table up to a quarter more or less. Ten
 /// thousand tables are then a request every two seconds.
@@ -97,12 +96,7 @@ impl Refresh {
     }
 
     /// Asks for tables as they are due, until nobody takes results any more.
-    pub(crate) async fn run(
-        self: Arc<Self>,
-        service: Service,
-        cache: Arc<TableCache>,
-        results: mpsc::Sender<TableResult>,
-    ) {
+    pub(crate) async fn run(self: Arc<Self>, service: Service, cache: Arc<TableCache>, results: Results) {
         loop {
             match self.next(Instant::now()) {
                 Next::Sleep(pause) => sleep(pause.min(self.after)).await,
@@ -110,7 +104,7 @@ impl Refresh {
                     let newer = self.ask(id, &service, &cache).await;
                     if let Some(outcome) = newer {
                         let result = TableResult { id, path: id.to_string().into(), outcome };
-                        if results.send(result).await.is_err() {
+                        if !results.send(result).await {
                             return;
                         }
                     }

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use windlass_schema::http::ArtefactKind;
 use windlass_schema::{BuildId, TableFile};
 
+use crate::alarm::Alarm;
 use crate::mapped_file::ImageSource;
 use crate::service::{Service, ServiceError, TableAnswer};
 use crate::skeleton::{skeleton, skeleton_with_code};
@@ -98,15 +99,18 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Starts the workers on `runtime`. Tables that are here for `refresh_after` are asked for again.
+    /// Starts the workers on `runtime`. Tables that are here for `refresh_after` are asked for again. With each result, `alarm`
+    /// rings.
     pub fn start(
         runtime: &tokio::runtime::Handle,
         service: &Service,
         cache: TableCache,
         refresh_after: Duration,
+        alarm: Alarm,
     ) -> Self {
         let queue = Arc::new(Queue::default());
         let (sender, results) = mpsc::channel(RESULTS);
+        let sender = Results { sender, alarm };
         let skeletons = Semaphore::new(SKELETONS);
         let (cache, refresh) = (Arc::new(cache), Arc::new(Refresh::new(refresh_after)));
         runtime.spawn(refresh.clone().run(service.clone(), cache.clone(), sender.clone()));
@@ -129,12 +133,28 @@ impl Tables {
     }
 }
 
-async fn work(
-    queue: Arc<Queue>,
-    source: Arc<TableSource>,
-    results: mpsc::Sender<TableResult>,
-    only_urgent: bool,
-) {
+/// Takes results to the agent's loop.
+#[derive(Clone)]
+pub(crate) struct Results {
+    sender: mpsc::Sender<TableResult>,
+    alarm: Alarm,
+}
+
+impl Results {
+    /// Hands a result over when there is room; false if nobody takes them any more.
+    pub(crate) async fn send(&self, result: TableResult) -> bool {
+        let taken = self.sender.send(result).await.is_ok();
+        self.alarm.ring();
+        taken
+    }
+
+    /// Whether nobody takes them any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+}
+
+async fn work(queue: Arc<Queue>, source: Arc<TableSource>, results: Results, only_urgent: bool) {
     loop {
         let mut job = queue.next(only_urgent).await;
         let attempt = source.attempt(&mut job).await;
@@ -170,7 +190,7 @@ async fn work(
         };
         queue.finish(job.request.id);
         let result = TableResult { id: job.request.id, path: job.request.path, outcome };
-        if results.send(result).await.is_err() {
+        if !results.send(result).await {
             return;
         }
     }

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use object::{Object as _, ObjectSymbol as _};
+use windlass_agent::alarm::Alarm;
 use windlass_agent::audit::{AuditReport, AuditedImage, Outcome};
 use windlass_agent::backend::{Backend, Event, PlaceError, PlacedMapping};
 use windlass_agent::kernel::{Kernel, Options};
@@ -204,6 +205,10 @@ impl Backend for WithWrongTable {
 
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()> {
         self.kernel.poll(timeout, sink)
+    }
+
+    fn heed(&mut self, alarm: &Alarm) {
+        self.kernel.heed(alarm);
     }
 
     fn lost_samples(&self) -> u64 {

@@ -317,21 +317,22 @@ pub(crate) fn walk_from_registers(scratch: *mut Scratch, tgid: u32) -> StopReaso
 }
 
 /// Whether the agent is woken for a sample. To wake it takes several times as long as a walk, most of all in virtual machines
-/// (the interrupt that `irq_work_queue` raises, kernel/bpf/ringbuf.c), and it looks ten times a second by itself. So
-/// only a sample wakes it of which a later one is better if it acts on this one, or that finds a quarter of the ring full.
+/// (the interrupt that `irq_work_queue` raises, kernel/bpf/ringbuf.c), and it looks by itself every second. So only a sample
+/// wakes it of which a later one is better if it acts on this one, or that finds more than a quarter of the ring full: of those one in
+/// every 32nd part of the ring, since an agent that was woken may have to wait for a processor.
 #[inline(always)]
-fn wake_flags(stop: StopReason) -> u64 {
+fn wake_flags(stop: StopReason, sample_bytes: u64) -> u64 {
     let wants_agent =
         matches!(stop, StopReason::ProcessUnknown | StopReason::NoMapping | StopReason::TablePending);
     let ring = addr_of!(SAMPLES).cast_mut().cast();
     // SAFETY: the map is a ring buffer.
     let [waiting_bytes, ring_bytes] =
         [BPF_RB_AVAIL_DATA, BPF_RB_RING_SIZE].map(|what| unsafe { bpf_ringbuf_query(ring, u64::from(what)) });
-    u64::from(if wants_agent || waiting_bytes > ring_bytes / 4 {
-        BPF_RB_FORCE_WAKEUP
-    } else {
-        BPF_RB_NO_WAKEUP
-    })
+    // Parts of the ring are powers of two, as it is.
+    let part_bytes = ring_bytes >> 5;
+    let is_late = waiting_bytes > ring_bytes / 4
+        && (waiting_bytes ^ waiting_bytes.wrapping_add(sample_bytes)) & !part_bytes.wrapping_sub(1) != 0;
+    u64::from(if wants_agent || is_late { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP })
 }
 
 /// Takes one sample. The program's name in the object is `windlass_sample`.
@@ -402,7 +403,7 @@ fn send_sample(data: *mut bpf_perf_event_data, scratch: *mut Scratch, pid_tgid: 
             addr_of!(SAMPLES).cast_mut().cast(),
             addr_of_mut!((*scratch).sample).cast(),
             bytes as u64,
-            wake_flags(stop),
+            wake_flags(stop, bytes as u64),
         ) != 0
         {
             count(Counter::RingFull);

@@ -87,7 +87,7 @@ impl Backend for FakeBackend {
     }
 
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()> {
-        match self.events.recv_timeout(timeout) {
+        match self.events.recv_timeout(timeout.min(Duration::from_millis(100))) {
             Ok(event) => sink(event),
             Err(_) => std::thread::sleep(timeout.min(Duration::from_millis(5))),
         }

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use windlass_agent::alarm::Alarm;
 use windlass_agent::backend::{Backend, Event, PlaceError, PlacedMapping, Sample};
 use windlass_agent::kernel::{Kernel, Options};
 use windlass_agent::{Agent, Config};
@@ -85,6 +86,10 @@ impl Backend for Watching {
         });
         self.polled = Some(Instant::now());
         outcome
+    }
+
+    fn heed(&mut self, alarm: &Alarm) {
+        self.kernel.heed(alarm);
     }
 
     fn lost_samples(&self) -> u64 {
