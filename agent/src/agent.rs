@@ -22,6 +22,7 @@ use crate::backend::Backend;
 use crate::choice::Choice;
 use crate::compression::Compression;
 use crate::copied::{AttachError, CopiedStacks};
+use crate::eviction::IN_USE;
 use crate::jit_code::JitCode;
 use crate::kallsyms::KernelImage;
 use crate::kernel::{DEFAULT_TABLE_BUDGET_BYTES, Kernel, LoadError, Options, Turns};
@@ -79,6 +80,8 @@ pub struct Config {
     pub token: Option<String>,
     /// Most bytes of kernel memory for tables.
     pub table_budget_bytes: u64,
+    /// How long a table makes no room for others after a sample that went through it.
+    pub table_in_use: Duration,
     /// Most bytes of tables on disk.
     pub table_cache_bytes: u64,
     /// How long a table counts before the service is asked whether it has another.
@@ -110,6 +113,7 @@ impl Config {
             listen: None,
             token: None,
             table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES,
+            table_in_use: IN_USE,
             table_cache_bytes: DEFAULT_TABLE_CACHE_BYTES,
             refresh_after: DEFAULT_REFRESH_AFTER,
             spool_bytes: SPOOL_BUDGET_BYTES,
@@ -410,6 +414,7 @@ fn prepare(
     backend.heed(&alarm);
     let now = Instant::now();
     let mut processes = Processes::new(config.selection(), now);
+    processes.keep_tables_for(config.table_in_use);
     processes.scan_all(&mut *backend);
     let tables = Tables::start(runtime, &service, cache, config.refresh_after, alarm.clone());
     let shipper = Shipper::start(runtime, service.clone(), spool, metrics.clone());

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use windlass_schema::BuildId;
 use windlass_schema::maps::Location;
 
-/// How long a table counts as in use after a sample that went through its image. At 19 Hz it takes one part in
+/// How long a table counts as in use after a sample that went through its image, unless said otherwise. At 19 Hz it takes one part in
 /// six hundred of a CPU's time to have a sample within it.
 pub(crate) const IN_USE: Duration = Duration::from_secs(30);
 /// Most tables of images that no process maps that go at once without need: each time, all walks are waited for.
@@ -34,22 +34,23 @@ pub(crate) struct Candidates {
     unmapped: usize,
 }
 
-fn is_in_use(sampled: Option<Instant>, now: Instant) -> bool {
-    sampled.is_some_and(|sampled| now.duration_since(sampled) < IN_USE)
+fn is_within(time: Duration, sampled: Option<Instant>, now: Instant) -> bool {
+    sampled.is_some_and(|sampled| now.duration_since(sampled) < time)
 }
 
-/// The tables that may go for one that a sample needed at `needed`. A table that none needed lately is a guess and
-/// takes the place of no mapped one.
+/// The tables that may go for one that a sample needed at `needed`, but for those through which one went within `in_use`. A table
+/// that none needed lately is a guess and takes the place of no mapped one.
 pub(crate) fn candidates(
     placed: impl Iterator<Item = PlacedTable>,
     mapped: &HashSet<BuildId>,
     needed: Option<Instant>,
+    in_use: Duration,
     now: Instant,
 ) -> Candidates {
-    let is_needed = is_in_use(needed, now);
+    let is_needed = is_within(IN_USE, needed, now);
     let mut tables: Vec<_> = placed
         .map(|table| (mapped.contains(&table.id), table))
-        .filter(|(mapped, table)| !is_in_use(table.sampled, now) && (is_needed || !mapped))
+        .filter(|(mapped, table)| !is_within(in_use, table.sampled, now) && (is_needed || !mapped))
         .collect();
     // By location last, so that the order is the same in each run.
     tables.sort_by_key(|(mapped, table)| (*mapped, table.sampled, table.location));
@@ -87,7 +88,7 @@ mod tests {
             location: Location(u32::from(*number)),
             sampled: ago(*sampled),
         });
-        let candidates = candidates(placed, &mapped, ago(needed), now);
+        let candidates = candidates(placed, &mapped, ago(needed), IN_USE, now);
         let ids: Vec<_> = candidates.tables.iter().map(|table| table.id).collect();
         assert_eq!(ids, expect.iter().map(|number| id(*number)).collect::<Vec<_>>());
         candidates
@@ -114,6 +115,17 @@ mod tests {
         let tables = [(1, true, Some(0)), (2, false, Some(29)), (3, true, Some(29))];
         check(&tables, Some(0), &[]);
         check(&tables, None, &[]);
+    }
+
+    #[test]
+    fn nothing_is_in_use_for_no_time() {
+        let now = Instant::now();
+        let placed = PlacedTable { id: id(1), location: Location(1), sampled: Some(now) };
+        let mapped = HashSet::from([id(1)]);
+        let of = |in_use, needed| candidates([placed].into_iter(), &mapped, needed, in_use, now).tables;
+        assert_eq!(of(Duration::ZERO, Some(now)), [placed]);
+        assert_eq!(of(IN_USE, Some(now)), []);
+        assert_eq!(of(Duration::ZERO, None), [], "which nobody needs");
     }
 
     #[test]

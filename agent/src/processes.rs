@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use windlass_schema::{BuildId, StopReason};
 
 use crate::backend::{Backend, Event, PlaceError, Sample};
+use crate::eviction::IN_USE;
 use crate::images::{Images, TableState};
 use crate::perf_ring::monotonic_ns;
 use crate::process::{
@@ -56,6 +57,8 @@ pub struct Processes {
     lost_events: bool,
     /// No event that is newer was lost.
     lost_until_ns: u64,
+    /// How long a table makes no room after a sample that went through it.
+    table_in_use: Duration,
     /// Tables that made room for others, since that was asked last.
     evicted: u64,
     last_full_scan: Option<Instant>,
@@ -133,10 +136,16 @@ impl Processes {
             selection,
             lost_events: false,
             lost_until_ns: 0,
+            table_in_use: IN_USE,
             evicted: 0,
             last_full_scan: None,
             last_sweep: now,
         }
+    }
+
+    /// Has tables make no room for others for `time` after a sample that went through them.
+    pub fn keep_tables_for(&mut self, time: Duration) {
+        self.table_in_use = time;
     }
 
     /// Reads every process of the selection.

@@ -9,11 +9,13 @@ mod calls;
 mod chain;
 mod launch;
 mod report;
+mod room;
 mod row;
 mod table;
 
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::Mutex;
 use windlass_agent::{Agent, Config};
 use windlass_schema::StopReason;
 use windlass_schema::http::ArtefactKind;
@@ -35,6 +37,9 @@ const RECORDED: Duration = Duration::from_secs(8);
 const ONLY_ROWS: &str = "WINDLASS_SUITE_ROWS";
 /// Longest wait for tables, and for samples of a program that gets little time.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Each test keeps all processors busy.
+static ALONE: Mutex<()> = Mutex::const_new(());
+
 /// The samples of a program: of its process, or of one that has its name.
 fn samples_of(running: &Running, stacks: &[Stack]) -> Vec<Stack> {
     let is_its = |stack: &&Stack| stack.pid == running.pid() || stack.thread == running.comm;
@@ -52,14 +57,20 @@ fn is_known(stack: &Stack) -> bool {
     !matches!(stack.stop, None | Some(StopReason::ProcessUnknown | StopReason::TablePending))
 }
 
-/// Samples the programs until each was seen often enough.
-async fn record(service: &TestService, programs: &[Running]) -> Vec<Stack> {
+/// How the programs are to be sampled.
+fn config(service: &TestService) -> Config {
     let mut config = Config::new(service.url(), service.folder().join("tables"));
     config.frequency_hz = FREQUENCY_HZ;
     config.ship_interval = SHIP_INTERVAL;
     config.only_pid = Some(std::process::id());
     let test = std::env::current_exe().expect("a test has a path");
     config.choice.exclude = vec![format!("command={}", test.display()).parse().expect("a rule")];
+    config
+}
+
+/// Samples the programs until each was seen often enough.
+async fn record(service: &TestService, programs: &[Running]) -> Vec<Stack> {
+    let config = config(service);
     let agent = tokio::task::spawn_blocking(move || Agent::start(config))
         .await
         .expect("the agent's start does not panic")
@@ -89,8 +100,17 @@ async fn record(service: &TestService, programs: &[Running]) -> Vec<Stack> {
     stacks(&service.profile_since(from).await)
 }
 
+/// Gives the service what was built.
+async fn publish(service: &TestService, programs: &[Running]) {
+    for image in programs.iter().flat_map(|program| &program.images) {
+        let build_id = build_id_of(image).expect("programs are built with a build-ID");
+        service.put(build_id, ArtefactKind::Executable, image.clone()).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_row_of_the_table() {
+    let _alone = ALONE.lock().await;
     let test = "suite::every_row_of_the_table";
     if !may_use_bpf(test) {
         return;
@@ -101,10 +121,7 @@ async fn every_row_of_the_table() {
     let rows = table::rows().filter(chosen);
     let mut programs: Vec<Running> =
         rows.filter_map(|row| launch::start(test, row, service.folder())).collect();
-    for image in programs.iter().flat_map(|program| &program.images) {
-        let build_id = build_id_of(image).expect("programs are built with a build-ID");
-        service.put(build_id, ArtefactKind::Executable, image.clone()).await;
-    }
+    publish(&service, &programs).await;
     let stacks = record(&service, &programs).await;
     let mut report = Report::default();
     for program in &mut programs {

@@ -61,6 +61,16 @@ pub(crate) fn is_enough(program: &Running, stacks: &[Stack]) -> bool {
         && (is_beyond || seen.filter(|(chain, _)| chain.often).all(|(_, count)| count >= MIN_WHOLE))
 }
 
+/// The stacks that a program cannot have.
+pub(crate) fn wrong(program: &Running, stacks: &[Stack]) -> Vec<Stack> {
+    let mut images = Images::of(program);
+    let is_wrong = |stack: &&Stack| {
+        let fits = program.row.chains.iter().map(|chain| fit(program, chain, stack));
+        fits.max() == Some(Fit::None) || !images.returns_behind_calls(stack)
+    };
+    stacks.iter().filter(is_wrong).cloned().collect()
+}
+
 impl Report {
     /// Adds what was seen of a program.
     pub(crate) fn add(&mut self, program: &Running, stacks: &[Stack]) {
@@ -68,13 +78,8 @@ impl Report {
         let samples = total(stacks);
         let complete = total(stacks.iter().filter(|stack| stack.is_complete()));
         let mut stops: BTreeMap<StopReason, Vec<Stack>> = BTreeMap::new();
-        let mut wrong = Vec::new();
-        let mut images = Images::of(program);
+        let wrong = wrong(program, stacks);
         for stack in stacks {
-            let fits = row.chains.iter().map(|chain| fit(program, chain, stack));
-            if fits.max() == Some(Fit::None) || !images.returns_behind_calls(stack) {
-                wrong.push(stack.clone());
-            }
             match stack.stop {
                 Some(stop) if !stop.is_complete() => stops.entry(stop).or_default().push(stack.clone()),
                 Some(_) => {}
@@ -173,7 +178,7 @@ fn fit(program: &Running, chain: &Chain, stack: &Stack) -> Fit {
 }
 
 /// Stacks as text, the most frequent first.
-fn print(stacks: &[Stack]) -> String {
+pub(crate) fn print(stacks: &[Stack]) -> String {
     let mut counts: BTreeMap<String, i64> = BTreeMap::new();
     for stack in stacks {
         let name = |frame: &Frame| match frame.function.is_empty() {

@@ -30,7 +30,8 @@ impl Processes {
         };
         let mapped = self.mapped_images();
         let needed = self.images.last_sampled(id);
-        let candidates = eviction::candidates(self.images.placed_tables(), &mapped, needed, now);
+        let candidates =
+            eviction::candidates(self.images.placed_tables(), &mapped, needed, self.table_in_use, now);
         let locations: Vec<_> = candidates.tables.iter().map(|table| table.location).collect();
         let Some(needed) = backend.to_remove(table, &locations) else { return Err(refused) };
         let evicted = candidates.evicted(needed);

@@ -5,7 +5,6 @@ use std::process::{Child, Command};
 use super::*;
 use crate::backend::{MappedImage, PlacedMapping};
 use crate::choice::Choice;
-use crate::eviction::IN_USE;
 use crate::process::find;
 use windlass_schema::maps::{EXACT_ADDRESS, Location, no_table};
 use windlass_schema::table_writer::{TableHeader, write_table};
