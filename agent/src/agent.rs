@@ -453,6 +453,7 @@ fn prepare(
         compression: config.compression,
         resources: Resources::default(),
         batch: OpenBatch::new(0),
+        closed: None,
         keeps_samples: true,
         unkept: WarmUp::default(),
         metrics,

@@ -1,7 +1,7 @@
 //! Which function was at an address of just-in-time compiled code, at the time of a sample?
 //!
-//! A compiler puts code where other code was, and its records say so later or without a time. So what was known at the last
-//! reading is kept apart from what the new one brings, and an address is asked for together with the times between which
+//! A compiler puts code where other code was, and its records say so later or without a time. So what was known before any
+//! sample is kept apart from what came since, and an address is asked for together with the times between which
 //! samples met it:
 //!
 //! ```text
@@ -46,9 +46,9 @@ pub struct Met {
 /// Records of one process.
 #[derive(Debug, Default)]
 pub struct CodeMap {
-    /// Code by its start, as of the last reading but this; disjoint.
+    /// Code by its start, as of before any sample that is asked for; disjoint.
     settled: BTreeMap<u64, (u64, (u64, u64))>,
-    /// What this reading brought.
+    /// What readings brought since.
     news: Vec<News>,
     /// The last of it by start.
     news_at: HashMap<u64, usize>,
@@ -137,10 +137,10 @@ impl CodeMap {
         (address < *end).then_some(Code { start: *start, end: *end, named: *named })
     }
 
-    /// Makes what this reading brought a part of what is known.
-    pub fn settle(&mut self) {
-        self.news_at.clear();
-        for News { code, .. } in self.news.drain(..) {
+    /// Makes what records brought by `until_ns` a part of what is known: no sample from before will be asked for.
+    pub fn settle(&mut self, until_ns: u64) {
+        let settled = self.news.iter().take_while(|news| news.latest_ns <= until_ns).count();
+        for News { code, .. } in self.news.drain(..settled) {
             while let Some((start, (end, _))) = self.settled.range(..code.end).next_back()
                 && *end > code.start
             {
@@ -150,6 +150,18 @@ impl CodeMap {
             self.settled.insert(code.start, (code.end, code.named));
         }
         self.news.shrink_to(1024);
+        self.news_at.clear();
+        self.news_at.extend(self.news.iter().enumerate().map(|(at, news)| (news.code.start, at)));
+    }
+
+    /// How many functions it has.
+    pub fn len(&self) -> usize {
+        self.settled.len() + self.news.len()
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 }
 
@@ -179,17 +191,32 @@ mod tests {
         assert_eq!(find(&map, 0x10ff, 40, 45), Some(1));
         assert_eq!(find(&map, 0xfff, 40, 45), None);
         assert_eq!(find(&map, 0x1100, 40, 45), None);
-        map.settle();
+        map.settle(u64::MAX);
         assert_eq!(find(&map, 0x1080, 60, 70), Some(1));
         // Between the readings at 50 and 100, other code came there.
         map.add(made(0x1040, 0x10, 2), 50, 100).unwrap();
         assert_eq!(find(&map, 0x1044, 60, 70), None, "it may have been either");
         assert_eq!(find(&map, 0x1044, 100, 100), Some(2));
         assert_eq!(find(&map, 0x1080, 60, 70), Some(1));
-        map.settle();
+        map.settle(u64::MAX);
         assert_eq!(find(&map, 0x1044, 110, 120), Some(2));
         assert_eq!(find(&map, 0x1080, 110, 120), None, "overwritten as a whole");
         assert_eq!(map.settled.len(), 1);
+    }
+
+    /// A reading takes a while, and samples are taken meanwhile.
+    #[test]
+    fn what_was_read_after_a_sample_is_not_what_it_met() {
+        let mut map = CodeMap::default();
+        map.add(made(0x1000, 0x100, 1), 0, 50).unwrap();
+        map.settle(60);
+        map.add(made(0x1000, 0x100, 2), 60, 110).unwrap();
+        // The next reading, for samples from 100 on.
+        map.settle(100);
+        assert_eq!(find(&map, 0x1010, 105, 105), None);
+        assert_eq!(find(&map, 0x1010, 110, 120), Some(2));
+        map.settle(110);
+        assert_eq!((map.news.len(), map.len()), (0, 1));
     }
 
     #[test]
@@ -211,7 +238,7 @@ mod tests {
         let moved = |from, to| Record { event: CodeEvent::Moved { from }, ..made(to, 0x100, 0) };
         map.add(at(made(0x1000, 0x100, 7), 10), 0, 100).unwrap();
         map.add(at(moved(0x1000, 0x5000), 20), 0, 100).unwrap();
-        map.settle();
+        map.settle(u64::MAX);
         map.add(at(moved(0x5000, 0x8000), 120), 100, 200).unwrap();
         map.add(at(moved(0x6000, 0x9000), 130), 100, 200).unwrap();
         assert_eq!(find(&map, 0x5010, 110, 115), Some(7));

@@ -9,9 +9,10 @@
 //! number of the reading that will say what is there ([`Reading`]), and gets its mapping when the batch is done:
 //!
 //! ```text
-//! sample: meet() -> Reading    due: read()    batch is full: read_all(), name_batch()
+//! sample: meet() -> Reading    due: read()    batch is full: close_batch()    has_read(): name_batch()
 //! ```
-//! What a reading cannot say without doubt stays an address.
+//! Readings are made beside ([`code_reading`](crate::code_reading)), since files of others may take their time. What a
+//! reading cannot say without doubt stays an address.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
@@ -20,25 +21,41 @@ use std::time::{Duration, Instant};
 
 use windlass_schema::perf_map::{MAX_PERF_MAP_BYTES, perf_map_id};
 
-use crate::code_file::{CodeFile, FileError, ProcessRoot};
-use crate::code_map::{Code, CodeMap, Met};
-use crate::code_records::{Progress, RecordsError};
+use crate::code_file::ProcessRoot;
+use crate::code_map::{MAX_FUNCTIONS, Met};
+use crate::code_reading::{Asked, Function, Made, ProcessCode, Source, Wanted, read};
+use crate::file_threads::FileThreads;
 use crate::image::ImageId;
 use crate::otlp::Module;
 use crate::perf_ring::monotonic_ns;
+use crate::process::living_threads;
 use crate::symbol_upload::SymbolUpload;
 
 /// Most processes looked after at once, with two open files each.
 const MAX_PROCESSES: usize = 128;
 /// Shortest time between two readings of a process's file: the more there are, the less moves unseen in between.
 const READING_PAUSE: Duration = Duration::from_millis(500);
+/// How many times as long as a reading took there is none of that process's file: it gets a twentieth of a core.
+const PAUSE_PER_READING: u32 = 20;
 /// How long a process without samples of such code is remembered.
 const IDLE: Duration = Duration::from_secs(60);
-/// Most addresses of one process that a reading explains.
+/// How long after its end a process's file is read for the last time and closed: Java writes its map when it ends.
+const AFTER_END: Duration = Duration::from_secs(2);
+/// Most functions kept of all processes, at some 50 bytes each. Beyond it, the process with most of them gets none.
+const MAX_FUNCTIONS_IN_ALL: usize = 4 * MAX_FUNCTIONS;
+/// Most addresses of one process that readings are to explain.
 const MAX_MET: usize = 16_384;
+/// Most readings of one process that are asked for and not made: of one that hangs, the oldest are given up.
+const MAX_ASKED: usize = 4;
+/// Most addresses of all processes that are explained in a batch, with a name of a kilobyte at most.
+const MAX_FOUND: usize = 65_536;
 /// Most functions of one process of which it is remembered that they were sent, at some 150 bytes each; beyond it,
 /// they are sent again.
 const MAX_SENT: usize = 16_384;
+/// Most bytes of the functions of all processes that are remembered so.
+const MAX_SENT_BYTES: usize = 64 * 1024 * 1024;
+/// What one of them takes beside its name.
+const SENT_BYTES: usize = 128;
 /// Most lists for the functions of one process in one batch: as many as addresses changed their function in it.
 const MAX_LISTS: usize = 16;
 /// What profiles show as the file of such code.
@@ -51,119 +68,103 @@ pub struct Reading {
     number: u64,
 }
 
-/// A function as it is sent.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct Function {
-    start: u64,
-    end: u64,
-    name: Arc<str>,
-}
-
 /// What the addresses of a batch came to.
 pub type BatchCode = HashMap<(Reading, u64), Arc<Module>>;
 
+/// Finds a mapped file of a process by its path.
+pub type Mapped<'a> = &'a dyn Fn(u32, &dyn Fn(&str) -> bool) -> Option<Arc<str>>;
+
 /// The processes that run code of their own making.
-#[derive(Default)]
 pub struct JitCode {
     processes: HashMap<u32, Process>,
+    threads: FileThreads<Wanted, Made>,
     /// The number of the last reading, whichever process's.
     last_reading: u64,
-    /// What readings said since the batch began.
+    /// Readings up to this are of batches that are named.
+    named_reading: u64,
+    /// What readings said for batches that are not named.
     found: HashMap<(Reading, u64), Function>,
 }
 
 struct Process {
-    root: ProcessRoot,
-    source: Source,
-    map: CodeMap,
-    met: BTreeMap<u64, Met>,
-    /// Under which number the next reading goes.
-    reading: u64,
-    /// When the last reading began: `CLOCK_MONOTONIC` in nanoseconds.
-    read_ns: u64,
+    /// Which of the processes of its number.
+    incarnation: u64,
+    /// What a reading needs.
+    code: Held,
+    /// Addresses of readings that were not sent. Samples meet those of the last one.
+    asked: Asked,
+    /// Numbers of the readings that are out.
+    out: Vec<u64>,
+    functions: usize,
+    /// When the last reading was sent: `CLOCK_MONOTONIC` in nanoseconds.
+    sent_ns: u64,
     due: Instant,
     met_last: Instant,
+    ended: Option<Instant>,
     sent: HashMap<Function, Arc<Module>>,
+    sent_bytes: usize,
 }
 
-/// Where a process's compiler names its code.
-enum Source {
-    /// Nowhere yet.
-    None,
-    File(CodeFile),
-    /// In a file that is not read.
-    Refused,
+/// Where a process's code is.
+enum Held {
+    Here(Box<ProcessCode>),
+    /// A reading is out.
+    Out,
+    /// Nowhere: its file is not read, or the process ended.
+    Closed,
 }
 
 impl Process {
-    fn new(root: ProcessRoot, reading: u64, now: Instant) -> Self {
+    fn new(root: ProcessRoot, number: u64, now: Instant) -> Self {
         Self {
-            root,
-            source: Source::None,
-            map: CodeMap::default(),
-            met: BTreeMap::new(),
-            reading,
-            read_ns: 0,
+            incarnation: number,
+            code: Held::Here(Box::new(ProcessCode::new(root))),
+            asked: vec![(number, BTreeMap::new())],
+            out: Vec::new(),
+            functions: 0,
+            sent_ns: 0,
             due: now,
             met_last: now,
+            ended: None,
             sent: HashMap::new(),
+            sent_bytes: 0,
         }
     }
 
-    /// Opens the process's file, if there is one that is better than what is open.
-    fn find_file(&mut self, tgid: u32, jitdump: Option<&str>) {
-        let replaced = match &self.source {
-            Source::Refused => return,
-            Source::File(file) => file.is_replaced(&self.root) || jitdump.is_some() && !file.is_jitdump(),
-            Source::None => true,
-        };
-        if !replaced {
-            return;
-        }
-        self.map = CodeMap::default();
-        let opened = match jitdump {
-            Some(path) => CodeFile::jitdump(&self.root, path),
-            None => CodeFile::perf_map(&self.root),
-        };
-        self.source = match opened {
-            Ok(file) => Source::File(file),
-            Err(FileError::Open(_)) => Source::None,
-            Err(error) => {
-                tracing::warn!(tgid, "file with the names of its code {error}");
-                Source::Refused
-            }
-        };
+    fn has_asked(&self) -> bool {
+        self.asked.iter().any(|(_, met)| !met.is_empty())
     }
 
-    /// Reads on in the process's file, and says what was at the addresses that samples met.
-    fn read(&mut self, tgid: u32) -> Vec<(u64, Function)> {
-        let began_ns = monotonic_ns();
-        let earliest_ns = std::mem::replace(&mut self.read_ns, began_ns);
-        let met = std::mem::take(&mut self.met);
-        let Source::File(file) = &mut self.source else { return Vec::new() };
-        let found = match file.read_new(&mut self.map, earliest_ns, monotonic_ns) {
-            Ok(Progress::CaughtUp) => self.map.find(&met),
-            Ok(Progress::More) => BTreeMap::new(),
-            Err(RecordsError::Cut) => {
-                // Java writes the whole map anew when it is asked for one.
-                self.source = Source::None;
-                self.map = CodeMap::default();
-                return Vec::new();
-            }
-            Err(error) => {
-                tracing::warn!(tgid, file = %file.path().display(), "file with the names of its code {error}");
-                self.source = Source::Refused;
-                self.map = CodeMap::default();
-                return Vec::new();
-            }
-        };
-        self.map.settle();
-        let mut names: HashMap<Code, Option<Arc<str>>> = HashMap::new();
-        let functions = found.into_iter().filter_map(|(address, code)| {
-            let name = names.entry(code).or_insert_with(|| file.name(&code).map(Arc::from));
-            Some((address, Function { start: code.start, end: code.end, name: name.clone()? }))
-        });
-        functions.collect()
+    /// Gives up on the process's names.
+    fn close(&mut self) {
+        self.code = Held::Closed;
+        self.functions = 0;
+        for (_, met) in &mut self.asked {
+            met.clear();
+        }
+    }
+
+    /// Whether it ended, and that long ago.
+    fn is_over(&mut self, tgid: u32, now: Instant) -> bool {
+        let is_over = self.ended.is_some_and(|ended| now.duration_since(ended) >= AFTER_END);
+        // Asked now and not at the event, which is that of one thread.
+        if is_over && living_threads(tgid).next().is_some() {
+            self.ended = None;
+            return false;
+        }
+        is_over
+    }
+}
+
+impl Default for JitCode {
+    fn default() -> Self {
+        Self {
+            processes: HashMap::new(),
+            threads: FileThreads::new("windlass-jit", read),
+            last_reading: 0,
+            named_reading: 0,
+            found: HashMap::new(),
+        }
     }
 }
 
@@ -182,21 +183,27 @@ impl JitCode {
         let process = self.processes.get_mut(&tgid)?;
         process.met_last = now;
         // What was there before the last reading is not kept.
-        if time_ns < process.read_ns || matches!(process.source, Source::Refused) {
+        if time_ns < process.sent_ns || matches!(process.code, Held::Closed) {
             return None;
         }
-        if process.met.len() >= MAX_MET && !process.met.contains_key(&address) {
+        let all: usize = process.asked.iter().map(|(_, met)| met.len()).sum();
+        let (number, met) = process.asked.last_mut()?;
+        if all >= MAX_MET && !met.contains_key(&address) {
             return None;
         }
-        let met = process.met.entry(address).or_insert(Met { first_ns: time_ns, last_ns: time_ns });
+        let met = met.entry(address).or_insert(Met { first_ns: time_ns, last_ns: time_ns });
         met.first_ns = met.first_ns.min(time_ns);
         met.last_ns = met.last_ns.max(time_ns);
-        Some(Reading { tgid, number: process.reading })
+        Some(Reading { tgid, number: *number })
     }
 
     /// Whether a compiler's file is read for what samples meet.
     pub fn has_files(&self) -> bool {
-        self.processes.values().any(|process| matches!(process.source, Source::File(_)))
+        self.processes.values().any(|process| match &process.code {
+            Held::Here(code) => matches!(code.source, Source::File(_)),
+            Held::Out => true,
+            Held::Closed => false,
+        })
     }
 
     /// Forgets a process: another program runs under its number.
@@ -204,51 +211,140 @@ impl JitCode {
         self.processes.remove(&tgid);
     }
 
-    /// Reads the files that are due. `mapped` finds a mapped file of a process by its path.
-    pub fn read(&mut self, now: Instant, mapped: impl Fn(u32, &dyn Fn(&str) -> bool) -> Option<Arc<str>>) {
-        self.read_if(now, |process| !process.met.is_empty() && process.due <= now, mapped);
-        self.processes.retain(|_, process| now.duration_since(process.met_last) < IDLE);
-    }
-
-    /// Reads all files that have something to say for the batch.
-    pub fn read_all(
-        &mut self,
-        now: Instant,
-        mapped: impl Fn(u32, &dyn Fn(&str) -> bool) -> Option<Arc<str>>,
-    ) {
-        self.read_if(now, |process| !process.met.is_empty(), mapped);
-    }
-
-    fn read_if(
-        &mut self,
-        now: Instant,
-        is_due: impl Fn(&Process) -> bool,
-        mapped: impl Fn(u32, &dyn Fn(&str) -> bool) -> Option<Arc<str>>,
-    ) {
-        self.processes.retain(|tgid, process| !is_due(process) || process.root.is_of(*tgid));
-        for (tgid, process) in self.processes.iter_mut().filter(|(_, process)| is_due(process)) {
-            let jitdump = mapped(*tgid, &|path| process.root.is_jitdump(path));
-            process.find_file(*tgid, jitdump.as_deref());
-            let reading = Reading { tgid: *tgid, number: process.reading };
-            let functions = process.read(*tgid).into_iter();
-            self.found.extend(functions.map(|(address, function)| ((reading, address), function)));
-            self.last_reading += 1;
-            process.reading = self.last_reading;
-            process.due = now + READING_PAUSE;
+    /// Notes the end of a process, or of one of its threads.
+    pub fn exited(&mut self, tgid: u32, now: Instant) {
+        if let Some(process) = self.processes.get_mut(&tgid) {
+            process.ended = Some(now);
         }
     }
 
-    /// Sends the functions of the batch that were not sent before, and says in which mappings its addresses are.
-    pub fn name_batch(&mut self, upload: &SymbolUpload) -> BatchCode {
-        let found = std::mem::take(&mut self.found);
+    /// Takes the readings that were made, and sends those that are due. `mapped` finds a mapped file of a process by its
+    /// path.
+    pub fn read(&mut self, now: Instant, mapped: Mapped<'_>) {
+        while let Some(made) = self.threads.try_result() {
+            self.take(made, now);
+        }
+        for (tgid, process) in &mut self.processes {
+            if matches!(process.code, Held::Here(_)) && !process.has_asked() && process.is_over(*tgid, now) {
+                process.close();
+            }
+        }
+        // At once for a batch that waits, and while the last of a process can be read.
+        let is_due =
+            |process: &Process| process.due <= now || process.ended.is_some() || process.asked.len() > 1;
+        self.send_if(is_due, mapped);
+        self.processes.retain(|_, process| now.duration_since(process.met_last) < IDLE);
+        self.threads.review(now);
+    }
+
+    /// Nothing more is met for the batch: sends all readings that say something for it. Returns the number of the last.
+    pub fn close_batch(&mut self, now: Instant, mapped: Mapped<'_>) -> u64 {
+        let last = self.last_reading;
+        for process in self.processes.values_mut() {
+            self.last_reading += 1;
+            process.asked.retain(|(_, met)| !met.is_empty());
+            process.asked.push((self.last_reading, BTreeMap::new()));
+            process.asked.drain(..process.asked.len().saturating_sub(MAX_ASKED));
+        }
+        self.send_if(|_| true, mapped);
+        self.threads.review(now);
+        last
+    }
+
+    /// Whether all readings up to this one are made.
+    pub fn has_read(&self, last: u64) -> bool {
+        self.processes.values().all(|process| {
+            let mut asked = process.asked.iter().filter(|(_, met)| !met.is_empty());
+            asked.all(|(number, _)| *number > last) && process.out.iter().all(|number| *number > last)
+        })
+    }
+
+    fn send_if(&mut self, is_due: impl Fn(&Process) -> bool, mapped: Mapped<'_>) {
+        self.processes.retain(|tgid, process| match &process.code {
+            Held::Here(code) if process.has_asked() && is_due(process) => code.root.is_of(*tgid),
+            _ => true,
+        });
+        for (tgid, process) in &mut self.processes {
+            if !process.has_asked() || !is_due(process) || !matches!(process.code, Held::Here(_)) {
+                continue;
+            }
+            let Held::Here(code) = std::mem::replace(&mut process.code, Held::Out) else { continue };
+            let jitdump = mapped(*tgid, &|path| code.root.is_jitdump(path));
+            self.last_reading += 1;
+            let asked = std::mem::replace(&mut process.asked, vec![(self.last_reading, BTreeMap::new())]);
+            process.out = asked.iter().map(|(number, _)| *number).collect();
+            let since_ns = std::mem::replace(&mut process.sent_ns, monotonic_ns());
+            let incarnation = process.incarnation;
+            self.threads.submit(Wanted { tgid: *tgid, incarnation, code, jitdump, asked, since_ns });
+        }
+    }
+
+    fn take(&mut self, made: Made, now: Instant) {
+        let Made { tgid, incarnation, code, found, took } = made;
+        let process = self.processes.get_mut(&tgid).filter(|process| process.incarnation == incarnation);
+        let Some(process) = process else { return };
+        process.out.clear();
+        process.due = now + READING_PAUSE.max(took * PAUSE_PER_READING);
+        process.functions = code.map.len();
+        match code.source {
+            Source::Refused => process.close(),
+            Source::None | Source::File(_) => process.code = Held::Here(code),
+        }
+        for ((number, address), function) in found {
+            if number > self.named_reading && self.found.len() < MAX_FOUND {
+                self.found.insert((Reading { tgid, number }, address), function);
+            }
+        }
+        self.bound_functions();
+    }
+
+    /// Gives up on the largest process's names if all have too many together.
+    fn bound_functions(&mut self) {
+        if self.processes.values().map(|process| process.functions).sum::<usize>() <= MAX_FUNCTIONS_IN_ALL {
+            return;
+        }
+        let here = self.processes.iter_mut().filter(|(_, process)| matches!(process.code, Held::Here(_)));
+        if let Some((tgid, process)) = here.max_by_key(|(_, process)| process.functions) {
+            tracing::warn!(
+                tgid,
+                functions = process.functions,
+                "too many functions of all processes: names end"
+            );
+            process.close();
+        }
+    }
+
+    /// Sends the functions of the batch whose last reading this is that were not sent before, and says in which
+    /// mappings its addresses are.
+    pub fn name_batch(&mut self, last: u64, upload: &SymbolUpload) -> BatchCode {
+        self.named_reading = self.named_reading.max(last);
+        let all = std::mem::take(&mut self.found);
+        let (found, later) = all.into_iter().partition(|((reading, _), _)| reading.number <= last);
+        self.found = later;
+        let code = self.send_functions(&found, upload);
+        while self.processes.values().map(|process| process.sent_bytes).sum::<usize>() > MAX_SENT_BYTES {
+            let largest = self.processes.values_mut().max_by_key(|process| process.sent_bytes);
+            let largest = largest.expect("a sum of none is not above the limit");
+            largest.sent = HashMap::new();
+            largest.sent_bytes = 0;
+        }
+        code
+    }
+
+    fn send_functions(
+        &mut self,
+        found: &HashMap<(Reading, u64), Function>,
+        upload: &SymbolUpload,
+    ) -> BatchCode {
         let mut of_process: HashMap<u32, HashSet<&Function>> = HashMap::new();
-        for ((reading, _), function) in &found {
+        for ((reading, _), function) in found {
             of_process.entry(reading.tgid).or_default().insert(function);
         }
         for (tgid, functions) in of_process {
             let Some(process) = self.processes.get_mut(&tgid) else { continue };
             if process.sent.len() + functions.len() > MAX_SENT {
                 process.sent.clear();
+                process.sent_bytes = 0;
             }
             let mut unsent: Vec<&Function> =
                 functions.into_iter().filter(|function| !process.sent.contains_key(*function)).collect();
@@ -257,6 +353,8 @@ impl JitCode {
                 let content = content(&list);
                 let module = Arc::new(module(&list, &content));
                 if upload.send(module.id.expect("a list has an ID").build_id(), content) {
+                    process.sent_bytes +=
+                        list.iter().map(|function| SENT_BYTES + function.name.len()).sum::<usize>();
                     process.sent.extend(list.into_iter().map(|function| (function.clone(), module.clone())));
                 }
             }
@@ -341,11 +439,21 @@ mod tests {
         assert_eq!(lists(&many.iter().collect::<Vec<_>>()).len(), MAX_LISTS);
     }
 
+    /// Makes the readings up to `last`.
+    fn wait(code: &mut JitCode, last: u64) {
+        while !code.has_read(last) {
+            code.read(Instant::now(), &|_, _| None);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// The name that this process's own map gives an address that samples met now.
     fn named(code: &mut JitCode, address: u64) -> Option<String> {
         let now = Instant::now();
         let reading = code.meet(std::process::id(), address, monotonic_ns(), now)?;
-        code.read_all(now, |_, _| None);
+        let last = code.close_batch(now, &|_, _| None);
+        assert!(reading.number <= last);
+        wait(code, last);
         code.found.get(&(reading, address)).map(|function| function.name.to_string())
     }
 
@@ -364,12 +472,86 @@ mod tests {
         assert_eq!(named(&mut code, 0x3000), None, "first it is noticed");
         assert_eq!(named(&mut code, 0x3000).as_deref(), Some("anew"));
         assert_eq!(named(&mut code, 0x1010), None);
+        write("4000 10 again\n3000 20 longer\n");
+        assert_eq!(named(&mut code, 0x4000), None, "first it is noticed");
+        assert_eq!(named(&mut code, 0x4000).as_deref(), Some("again"));
+        assert_eq!(named(&mut code, 0x3010).as_deref(), Some("longer"));
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(named(&mut code, 0x3000).as_deref(), Some("anew"), "it is still open");
+        assert_eq!(named(&mut code, 0x4000).as_deref(), Some("again"), "it is still open");
         std::fs::create_dir(&path).unwrap();
         assert_eq!(named(&mut code, 0x3000), None);
         std::fs::remove_dir(&path).unwrap();
         code.forget(std::process::id());
         assert!(code.processes.is_empty());
+    }
+
+    /// A process of this one's files under another number.
+    fn process(number: u64, functions: usize) -> Process {
+        let root = ProcessRoot::open(std::process::id()).expect("this process");
+        Process { functions, ..Process::new(root, number, Instant::now()) }
+    }
+
+    #[test]
+    fn functions_have_a_bound_over_all_processes() {
+        let mut code = JitCode::default();
+        for number in 0..MAX_PROCESSES as u32 {
+            // Of processes with a few and processes with as many as one may have.
+            let functions = if number % 2 == 0 { 1000 } else { MAX_FUNCTIONS };
+            code.processes.insert(u32::MAX - number, process(number.into(), functions));
+            code.bound_functions();
+            let all: usize = code.processes.values().map(|process| process.functions).sum();
+            assert!(all <= MAX_FUNCTIONS_IN_ALL, "{all}");
+        }
+        let kept = code.processes.values().filter(|process| process.functions == 1000).count();
+        assert_eq!(kept, MAX_PROCESSES / 2, "the largest goes");
+    }
+
+    #[test]
+    fn readings_hold_up_nobody() {
+        let mut code = JitCode::default();
+        let (held, hanging) = std::sync::mpsc::channel::<()>();
+        static HANGING: std::sync::Mutex<Option<std::sync::mpsc::Receiver<()>>> = std::sync::Mutex::new(None);
+        *HANGING.lock().expect("nobody panics with it") = Some(hanging);
+        code.threads = FileThreads::new("test", |wanted| {
+            let hanging = HANGING.lock().expect("nobody panics with it").take();
+            let _ = hanging.map(|hanging| hanging.recv());
+            read(wanted)
+        });
+        let now = Instant::now();
+        let reading = code.meet(std::process::id(), 0x1000, monotonic_ns(), now).expect("it runs");
+        let last = code.close_batch(now, &|_, _| None);
+        for _ in 0..2 * MAX_ASKED {
+            let next = code.meet(std::process::id(), 0x1000, monotonic_ns(), now).expect("it runs");
+            assert_ne!(next, reading);
+            code.close_batch(now, &|_, _| None);
+            code.read(now, &|_, _| None);
+        }
+        assert!(!code.has_read(last));
+        assert!(code.processes[&std::process::id()].asked.len() <= MAX_ASKED);
+        drop(held);
+        wait(&mut code, last);
+    }
+
+    #[test]
+    fn files_of_ended_processes_are_closed() {
+        let mut child =
+            std::process::Command::new("sleep").arg("60").spawn().expect("a program of the machine");
+        let (mut code, now) = (JitCode::default(), Instant::now());
+        code.meet(child.id(), 0x1000, monotonic_ns(), now).expect("it runs");
+        code.exited(child.id(), now);
+        let later = now + AFTER_END;
+        while code.processes[&child.id()].has_asked() || !code.processes[&child.id()].out.is_empty() {
+            code.read(now, &|_, _| None);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        code.read(later, &|_, _| None);
+        assert!(matches!(code.processes[&child.id()].code, Held::Here(_)), "other threads go on");
+        child.kill().expect("own child");
+        child.wait().expect("own child");
+        code.exited(child.id(), now);
+        code.read(now, &|_, _| None);
+        assert!(matches!(code.processes[&child.id()].code, Held::Here(_)));
+        code.read(later, &|_, _| None);
+        assert!(matches!(code.processes[&child.id()].code, Held::Closed));
     }
 }

@@ -16,7 +16,7 @@
 //! - [`resource`], [`cgroup`]: of which service, container and pod they are
 //! - [`kallsyms`], [`kernel_modules`]: the kernel's own addresses
 //! - [`jit_code`]: code of just-in-time compilers; [`code_file`], [`code_records`] ([`mod@perf_map`], [`jitdump`]),
-//!   [`code_map`], [`symbol_upload`]
+//!   `code_reading` on `file_threads`, [`code_map`], [`symbol_upload`]
 //! - [`audit`]: whether the kernel's walks are right
 //! - [`metrics`], `own_cost`, `status`: what it says of itself; [`privilege`]: what it may not do
 //! - [`service`]: what is asked of the service
@@ -31,10 +31,12 @@ pub mod choice;
 pub mod chunks;
 pub mod code_file;
 pub mod code_map;
+mod code_reading;
 pub mod code_records;
 pub mod compression;
 pub mod copied;
 mod eviction;
+mod file_threads;
 mod frame_pointers;
 pub mod image;
 pub mod images;

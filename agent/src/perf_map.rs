@@ -16,13 +16,18 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// functions.
 pub const MAX_MAP_BYTES: u64 = 256 << 20;
 
+/// How many bytes before a position are kept, to tell whether the map was written anew: some lines, with addresses.
+const KEPT_BYTES: usize = 128;
+
 /// A position in a perf map.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PerfMapReader {
     /// Where the next line starts, in bytes.
     offset: u64,
     /// Whether that is inside a line too long to count.
     inside_line: bool,
+    /// The last bytes before `offset`.
+    before: Vec<u8>,
 }
 
 impl PerfMapReader {
@@ -32,7 +37,7 @@ impl PerfMapReader {
         map: &(impl ReadAt + ?Sized),
         sink: &mut dyn FnMut(Record) -> Result<(), RecordsError>,
     ) -> Result<Progress, RecordsError> {
-        if map.size()? < self.offset {
+        if map.size()? < self.offset || !self.follows(map)? {
             return Err(RecordsError::Cut);
         }
         let end = self.offset.saturating_add(READING_BYTES);
@@ -48,7 +53,7 @@ impl PerfMapReader {
             }
             if whole == 0 {
                 self.inside_line = true;
-                self.offset += read as u64;
+                self.advance(&chunk[..read]);
                 continue;
             }
             let mut at = self.offset;
@@ -61,9 +66,24 @@ impl PerfMapReader {
                 }
                 at += line.len() as u64 + 1;
             }
-            self.offset += whole as u64;
+            self.advance(&chunk[..whole]);
         }
         Ok(Progress::More)
+    }
+
+    /// Whether the map still has what was read last. Java asked for its map again writes it from the start, into the same
+    /// file.
+    fn follows(&self, map: &(impl ReadAt + ?Sized)) -> Result<bool, RecordsError> {
+        let mut before = [0; KEPT_BYTES];
+        let before = &mut before[..self.before.len()];
+        let read = map.read_at(before, self.offset - self.before.len() as u64)?;
+        Ok(before[..read] == self.before[..])
+    }
+
+    fn advance(&mut self, read: &[u8]) {
+        self.offset += read.len() as u64;
+        self.before.extend_from_slice(&read[read.len().saturating_sub(KEPT_BYTES)..]);
+        self.before.drain(..self.before.len().saturating_sub(KEPT_BYTES));
     }
 }
 
@@ -117,6 +137,17 @@ mod tests {
         assert_eq!(read(&mut reader, grown), []);
         let cut = reader.read_new(&b"1000"[..], &mut |_| Ok(()));
         assert!(matches!(cut, Err(RecordsError::Cut)), "{cut:?}");
+    }
+
+    #[test]
+    fn a_map_that_is_written_anew_is_noticed_whatever_its_size() {
+        let mut reader = PerfMapReader::default();
+        read(&mut reader, b"1000 20 first\n2000 8 second\n");
+        for anew in ["1000 20 first\n3000 9 second\n", "1000 20 first\n3000 8 third\n4000 10 fourth\n"] {
+            let cut = reader.clone().read_new(anew.as_bytes(), &mut |_| Ok(()));
+            assert!(matches!(cut, Err(RecordsError::Cut)), "{cut:?}");
+        }
+        assert_eq!(read(&mut reader, b"1000 20 first\n2000 8 second\n3 1 f\n"), [line(3, 4, "f")]);
     }
 
     #[test]

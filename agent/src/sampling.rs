@@ -46,6 +46,10 @@ const QUIET_WAIT: Duration = Duration::from_secs(1);
 const QUIET_AFTER: Duration = Duration::from_secs(1);
 /// Pause when events cannot be read.
 const FAILURE_PAUSE: Duration = Duration::from_millis(100);
+/// How long a batch waits for the names of code that processes made.
+const LONGEST_NAMING: Duration = Duration::from_secs(2);
+/// How often it is asked at the end whether they have come.
+const NAMING_PAUSE: Duration = Duration::from_millis(1);
 /// Most tables that the summary names as unavailable.
 const MAX_NAMED_UNAVAILABLE: usize = 1000;
 
@@ -72,6 +76,8 @@ pub(crate) struct Sampling {
     pub(crate) compression: Compression,
     pub(crate) resources: Resources,
     pub(crate) batch: OpenBatch,
+    /// One that waits for names.
+    pub(crate) closed: Option<ClosedBatch>,
     /// False while samples only make tables come.
     pub(crate) keeps_samples: bool,
     pub(crate) unkept: WarmUp,
@@ -87,6 +93,18 @@ pub(crate) struct OpenBatch {
     number: u64,
     /// Kernel modules that were not where they had been, since it was opened.
     gone: Vec<Module>,
+}
+
+/// A batch that is full, but for the names of code that processes made.
+pub(crate) struct ClosedBatch {
+    batch: Batch,
+    recording: Recording,
+    /// Kernel modules that were not where they had been, while it was open.
+    gone: Vec<Module>,
+    /// The last reading that says something for it.
+    last_reading: u64,
+    /// When it is shipped without.
+    due: Instant,
 }
 
 impl OpenBatch {
@@ -125,10 +143,24 @@ impl Sampling {
         }
         self.turn(Duration::ZERO);
         self.ship();
+        while self.closed.is_some() {
+            std::thread::sleep(NAMING_PAUSE);
+            self.read_code(Instant::now());
+        }
+    }
+
+    /// Reads what compilers wrote of their code, and ships the batch that waits for it.
+    fn read_code(&mut self, now: Instant) {
+        self.jit.read(now, &|tgid, is_wanted| self.processes.mapped_path(tgid, is_wanted));
+        let jit = &self.jit;
+        let is_due = |closed: &mut ClosedBatch| jit.has_read(closed.last_reading) || closed.due <= now;
+        if let Some(closed) = self.closed.take_if(is_due) {
+            self.ship_closed(closed);
+        }
     }
 
     fn longest_wait(&self, now: Instant) -> Duration {
-        if now.duration_since(self.quiet_since) < QUIET_AFTER {
+        if now.duration_since(self.quiet_since) < QUIET_AFTER || self.closed.is_some() {
             BUSY_WAIT
         } else if self.jit.has_files() {
             MADE_CODE_WAIT
@@ -168,7 +200,10 @@ impl Sampling {
                 }
                 Event::Audit(walk) => self.audit(*walk),
                 Event::Lost { .. } => self.resources.lost(),
-                Event::Exited { tgid } => self.resources.exited(tgid, now),
+                Event::Exited { tgid } => {
+                    self.jit.exited(tgid, now);
+                    self.resources.exited(tgid, now);
+                }
                 Event::Mapped { .. } => {}
             }
         }
@@ -180,7 +215,7 @@ impl Sampling {
         for sample in without_mappings {
             self.record(&sample, now);
         }
-        self.jit.read(now, |tgid, is_wanted| self.processes.mapped_path(tgid, is_wanted));
+        self.read_code(now);
         self.batch.gone.extend(self.modules.review_if_due());
         self.place_tables(now);
         self.processes.expire(&mut *self.backend, now);
@@ -292,11 +327,16 @@ impl Sampling {
         }
     }
 
-    /// Hands the batch to the shipper and opens the next.
+    /// Closes the batch, which goes to the shipper when its names are there, and opens the next.
     fn ship(&mut self) {
         self.note_lost();
         self.resources.expire(Instant::now());
-        self.jit.read_all(Instant::now(), |tgid, is_wanted| self.processes.mapped_path(tgid, is_wanted));
+        let now = Instant::now();
+        let mapped = |tgid, is_wanted: &dyn Fn(&str) -> bool| self.processes.mapped_path(tgid, is_wanted);
+        let last_reading = self.jit.close_batch(now, &mapped);
+        if let Some(closed) = self.closed.take() {
+            self.ship_closed(closed);
+        }
         let next = OpenBatch::new(self.batch.number + 1);
         let open = std::mem::replace(&mut self.batch, next);
         if open.batch.is_empty() {
@@ -313,8 +353,18 @@ impl Sampling {
         };
         let mut gone = open.gone;
         gone.extend(self.modules.review());
-        let code = self.jit.name_batch(&self.symbols);
-        let request = open.batch.into_request(&recording, &code, &gone).encode_to_vec();
+        let closed =
+            ClosedBatch { batch: open.batch, recording, gone, last_reading, due: now + LONGEST_NAMING };
+        match self.jit.has_read(last_reading) {
+            true => self.ship_closed(closed),
+            false => self.closed = Some(closed),
+        }
+    }
+
+    /// Hands a batch to the shipper.
+    fn ship_closed(&mut self, closed: ClosedBatch) {
+        let code = self.jit.name_batch(closed.last_reading, &self.symbols);
+        let request = closed.batch.into_request(&closed.recording, &code, &closed.gone).encode_to_vec();
         match self.compression.compress(&request) {
             Ok(request) => {
                 self.shipper.ship(EncodedBatch { compression: self.compression, bytes: request.into() });

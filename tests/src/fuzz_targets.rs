@@ -152,7 +152,7 @@ fn look_up(records: &[Record], name: impl Fn(&Code) -> Option<String>) {
     let mut map = CodeMap::default();
     let (before, now) = records.split_at(records.len() / 2);
     for (records, times) in [(before, (0, 10)), (now, (10, 20))] {
-        map.settle();
+        map.settle(10);
         for record in records {
             let _ = map.add(*record, times.0, times.1);
         }
