@@ -14,6 +14,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::oneshot;
 use windlass_schema::StopReason;
 
 use crate::alarm::Alarm;
@@ -233,6 +234,8 @@ pub struct Agent {
     stop: Arc<AtomicBool>,
     alarm: Alarm,
     thread: Option<JoinHandle<Summary>>,
+    /// Closed when the thread ends, however it does.
+    end: oneshot::Receiver<()>,
     warm_up: WarmUp,
     agent_id: String,
     status_address: Option<SocketAddr>,
@@ -290,6 +293,7 @@ impl Agent {
         let status_address = listener.as_ref().map(|listener| listener.address);
         let audit = config.audit.map(|_| SharedReport::default());
         let (started, starting) = mpsc::sync_channel(1);
+        let (running, end) = oneshot::channel();
         let thread = std::thread::Builder::new()
             .name("windlass-agent".to_owned())
             .spawn({
@@ -300,11 +304,14 @@ impl Agent {
                     listener,
                     audit: audit.clone(),
                 };
-                move || run(&config, presence, backend, &stop, &started)
+                move || {
+                    let _running = running;
+                    run(&config, presence, backend, &stop, &started)
+                }
             })
             .map_err(StartError::Thread)?;
         let warm_up = starting.recv().map_err(|_| StartError::Ended)??;
-        Ok(Self { stop, alarm, thread: Some(thread), warm_up, agent_id, status_address, audit })
+        Ok(Self { stop, alarm, thread: Some(thread), end, warm_up, agent_id, status_address, audit })
     }
 
     /// What its batches carry as `windlass.agent.id`, and no other agent's do.
@@ -327,8 +334,14 @@ impl Agent {
         self.audit.as_ref()
     }
 
-    /// Stops sampling, sends what is left, and ends the agent's threads. Takes up to ten seconds if the
-    /// service does not answer.
+    /// Waits until the agent ends without being stopped, by a panic, of which [`Self::stop`] tells.
+    pub async fn ended(&mut self) {
+        // Nothing is ever sent.
+        let _ = (&mut self.end).await;
+    }
+
+    /// Stops sampling, sends what is left, and ends the agent's threads. Takes up to 20 seconds if the service does not
+    /// answer: what is under way has ten, and what is left has ten.
     pub fn stop(mut self) -> Result<Summary, StopError> {
         self.stop.store(true, Ordering::Release);
         self.alarm.ring();

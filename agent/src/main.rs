@@ -151,7 +151,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let seconds = arguments.seconds.map(Duration::from_secs);
-    let agent = Agent::start(config).map_err(|error| {
+    let mut agent = Agent::start(config).map_err(|error| {
         let advice = match error {
             StartError::Load(LoadError::NotPermitted) => Privilege::current().bpf_advice(),
             _ => Vec::new(),
@@ -163,7 +163,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         tracing::warn!("{limit}");
     }
     tracing::info!("sampling");
-    runtime.block_on(end(seconds)).context("failed to wait for signals")?;
+    runtime.block_on(end(seconds, &mut agent)).context("failed to wait for signals")?;
     report(&agent.stop()?);
     Ok(())
 }
@@ -174,8 +174,8 @@ fn audit_share(text: &str) -> Result<NonZeroU32, String> {
     every.ok_or_else(|| "expected 1/N, such as 1/100".to_owned())
 }
 
-/// Waits for SIGINT, SIGTERM or the end of the time.
-async fn end(seconds: Option<Duration>) -> std::io::Result<()> {
+/// Waits for SIGINT, SIGTERM, the end of the time, or the agent's own.
+async fn end(seconds: Option<Duration>, agent: &mut Agent) -> std::io::Result<()> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let time = async {
         match seconds {
@@ -187,6 +187,7 @@ async fn end(seconds: Option<Duration>) -> std::io::Result<()> {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
         () = time => {}
+        () = agent.ended() => {}
     }
     Ok(())
 }

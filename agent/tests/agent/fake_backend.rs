@@ -27,6 +27,7 @@ struct State {
     tables: Vec<(BuildId, bool)>,
     generations: HashMap<u32, u32>,
     last_generation: u32,
+    is_broken: bool,
 }
 
 pub(crate) struct FakeBackend {
@@ -87,6 +88,8 @@ impl Backend for FakeBackend {
     }
 
     fn poll(&mut self, timeout: Duration, sink: &mut dyn FnMut(Event)) -> anyhow::Result<()> {
+        let is_broken = self.state.lock().unwrap().is_broken;
+        assert!(!is_broken, "the backend is broken");
         match self.events.recv_timeout(timeout.min(Duration::from_millis(100))) {
             Ok(event) => sink(event),
             Err(_) => std::thread::sleep(timeout.min(Duration::from_millis(5))),
@@ -101,6 +104,11 @@ impl Backend for FakeBackend {
 }
 
 impl View {
+    /// From now on the backend panics.
+    pub(crate) fn break_down(&self) {
+        self.state.lock().unwrap().is_broken = true;
+    }
+
     /// Sends an event. A sample that says [`NOW`] was walked by the mappings of this moment.
     pub(crate) fn send(&self, mut event: Event) {
         if let Event::Sample(sample) = &mut event

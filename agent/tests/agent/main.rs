@@ -456,3 +456,19 @@ fn a_start_that_cannot_be_is_an_error() {
     assert!(start(&|config| config.frequency_hz = 0).contains("0 Hz"));
     assert!(start(&|config| config.cache_dir = "/proc/no".into()).contains("/proc/no"));
 }
+
+/// A process whose agent has ended would be kept for one that samples.
+#[test]
+fn the_end_of_its_thread_is_told() {
+    let service = FakeService::start(Tables::FromSkeletons);
+    let cache = tempfile::tempdir().unwrap();
+    let (backend, view) = FakeBackend::new();
+    let mut agent = Agent::start_with_backend(config(&service, &cache), Box::new(backend)).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let mut ends =
+        |within| runtime.block_on(async { tokio::time::timeout(within, agent.ended()).await.is_ok() });
+    assert!(!ends(Duration::from_millis(50)));
+    view.break_down();
+    assert!(ends(Duration::from_secs(10)));
+    assert!(agent.stop().is_err());
+}
