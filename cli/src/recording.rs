@@ -19,8 +19,9 @@ const MAX_PROFILE_BYTES: u64 = 1 << 30;
 /// Clocks of samples and of this process are read at different moments; the range asked for is this much wider.
 const RANGE_MARGIN: Duration = Duration::from_secs(1);
 
-/// Longest wait, before samples are kept, for the tables of what runs.
-const WARM_UP: Duration = Duration::from_secs(2);
+/// Longest wait, before samples are kept, for the tables of what runs: it ends when they are there, and on a machine that is busy
+/// with other things that takes a while.
+const WARM_UP: Duration = Duration::from_secs(10);
 
 /// How the samples were taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

@@ -71,11 +71,22 @@ const RUNTIME: &[Of] = &[
     Of::Image("[vdso]"),
 ];
 
-const PYTHON: &[Of] =
-    &[Of::Image("python"), Of::Image("libpython"), Of::Image("libc.so.6"), Of::Image("libm.so.6")];
-const PERL: &[Of] =
-    &[Of::Image("perl"), Of::Image("libperl"), Of::Image("libc.so.6"), Of::Image("libm.so.6")];
-const SHELL: &[Of] = &[Of::Image("bash"), Of::Image("libc.so.6")];
+/// Interpreters load modules when they begin.
+const PYTHON: &[Of] = &[
+    Of::Image("python"),
+    Of::Image("libpython"),
+    Of::Image("libc.so.6"),
+    Of::Image("libm.so.6"),
+    Of::Image("ld-linux"),
+];
+const PERL: &[Of] = &[
+    Of::Image("perl"),
+    Of::Image("libperl"),
+    Of::Image("libc.so.6"),
+    Of::Image("libm.so.6"),
+    Of::Image("ld-linux"),
+];
+const SHELL: &[Of] = &[Of::Image("bash"), Of::Image("libc.so.6"), Of::Image("ld-linux")];
 
 const OPENBLAS: &str = "/usr/lib/x86_64-linux-gnu/libopenblas.so.0";
 const BLAS: &[Of] = &[Of::Image("libopenblas"), Of::Image("libc.so.6")];
