@@ -1,6 +1,7 @@
 //! The walk on x86-64.
 
 mod frame_pointer;
+mod hotspot;
 mod registers;
 mod step;
 

@@ -7,10 +7,10 @@ use std::process::{Child, Command, Stdio};
 
 use windlass_agent::BackendChoice;
 use windlass_schema::http::ArtefactKind;
-use windlass_tests::program::program;
+use windlass_tests::program::{program, run};
 use windlass_tests::service::TestService;
 use windlass_tests::skip::may_use_bpf;
-use windlass_tests::stacks::{Frame, Stack};
+use windlass_tests::stacks::{Frame, Stack, total};
 use windlass_unwind_compiler::build_id_of;
 
 use crate::live::{assert_complete, assert_rightly_complete, profile_process};
@@ -92,5 +92,71 @@ async fn compiled_javascript() {
     assert_rightly_complete(&stacks);
     let deep = |stack: &&Stack| stack.is_complete() && frames_without_image(stack) >= JAVASCRIPT_FRAMES;
     assert!(stacks.iter().any(|stack| deep(&stack)), "{stacks:#?}");
+    service.stop().await;
+}
+
+/// Levels of the recursion in Java.
+const JAVA_FRAMES: usize = 50;
+/// Smallest share of samples with all of them, where code keeps frame pointers, and largest of complete ones with fewer: nearly
+/// all time goes into the innermost.
+const MIN_DEEP: f64 = 0.97;
+const MAX_SHALLOW: f64 = 0.02;
+
+/// How often the address is there that is there most often in a row.
+fn longest_run(stack: &Stack) -> usize {
+    let runs = stack.frames.chunk_by(|one, other| one.address == other.address);
+    runs.map(<[Frame]>::len).max().unwrap_or_default()
+}
+
+/// Java's stacks: libjvm, what it made to call Java, the interpreter or a compiler's code. There are no names: a method that
+/// calls itself from one place has one return address, so that a frame left out or doubled shows in their number.
+#[tokio::test(flavor = "multi_thread")]
+async fn java_interpreted_and_compiled() {
+    let test = "mixed_stacks::java_interpreted_and_compiled";
+    let (Some(java), Some(compiler)) = (program(test, "java"), program(test, "javac")) else { return };
+    if !may_use_bpf(test) {
+        return;
+    }
+    let service = TestService::start().await;
+    let source = service.folder().join("Down.java");
+    let text = format!(
+        "public class Down {{ static int down(int depth) {{ if (depth > 0) return down(depth - 1) + 1; \
+         int sum = 0; for (int i = 0; i < 1000000; i++) sum = sum * 31 + i; return sum; }} \
+         public static void main(String[] a) {{ int sum = 0; for (;;) sum += down({JAVA_FRAMES}); }} }}"
+    );
+    std::fs::write(&source, text).expect("the source");
+    run(Command::new(compiler).arg("-d").args([service.folder(), &source]), &[0]);
+    // The interpreter comes back to one place whoever calls, `main` as well.
+    for (mode, keeps, frames) in [
+        ("-Xint", true, JAVA_FRAMES + 1),
+        ("-XX:TieredStopAtLevel=1", true, JAVA_FRAMES),
+        ("-XX:-TieredCompilation", true, JAVA_FRAMES),
+        ("-XX:TieredStopAtLevel=1", false, JAVA_FRAMES),
+        ("-XX:-TieredCompilation", false, JAVA_FRAMES),
+    ] {
+        let kept = if keeps { "-XX:+PreserveFramePointer" } else { "-XX:-PreserveFramePointer" };
+        // With each call as a frame of its own.
+        let mut command = Command::new(&java);
+        command
+            .args([kept, mode, "-XX:-Inline", "-XX:+UseSerialGC", "-cp"])
+            .arg(service.folder())
+            .arg("Down");
+        let running = Running::start(&mut command);
+        let mut stacks = profile_process(&service, running.0.id(), BackendChoice::Bpf).await;
+        assert_rightly_complete(&stacks);
+        // The others, of compilers and collectors, have names of their own.
+        stacks.retain(|stack| stack.thread == "java");
+        let (complete, cut): (Vec<_>, Vec<_>) = stacks.iter().partition(|stack| stack.is_complete());
+        let (deep, shallow): (Vec<_>, Vec<_>) =
+            complete.into_iter().partition(|stack| longest_run(stack) == frames);
+        let share = |some: &[&Stack]| total(some.iter().copied()) as f64 / total(&stacks) as f64;
+        assert!(share(&shallow) <= MAX_SHALLOW, "{kept} {mode}: {shallow:#?}");
+        assert!(
+            share(&deep) >= MIN_DEEP || !keeps,
+            "{kept} {mode}: {} of {}: {cut:#?}",
+            deep.len(),
+            stacks.len()
+        );
+    }
     service.stop().await;
 }

@@ -34,6 +34,7 @@
 use windlass_schema::StopReason;
 use windlass_schema::record::{DWARF_RBP, DWARF_RSP};
 
+use super::hotspot::{AHEAD, TO_ENTRY, TO_HEADER, returns_to_interpreter};
 use super::registers::Registers;
 use crate::frame_pointer::{Candidate, CodeWithoutTable, FramePointers, Search};
 use crate::memory::StackMemory;
@@ -77,7 +78,7 @@ const NOP: u64 = 0x90;
 
 /// 1 if `value`, below 2^63, is 0, else 0; without a branch, of which the verifier follows both sides.
 #[inline(always)]
-const fn is_zero(value: u64) -> u64 {
+pub(super) const fn is_zero(value: u64) -> u64 {
     value.wrapping_sub(1) >> 63
 }
 
@@ -94,7 +95,7 @@ const fn is_among<const N: usize>(byte: u64, bytes: [u64; N]) -> u64 {
 
 /// The byte in front of `address`. 0 if it cannot be read.
 #[inline(always)]
-fn byte_before<M: StackMemory>(address: u64, memory: &M) -> u64 {
+pub(super) fn byte_before<M: StackMemory>(address: u64, memory: &M) -> u64 {
     // Of a word that does not leave the page, so that it can be read where this is the mapping's second byte.
     let before = address.wrapping_sub(1);
     memory.word(before & !7).map_or(0, |word| word >> (8 * (before & 7)) & 0xff)
@@ -146,10 +147,16 @@ fn is_of_known_compiler(code: &CodeWithoutTable) -> bool {
     code.keeps_frame_pointers && code.is_jit
 }
 
+/// Whether a JIT compiler made the code of which nothing more is known.
+#[inline(always)]
+fn is_of_unknown_compiler(code: &CodeWithoutTable) -> bool {
+    code.is_jit && !code.keeps_frame_pointers
+}
+
 impl Registers {
     /// The caller by what lies at `at` on the stack: its address.
     #[inline(always)]
-    fn caller_at<M: StackMemory>(
+    pub(super) fn caller_at<M: StackMemory>(
         &self,
         at: u64,
         frame_pointer: u64,
@@ -162,7 +169,10 @@ impl Registers {
 
     /// The caller by the frame pointer.
     #[inline(always)]
-    fn caller_by_frame_pointer<M: StackMemory>(&self, memory: &M) -> Result<Option<Candidate>, StopReason> {
+    pub(super) fn caller_by_frame_pointer<M: StackMemory>(
+        &self,
+        memory: &M,
+    ) -> Result<Option<Candidate>, StopReason> {
         let rbp = self.get(DWARF_RBP)?;
         if rbp < self.general[DWARF_RSP as usize] || rbp & 7 != 0 {
             return Err(StopReason::FramePointer);
@@ -261,7 +271,7 @@ impl Registers {
 
     /// Goes on with the words on the stack.
     #[inline(always)]
-    fn search_stack(&self, search: &mut Search) -> Result<Option<Candidate>, StopReason> {
+    pub(super) fn search_stack(&self, search: &mut Search) -> Result<Option<Candidate>, StopReason> {
         search.phase = ON_STACK;
         search.at = self.general[DWARF_RSP as usize];
         Ok(None)
@@ -408,11 +418,22 @@ impl FramePointers for Registers {
                     if is_of_known_compiler(code) {
                         return self.search_object(search);
                     }
+                    if is_of_unknown_compiler(code) {
+                        let caller = self.caller_by_method_end(code.unproved, memory)?;
+                        if caller.is_some() {
+                            return Ok(caller);
+                        }
+                    }
                 } else if is_of_known_compiler(code) && self.is_in_v8_frame(memory) {
                     return self.caller_by_frame_pointer(memory);
                 }
+                if is_of_unknown_compiler(code) {
+                    return self.search_ahead(search, code.unproved);
+                }
                 self.search_code(search, code.unproved, memory)
             }
+            AHEAD => self.look_ahead(search, code, memory),
+            TO_ENTRY | TO_HEADER => self.look_for_method(search, code, memory),
             IN_CODE => self.look_at_code(search, code, memory),
             IN_OBJECT => self.look_at_object(search, code, memory),
             _ => self.look_at_stack(search, memory),
@@ -421,7 +442,8 @@ impl FramePointers for Registers {
 
     #[inline(always)]
     fn follows_call<M: StackMemory>(address: u64, memory: &M) -> Option<bool> {
-        memory.word(address.wrapping_sub(8)).map(ends_with_call)
+        let is_called = memory.word(address.wrapping_sub(8)).map(ends_with_call)?;
+        Some(is_called || returns_to_interpreter(address, memory))
     }
 
     #[inline(always)]

@@ -181,7 +181,7 @@ impl Registers {
 
     /// Goes on with the code in front of the address.
     #[inline(always)]
-    pub(super) fn search_code<M: StackMemory>(
+    pub(in crate::x86_64) fn search_code<M: StackMemory>(
         &self,
         search: &mut Search,
         unproved: StopReason,

@@ -13,6 +13,7 @@ use crate::walk::Walk;
 
 mod code_objects;
 mod doubts;
+mod hotspot;
 
 const CODE: u64 = 0x1000;
 const CODE_END: u64 = 0x3000;
