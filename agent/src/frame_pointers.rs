@@ -56,38 +56,15 @@ pub(crate) fn frame_pointer_code<'data, R: ReadRef<'data>>(
     kept
 }
 
-/// Code that goes into a skeleton, for the service to tell the frames in it: where it is, and in the file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct KeptCode {
-    pub(crate) address: u64,
-    pub(crate) file: Range<u64>,
-}
-
-/// Where the file has [`frame_pointer_code`], as much of it as is sent.
-pub(crate) fn kept_code<'data, R: ReadRef<'data>>(
-    program_headers: &[ProgramHeader],
-    image: R,
-) -> Vec<KeptCode> {
-    let file = Loaded { program_headers, image };
-    let mut left = MAX_GAPS_BYTES;
-    let kept = frame_pointer_code(program_headers, image).into_iter().filter_map(|range| {
-        let size = range.end - range.start;
-        let offset = file.offset(range.start, size, true)?;
-        left = left.checked_sub(size)?;
-        Some(KeptCode { address: range.start, file: offset..offset + size })
-    });
-    kept.collect()
-}
-
 /// An image by its addresses.
-struct Loaded<'h, R> {
-    program_headers: &'h [ProgramHeader],
-    image: R,
+pub(crate) struct Loaded<'h, R> {
+    pub(crate) program_headers: &'h [ProgramHeader],
+    pub(crate) image: R,
 }
 
 impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
     /// Where the file has the bytes at an address, in one segment.
-    fn offset(&self, address: u64, count: u64, executable: bool) -> Option<u64> {
+    pub(crate) fn offset(&self, address: u64, count: u64, executable: bool) -> Option<u64> {
         self.program_headers.iter().find_map(|segment| {
             let is_load = segment.p_type(LE) == elf::PT_LOAD;
             let at = address.checked_sub(segment.p_vaddr(LE)).filter(|_| is_load)?;
@@ -108,17 +85,7 @@ impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
             segment.p_flags(LE).contains(elf::PF_X) && segment.p_filesz(LE) >= MIN_GAP_BYTES
         };
         self.program_headers.iter().find(is_code)?;
-        let is_header = |segment: &&ProgramHeader| segment.p_type(LE) == elf::PT_GNU_EH_FRAME;
-        let segment = self.program_headers.iter().find(is_header)?;
-        let (address, size) = (segment.p_vaddr(LE), segment.p_filesz(LE).min(MAX_HEADER_BYTES));
-        let header = self.image.read_bytes_at(segment.p_offset(LE), size).ok()?;
-        let table = header.strip_prefix(&HEADER_START)?.get(TABLE_OFFSET - HEADER_START.len()..)?;
-        let count = u32::from_le_bytes(header[8..TABLE_OFFSET].try_into().ok()?) as usize;
-        let at = |bytes: &[u8]| {
-            let offset = i32::from_le_bytes(bytes.try_into().expect("4 bytes"));
-            address.wrapping_add_signed(offset.into())
-        };
-        let mut entries = table.chunks_exact(8).take(count).map(|pair| (at(&pair[..4]), at(&pair[4..])));
+        let mut entries = self.entries()?;
         let (mut start, mut fde) = entries.next()?;
         let (mut gaps, mut left) = (Vec::new(), MAX_GAPS_BYTES);
         for (next, next_fde) in entries {
@@ -136,6 +103,29 @@ impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
             (start, fde) = (next, next_fde);
         }
         Some(gaps)
+    }
+
+    /// The table of `.eh_frame_hdr`: where functions with CFI start, in order, and where their FDEs are.
+    fn entries(&self) -> Option<impl Iterator<Item = (u64, u64)>> {
+        let is_header = |segment: &&ProgramHeader| segment.p_type(LE) == elf::PT_GNU_EH_FRAME;
+        let segment = self.program_headers.iter().find(is_header)?;
+        let (address, size) = (segment.p_vaddr(LE), segment.p_filesz(LE).min(MAX_HEADER_BYTES));
+        let header = self.image.read_bytes_at(segment.p_offset(LE), size).ok()?;
+        let table = header.strip_prefix(&HEADER_START)?.get(TABLE_OFFSET - HEADER_START.len()..)?;
+        let count = u32::from_le_bytes(header[8..TABLE_OFFSET].try_into().ok()?) as usize;
+        let at = move |bytes: &[u8]| {
+            let offset = i32::from_le_bytes(bytes.try_into().expect("4 bytes"));
+            address.wrapping_add_signed(offset.into())
+        };
+        Some(table.chunks_exact(8).take(count).map(move |pair| (at(&pair[..4]), at(&pair[4..]))))
+    }
+
+    /// Functions with CFI, by their starts, as far as `.eh_frame_hdr` is of the usual kind.
+    pub(crate) fn functions(&self) -> Vec<Range<u64>> {
+        let range = |(start, fde)| Some(start..self.end_of(start, fde)?);
+        let mut functions: Vec<_> = self.entries().into_iter().flatten().filter_map(range).collect();
+        functions.sort_by_key(|function| function.start);
+        functions
     }
 
     /// Where the function ends that starts there and has its FDE there.
@@ -222,7 +212,7 @@ mod tests {
         assert!(builtins.into_iter().all(|symbol| is_inside(symbol.address())), "{ranges:x?}");
     }
 
-    /// The service sees of such code what it would see of the whole image.
+    /// The service sees of such code what it would see of the whole image; behind it is other code without CFI.
     #[test]
     fn skeletons_have_the_code() {
         use object::{Object as _, ObjectSection as _};
@@ -241,7 +231,6 @@ mod tests {
             let text = whole.section_by_name(".text").unwrap();
             assert_eq!(section.data().ok(), text.data_range(range.start, size).unwrap());
         }
-        assert!(sections.next().is_none());
     }
 
     /// The program headers of a crafted image of zeros, which is all code, and its bytes. Its header names functions at

@@ -33,6 +33,7 @@ pub mod code_file;
 pub mod code_map;
 mod code_reading;
 pub mod code_records;
+mod code_without_cfi;
 pub mod compression;
 pub mod copied;
 mod eviction;

@@ -4,22 +4,22 @@
 //! opentelemetry-ebpf-profiler #1009), or upload the whole binary, code included. A skeleton is the
 //! image without its code and data: a valid ELF file of the same type, with the same program headers
 //! and sections in the same order at the same addresses, in which only notes, unwind sections, symbol
-//! tables and the links to debug files have contents. And code that nothing else tells the frames of.
+//! tables and the links to debug files have contents. And code that nothing else tells the frames of
+//! ([`code_without_cfi`](crate::code_without_cfi)), with the arrays of functions that the loader calls.
 //!
 //! ```text
 //! ELF header
 //! program headers        p_offset as in the image, so that file offsets still turn into addresses;
 //!                        only PT_NOTE and PT_GNU_EH_FRAME point at their kept bytes. Segments that
 //!                        readers would follow to bytes that are gone (PT_DYNAMIC, PT_INTERP) are PT_NULL.
-//! kept bytes             wide code without CFI that keeps frame pointers (V8's in node) as well: what its frames are like
-//!                        is only to be told by its instructions; each part congruent to its old place modulo 64
+//! kept bytes             each part congruent to its old place modulo 64
 //! identity note          only if the image has no GNU build-ID: its file hash as one, because the hash
 //!                        of the skeleton would be another
 //! section names
 //! section headers        SHT_NOBITS with the size in memory where the contents were left out; behind them one of its own
-//!                        for each part of code that is kept
+//!                        for each part of code that is kept, and for the relocations of the arrays
 //! ```
-//! An image without section headers (`sstrip`) gets some: `.note` for each `PT_NOTE`, `.eh_frame_hdr`
+//! An image without section headers (`sstrip`) gets some: `.note` for each `PT_NOTE`, `.code` for each segment of code, `.eh_frame_hdr`
 //! from `PT_GNU_EH_FRAME`, `.eh_frame` from the pointer in it. Its dynamic symbols are left out.
 
 use std::ops::Range;
@@ -31,7 +31,7 @@ use object::read::ReadRef;
 use object::read::elf::{FileHeader as _, ProgramHeader as _, SectionHeader as _};
 use windlass_schema::BuildId;
 
-use crate::frame_pointers::kept_code;
+use crate::code_without_cfi::{Code, KeptCode, array_relocations};
 use crate::image::{
     FileHeader, ImageError, ProgramHeader, SectionHeader, file_hash, file_header, gnu_build_id,
     program_headers, section_headers,
@@ -48,6 +48,11 @@ const EH_FRAME_HDR_BYTES: u64 = 8;
 
 /// Name of a section that holds a part of another, which has none of its bytes.
 const CODE_SECTION: &[u8] = b".text.without_cfi";
+/// Name of a section that holds those relocations that fill arrays of functions to call.
+const RELOCATION_SECTION: &[u8] = b".rela.arrays";
+/// Names of the section of Go's function table.
+const GO_TABLE: &[u8] = b".gopclntab";
+const GO_TABLE_OF_PIE: &[u8] = b".data.rel.ro.gopclntab";
 
 /// Why there is no skeleton of an image.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -99,11 +104,11 @@ fn make<'data, R: ReadRef<'data>>(elf: R, with_code: bool) -> Result<Vec<u8>, Sk
     };
     let kept = sections.iter().map(|section| is_kept(section) && range_of(section).end <= length);
     let mut kept: Vec<bool> = kept.collect();
-    if header.e_machine(LE) == elf::EM_X86_64 && !with_code {
-        for code in kept_code(&segments, elf).into_iter().filter(|code| code.file.end <= length) {
-            let mut code = section(&mut names, CODE_SECTION, elf::SHT_PROGBITS, code.address, code.file);
-            code.sh_flags.set(LE, elf::SHF_ALLOC | elf::SHF_EXECINSTR);
-            sections.push(code);
+    let added =
+        if with_code { Vec::new() } else { added_sections(header, (&segments, &sections), &mut names, elf) };
+    for section in added {
+        if range_of(&section).end <= length {
+            sections.push(section);
             kept.push(true);
         }
     }
@@ -125,6 +130,50 @@ fn make<'data, R: ReadRef<'data>>(elf: R, with_code: bool) -> Result<Vec<u8>, Sk
         sections.push(writer.identity_note(id, &mut names));
     }
     writer.finish(sections, names, names_index)
+}
+
+/// Sections for parts of others: code that no CFI covers, and what is to be known for following it.
+fn added_sections<'data, R: ReadRef<'data>>(
+    header: &FileHeader,
+    (segments, sections): (&[ProgramHeader], &[SectionHeader]),
+    names: &mut Vec<u8>,
+    elf: R,
+) -> Vec<SectionHeader> {
+    let is_named = |section: &&SectionHeader, expect: &[&[u8]]| expect.contains(&name_of(section, names));
+    // Go's table has what CFI has not; and the skeleton of a skeleton has the sections already.
+    if sections.iter().any(|section| is_named(&section, &[CODE_SECTION, GO_TABLE, GO_TABLE_OF_PIE])) {
+        return Vec::new();
+    }
+    let executable = elf::SHF_ALLOC | elf::SHF_EXECINSTR;
+    let is_code = |section: &&SectionHeader| section.sh_flags(LE).contains(executable);
+    let has_bytes = |section: &&SectionHeader| section.sh_type(LE) != elf::SHT_NOBITS;
+    let piece = |section: &SectionHeader| {
+        KeptCode::new(section.sh_addr(LE), section.sh_offset(LE), section.sh_size(LE))
+    };
+    let code = Code {
+        architecture: header.e_machine(LE),
+        program_headers: segments,
+        pieces: sections.iter().filter(is_code).filter(has_bytes).filter_map(piece).collect(),
+        entry: header.e_entry(LE),
+        image: elf,
+    };
+    if !matches!(header.e_type(LE), elf::ET_EXEC | elf::ET_DYN) || code.pieces.is_empty() {
+        return Vec::new();
+    }
+    let mut added = Vec::new();
+    for part in code.kept() {
+        let mut code = section(names, CODE_SECTION, elf::SHT_PROGBITS, part.address, part.file);
+        code.sh_flags.set(LE, executable);
+        code.sh_addralign.set(LE, 1);
+        added.push(code);
+    }
+    for file in array_relocations(sections, elf) {
+        let mut relocations = section(names, RELOCATION_SECTION, elf::SHT_RELA, 0, file);
+        relocations.sh_addralign.set(LE, align_of::<elf::Rela64<LE>>().max(8) as u64);
+        relocations.sh_entsize.set(LE, size_of::<elf::Rela64<LE>>() as u64);
+        added.push(relocations);
+    }
+    added
 }
 
 /// The section name table and its index, if it is sound.
@@ -149,15 +198,31 @@ fn range_of(section: &SectionHeader) -> Range<u64> {
     start..start.saturating_add(section.sh_size(LE))
 }
 
+/// The name of a section.
+fn name_of<'n>(section: &SectionHeader, names: &'n [u8]) -> &'n [u8] {
+    let name = names.get(section.sh_name(LE) as usize..).unwrap_or_default();
+    name.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+/// Types of sections whose contents belong into a skeleton: notes, symbols, and arrays of functions to call.
+const KEPT_KINDS: [elf::SectionType; 7] = [
+    elf::SHT_NOTE,
+    elf::SHT_SYMTAB,
+    elf::SHT_DYNSYM,
+    elf::SHT_SYMTAB_SHNDX,
+    elf::SHT_INIT_ARRAY,
+    elf::SHT_FINI_ARRAY,
+    elf::SHT_PREINIT_ARRAY,
+];
+
 /// Whether the contents of a section belong into a skeleton.
 fn is_kept(section: &SectionHeader, names: &[u8]) -> bool {
     let kind = section.sh_type(LE);
     if kind == elf::SHT_NOBITS || kind == elf::SHT_NULL {
         return false;
     }
-    let name = names.get(section.sh_name(LE) as usize..).unwrap_or_default();
-    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
-    [elf::SHT_NOTE, elf::SHT_SYMTAB, elf::SHT_DYNSYM, elf::SHT_SYMTAB_SHNDX].contains(&kind)
+    let name = name_of(section, names);
+    KEPT_KINDS.contains(&kind)
         || name.starts_with(b".note")
         || name.starts_with(b".gnu.version")
         || [
@@ -165,8 +230,10 @@ fn is_kept(section: &SectionHeader, names: &[u8]) -> bool {
             b".eh_frame_hdr",
             b".debug_frame",
             b".zdebug_frame",
-            b".gopclntab",
-            b".data.rel.ro.gopclntab",
+            GO_TABLE,
+            GO_TABLE_OF_PIE,
+            CODE_SECTION,
+            RELOCATION_SECTION,
             b".dynsym",
             b".dynstr",
             b".symtab",
@@ -228,6 +295,15 @@ fn unwind_sections<'data, R: ReadRef<'data>>(
         let mut note_section = section(names, b".note", elf::SHT_NOTE, note.p_vaddr(LE), file);
         note_section.sh_addralign.set(LE, note.p_align(LE));
         sections.push(note_section);
+    }
+    let is_code = |segment: &&ProgramHeader| {
+        segment.p_type(LE) == elf::PT_LOAD && segment.p_flags(LE).contains(elf::PF_X)
+    };
+    for code in segments.iter().filter(is_code) {
+        let file = code.p_offset(LE)..code.p_offset(LE).saturating_add(code.p_filesz(LE));
+        let mut code = section(names, b".code", elf::SHT_PROGBITS, code.p_vaddr(LE), file);
+        code.sh_flags.set(LE, elf::SHF_ALLOC | elf::SHF_EXECINSTR);
+        sections.push(code);
     }
     let Some(hdr) = segments.iter().find(|segment| segment.p_type(LE) == elf::PT_GNU_EH_FRAME) else {
         return sections;

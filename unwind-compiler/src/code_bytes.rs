@@ -11,6 +11,8 @@ use std::ops::Range;
 pub(crate) struct CodeBytes<'a> {
     /// Sorted, disjoint, none empty.
     pieces: Vec<(u64, &'a [u8])>,
+    /// Where code is, with or without bytes: sorted, disjoint, none empty.
+    ranges: Vec<Range<u64>>,
 }
 
 impl<'a> CodeBytes<'a> {
@@ -24,17 +26,32 @@ impl<'a> CodeBytes<'a> {
             end = if is_free { start + bytes.len() as u64 } else { end };
             is_free
         });
-        Self { pieces }
+        let ranges = pieces.iter().map(|(start, bytes)| *start..*start + bytes.len() as u64).collect();
+        Self { pieces, ranges }
     }
 
-    /// How many bytes there are.
+    /// Itself as a part of the code at `ranges`, in any order; of those that share addresses, the first counts.
+    pub(crate) fn of(mut self, mut ranges: Vec<Range<u64>>) -> Self {
+        ranges.retain(|range| range.start < range.end);
+        ranges.sort_by_key(|range| range.start);
+        let mut end = 0;
+        ranges.retain(|range| {
+            let is_free = range.start >= end;
+            end = if is_free { range.end } else { end };
+            is_free
+        });
+        self.ranges = ranges;
+        self
+    }
+
+    /// How many bytes the code has, whether they are there or not.
     pub(crate) fn len(&self) -> u64 {
-        self.pieces.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+        self.ranges.iter().map(|range| range.end - range.start).sum()
     }
 
-    /// The first address.
+    /// The first address of code.
     pub(crate) fn start(&self) -> Option<u64> {
-        self.pieces.first().map(|(start, _)| *start)
+        self.ranges.first().map(|range| range.start)
     }
 
     /// The piece that `address` lies in, and its bytes.
@@ -45,9 +62,11 @@ impl<'a> CodeBytes<'a> {
         range.contains(&address).then_some((range, bytes))
     }
 
-    /// Whether `range` is a whole piece.
-    pub(crate) fn is_piece(&self, range: &Range<u64>) -> bool {
-        self.piece(range.start).is_some_and(|(piece, _)| piece == *range)
+    /// Whether `range` is a whole section or segment.
+    pub(crate) fn is_section(&self, range: &Range<u64>) -> bool {
+        self.ranges
+            .binary_search_by_key(&range.start, |section| section.start)
+            .is_ok_and(|number| self.ranges[number] == *range)
     }
 
     /// The bytes of a range within one piece.
@@ -63,7 +82,7 @@ impl<'a> CodeBytes<'a> {
         bytes.get((address - piece.start) as usize..)
     }
 
-    /// Calls `visit` with the parts that `covered`, sorted by start, leaves: each within a piece, in order.
+    /// Calls `visit` with the parts of the code that `covered`, sorted by start, leaves: each within a section, in order.
     pub(crate) fn gaps(
         &self,
         covered: impl IntoIterator<Item = Range<u64>>,
@@ -71,9 +90,8 @@ impl<'a> CodeBytes<'a> {
     ) {
         let mut covered = covered.into_iter().peekable();
         let mut covered_to = 0;
-        for (start, bytes) in &self.pieces {
-            let end = start + bytes.len() as u64;
-            let mut at = covered_to.max(*start);
+        for &Range { start, end } in &self.ranges {
+            let mut at = covered_to.max(start);
             while let Some(range) = covered.next_if(|range| range.start < end) {
                 if at < range.start {
                     visit(at..range.start);
@@ -123,6 +141,18 @@ mod tests {
         assert_eq!(code.get(&(16..49)), None);
         assert_eq!(code.get(&(15..17)), None);
         assert_eq!(code.get(&Range { start: 20, end: 16 }), None);
-        assert!(code.is_piece(&(16..48)) && !code.is_piece(&(16..47)));
+        assert!(code.is_section(&(16..48)) && !code.is_section(&(16..47)));
+    }
+
+    #[test]
+    fn sections_may_have_bytes_of_a_part() {
+        let part = || CodeBytes::new(vec![(20, &BYTES[..4]), (30, &BYTES[..2])]);
+        let code = part().of(vec![40..40, 40..48, 16..36, 24..28]);
+        assert_eq!((code.len(), code.start()), (28, Some(16)));
+        assert!(code.is_section(&(16..36)) && !code.is_section(&(20..24)));
+        let mut gaps = Vec::new();
+        code.gaps(std::iter::once(24..30), |gap| gaps.push(gap));
+        assert_eq!(gaps, [16..24, 30..36, 40..48]);
+        assert_eq!((code.get(&(20..24)).map(<[u8]>::len), code.get(&(16..24))), (Some(4), None));
     }
 }

@@ -2,10 +2,12 @@
 //!
 //! # Why this shape
 //! What instructions do to a frame is certain, if only the frame is at the first of them. It is where a call leads; so
-//! it is at `main`, whose address the process entry hands over, at `.init` and `.fini` and the words of `.init_array` and its like, which the loader calls, and where a function
-//! that is believed calls or jumps to with that frame. A symbol says less: compilers give one to the
-//! unlikely part of a function, which is jumped to with any frame (GCC's `.cold`). From there on an instruction that
-//! returns is the proof, as nothing returns with a frame of its own left; or a jump to where the frame is known
+//! it is at `main`, whose address the process entry hands over, at `.init` and `.fini` and the words of `.init_array` and
+//! its like, which the loader calls, and where a function that is believed calls or jumps to with that frame. A symbol says
+//! less: compilers give one to the unlikely part of a function, which is jumped to with any frame (GCC's `.cold`). Such a
+//! one is local: what has a global one, and comes to a return with the frame of its first instruction, is called.
+//! Of a local one an instruction that returns is the proof, if control comes to it for certain,
+//! as nothing returns with a frame of its own left; or a jump to where the frame is known
 //! to be that one, as there is but one at an address. It is one if control comes to it: behind a call
 //! that does not return lies what belongs elsewhere. Where any function jumps to with another frame is no start,
 //! nor within a function that can be followed without that jump.
@@ -54,6 +56,8 @@ pub(crate) struct Functions<'s, 'a, C> {
     jumping: BTreeSet<(u64, u64)>,
     /// Where functions jump to, refused or not, with another frame than that of a first instruction.
     entered: Vec<u64>,
+    /// Functions that never return.
+    endless: BTreeSet<u64>,
     architecture: PhantomData<C>,
 }
 
@@ -78,6 +82,7 @@ impl<'s, 'a, C: Code> Functions<'s, 'a, C> {
             states: HashMap::from([(starts.process, State::Refused)]),
             jumping: BTreeSet::new(),
             entered: Vec::new(),
+            endless: BTreeSet::new(),
             architecture: PhantomData,
         }
     }
@@ -86,6 +91,7 @@ impl<'s, 'a, C: Code> Functions<'s, 'a, C> {
     /// called.
     pub(crate) fn follow(mut self, called: Vec<u64>) -> impl Iterator<Item = (Range<u64>, Rule)> {
         let starts = self.starts;
+        self.endless = self.endless();
         called.into_iter().chain(starts.called.iter().copied()).for_each(|start| self.believe(start));
         // The symbol of the last function that is believed.
         let mut last = None;
@@ -99,7 +105,8 @@ impl<'s, 'a, C: Code> Functions<'s, 'a, C> {
             let mut is_proved = false;
             if let State::Unproved(function) = &state {
                 let mut jumps = function.certain_jumps.iter();
-                is_proved = function.returns || jumps.any(|target| self.is_known(*target));
+                let is_called = function.may_return && starts.global.contains(start);
+                is_proved = is_called || function.returns || jumps.any(|target| self.is_known(*target));
                 self.jumping.extend(function.certain_jumps.iter().map(|target| (*target, *start)));
             }
             self.states.insert(*start, state);
@@ -113,6 +120,25 @@ impl<'s, 'a, C: Code> Functions<'s, 'a, C> {
             State::Refused | State::Unproved(_) => None,
         };
         agreed::<C>(self.states.into_values().filter_map(believed).collect(), self.entered)
+    }
+
+    /// Functions with a symbol that control never returns from, whatever those that they call do.
+    fn endless(&self) -> BTreeSet<u64> {
+        let (mut budget, mut entered) = (self.budget, Vec::new());
+        let mut endless = BTreeSet::new();
+        let mut walked_to = 0;
+        for (start, end) in &self.starts.symbols {
+            let Some(range) = self.open_at(*start).filter(|range| *start >= walked_to && *end <= range.end)
+            else {
+                continue;
+            };
+            walked_to = *end;
+            let Some(bytes) = self.code.get(&(range.start..*end)) else { continue };
+            let none = BTreeSet::new();
+            let walk = Walk::<C>::follow(*start..*end, bytes, true, &none, &mut budget, &mut entered);
+            endless.extend(walk.is_some_and(|function| !function.may_return).then_some(*start));
+        }
+        endless
     }
 
     /// Whether the function that is believed to start at `start` has the frame of a first instruction at `address`.
@@ -162,7 +188,14 @@ impl<'s, 'a, C: Code> Functions<'s, 'a, C> {
         let end = self.starts.symbols.get(&start).copied().filter(|end| *end <= range.end);
         let range = start..end.unwrap_or(range.end);
         let Some(bytes) = self.code.get(&range) else { return State::Refused };
-        let function = Walk::<C>::follow(range, bytes, end.is_some(), &mut self.budget, &mut self.entered);
+        let function = Walk::<C>::follow(
+            range,
+            bytes,
+            end.is_some(),
+            &self.endless,
+            &mut self.budget,
+            &mut self.entered,
+        );
         function.map_or(State::Refused, |function| State::Unproved(Box::new(function)))
     }
 }

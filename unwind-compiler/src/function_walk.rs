@@ -11,7 +11,7 @@
 //! and the whole function is left without rows: an unknown instruction, two frames at one address, a way that
 //! runs out of the code.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use windlass_schema::Rule;
@@ -20,6 +20,9 @@ use crate::rows::Interval;
 
 /// Most instructions of a function that is followed. Functions are of a thousand at most, but for a few.
 const MAX_INSTRUCTIONS: usize = 1 << 14;
+
+/// What compilers align functions to, and not those parts that are seldom run.
+const FUNCTION_ALIGNMENT: u64 = 16;
 
 /// What may still be done and kept for an image.
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +85,11 @@ pub(crate) trait Frames {
         false
     }
 
+    /// Whether the stack pointer is aligned as it has to be, if `code` begins with a call.
+    fn is_aligned(_code: &[u8], _state: Self::State) -> bool {
+        true
+    }
+
     /// Length of the instruction that `code` begins with, at `address`, and where control goes behind it.
     fn passes(code: &[u8], address: u64) -> Option<(usize, Flow)>;
 
@@ -95,6 +103,8 @@ pub(crate) struct Function {
     pub(crate) rows: Vec<Interval>,
     /// Whether control comes for certain to where it returns, which nothing does with a frame of its own left.
     pub(crate) returns: bool,
+    /// Whether control comes to where it returns, or jumps elsewhere, if all that it calls returns.
+    pub(crate) may_return: bool,
     /// Where its calls lead.
     pub(crate) calls: Vec<u64>,
     /// Where its jumps lead outside of it, with the frame of its first instruction.
@@ -152,6 +162,8 @@ pub(crate) struct Walk<'a, F: Frames> {
     code: &'a [u8],
     /// Whether `range` ends with the function.
     is_bounded: bool,
+    /// Functions that never return.
+    endless: &'a BTreeSet<u64>,
     /// Each instruction that control reaches.
     met: BTreeMap<u64, Met<F::State>>,
     pending: Vec<u64>,
@@ -164,22 +176,29 @@ pub(crate) struct Walk<'a, F: Frames> {
 
 impl<'a, F: Frames> Walk<'a, F> {
     /// Follows the function at the start of `range`, which `code` is the code of. With `is_bounded`, the function
-    /// ends where `range` does. Takes each instruction and what it gives from `budget`. Appends to `entered` where it
-    /// jumps to that is no function's start.
+    /// ends where `range` does. `endless` functions never return. Takes each instruction and what it gives from `budget`.
+    /// Appends to `entered` where it jumps to that is no function's start.
     pub(crate) fn follow(
         range: Range<u64>,
         code: &'a [u8],
         is_bounded: bool,
+        endless: &'a BTreeSet<u64>,
         budget: &mut Budget,
         entered: &'a mut Vec<u64>,
     ) -> Option<Function> {
         let start = range.start;
         let (met, pending, function) = (BTreeMap::new(), Vec::new(), Function::default());
-        let mut walk = Self { range, code, is_bounded, met, pending, leaves: false, function, entered };
+        let mut walk =
+            Self { range, code, is_bounded, endless, met, pending, leaves: false, function, entered };
         walk.meet(start, F::ENTRY, true)?;
         while let Some(address) = walk.pending.pop() {
             budget.instructions = budget.instructions.checked_sub(1)?;
             walk.pass(address)?;
+        }
+        // Without a return to prove it, what lies behind a call may be a part of another one, as those are not aligned.
+        let is_proved = walk.is_bounded || walk.function.may_return;
+        if !is_proved && !walk.range.start.is_multiple_of(FUNCTION_ALIGNMENT) {
+            return None;
         }
         // Its table may lead behind a call that does not return, with another frame.
         if walk.leaves && walk.met.values().any(|met| !met.is_certain) {
@@ -215,10 +234,11 @@ impl<'a, F: Frames> Walk<'a, F> {
     fn pass(&mut self, address: u64) -> Option<()> {
         let offset = usize::try_from(address.checked_sub(self.range.start)?).ok()?;
         let met = self.met.get_mut(&address)?;
-        let step = F::step(self.code.get(offset..)?, address, met.state)?;
+        let code = self.code.get(offset..)?;
+        let step = F::step(code, address, met.state)?;
         let next = address.checked_add(step.bytes as u64)?;
         met.end = Some(next);
-        let is_certain = met.is_certain;
+        let Met { state, is_certain, .. } = *met;
         match step.flow {
             Flow::Next => self.meet(next, step.behind, is_certain),
             Flow::Call(target) => {
@@ -226,8 +246,14 @@ impl<'a, F: Frames> Walk<'a, F> {
                 if target == Some(next) {
                     return None;
                 }
+                // Behind a call that does not return lies another function, or a part of one: as a rule with
+                // another frame.
+                if !self.is_bounded && !F::is_aligned(code, state) {
+                    return None;
+                }
                 self.function.calls.extend(target);
-                if self.is_bounded && next == self.range.end {
+                let is_last = self.is_bounded && next == self.range.end;
+                if is_last || target.is_some_and(|target| self.endless.contains(&target)) {
                     Some(())
                 } else {
                     self.meet(next, step.behind, false)
@@ -241,11 +267,13 @@ impl<'a, F: Frames> Walk<'a, F> {
             Flow::Jump(target) if !self.is_bounded && (self.range.start..=address).contains(&target) => None,
             Flow::Jump(target) => self.go(target, step.behind, is_certain),
             Flow::Return => {
+                self.function.may_return = true;
                 self.function.returns |= is_certain;
                 is_entry::<F>(step.behind).then_some(())
             }
             Flow::Leave => {
                 self.leaves = true;
+                self.function.may_return = true;
                 is_entry::<F>(step.behind).then_some(())
             }
             Flow::Trap => self.is_bounded.then_some(()),
@@ -261,6 +289,7 @@ impl<'a, F: Frames> Walk<'a, F> {
             self.entered.push(target);
             return None;
         }
+        self.function.may_return = true;
         self.function.jumps.push(target);
         self.function.certain_jumps.extend(is_certain.then_some(target));
         Some(())

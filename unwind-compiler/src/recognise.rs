@@ -9,9 +9,10 @@
 //! 1. the process entry: up to its call, there is no caller; what it calls, and what it hands over, are functions
 //! 2. linkage tables: [`Code::linkage`]
 //! 3. trampolines of signals: [`Code::trampoline`]
-//! 4. functions all of whose ways can be followed; see [`function_set`](crate::function_set)
+//! 4. what a coroutine's function returns to: [`Code::coroutine_end`]; it is behind padding, of which no call is a part
+//! 5. functions all of whose ways can be followed; see [`function_set`](crate::function_set)
 //!
-//! An image without bytes of its code, as a skeleton, has nothing to recognise.
+//! Where an image has no bytes of its code, there is nothing to recognise. A skeleton has those that no CFI covers.
 
 #[cfg(test)]
 mod tests;
@@ -52,6 +53,11 @@ pub(crate) trait Code: Frames {
 
     /// The trampoline that stands at `at` in `code`, which is `address`. The image's code begins at `first_code`.
     fn trampoline(code: &[u8], at: usize, first_code: u64, address: u64) -> Option<Trampoline>;
+
+    /// Bytes of what a coroutine's function returns to, if `code` begins with that: there is no caller.
+    fn coroutine_end(_code: &[u8]) -> Option<usize> {
+        None
+    }
 
     /// How the function starts that `code` begins with.
     fn prologue(code: &[u8]) -> Prologue;
@@ -105,6 +111,8 @@ pub(crate) struct Starts {
     pub(crate) called: BTreeSet<u64>,
     /// Symbols of functions, and where they end, if known. Parts of functions have some as well.
     pub(crate) symbols: BTreeMap<u64, u64>,
+    /// Those of `symbols` that other files may call.
+    pub(crate) global: BTreeSet<u64>,
 }
 
 /// Code that is recognised, and the rule that holds there.
@@ -232,7 +240,7 @@ struct Scan<'s, 'a, C> {
 impl<C: Code> Scan<'_, '_, C> {
     /// Looks at each instruction of a gap.
     fn gap(&mut self, gap: &Range<u64>, bytes: &[u8]) {
-        let is_section = self.code.is_piece(gap);
+        let is_section = self.code.is_section(gap);
         let first_code = self.code.start().unwrap_or(0);
         let mut taken_to = 0;
         let mut at = (gap.start.wrapping_neg() % C::ALIGNMENT) as usize;
@@ -259,12 +267,26 @@ impl<C: Code> Scan<'_, '_, C> {
                 let range = address - before..address + trampoline.bytes as u64;
                 self.add(range, trampoline.rule, RecognisedKind::SignalTrampoline);
                 Some(trampoline.bytes)
+            } else if let Some(length) = self.coroutine_end(bytes, at) {
+                // It is returned to without a call, and looked up one byte before.
+                self.add(address - 1..address + length as u64, Rule::End, RecognisedKind::CoroutineEnd);
+                Some(length)
             } else {
                 None
             };
             at += taken.unwrap_or(C::ALIGNMENT as usize);
             taken_to = if taken.is_some() { at } else { taken_to };
         }
+    }
+
+    /// Bytes of what a coroutine's function returns to, at `at` in a gap: the first that is there but for padding.
+    fn coroutine_end(&self, bytes: &[u8], at: usize) -> Option<usize> {
+        let (mut before, code) = bytes.split_at(at);
+        let length = C::coroutine_end(code).filter(|_| at > 0)?;
+        while let Some(padding) = C::padding(before) {
+            before = before.get(padding..)?;
+        }
+        before.is_empty().then_some(length)
     }
 
     fn add(&mut self, range: Range<u64>, rule: Rule, kind: RecognisedKind) {

@@ -92,6 +92,8 @@ pub enum RecognisedKind {
     LinkageTable,
     /// What a signal handler returns to.
     SignalTrampoline,
+    /// What a coroutine's function returns to, where no caller is.
+    CoroutineEnd,
     /// A function all of whose instructions were followed.
     Function,
 }
@@ -103,6 +105,7 @@ impl RecognisedKind {
             Self::ProcessEntry => "process_entry",
             Self::LinkageTable => "linkage_table",
             Self::SignalTrampoline => "signal_trampoline",
+            Self::CoroutineEnd => "coroutine_end",
             Self::Function => "function",
         }
     }

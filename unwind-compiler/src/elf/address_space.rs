@@ -15,6 +15,9 @@ use windlass_schema::table::MAX_PAGES;
 
 use super::{Image, LE, SectionRow, Segment};
 
+/// Name of the sections in which skeletons have a part of another one's bytes.
+const PART_OF_CODE: &[u8] = b".text.without_cfi";
+
 /// What a segment's end is rounded up to when it is mapped.
 const MEMORY_PAGE_BYTES: u64 = 4096;
 
@@ -78,9 +81,7 @@ impl<'a> Image<'a> {
             (bytes.len() as u64 == range.end - range.start).then_some(bytes)
         };
         let sections = self.sections.enumerate().filter_map(move |(number, section)| {
-            let flags = section.sh_flags(LE);
-            let is_code = flags.contains(elf::SHF_ALLOC) && flags.contains(elf::SHF_EXECINSTR);
-            let range = range(self.address_of(number, section).filter(|_| is_code)?, section.sh_size(LE));
+            let range = self.code_section(number, section)?;
             let bytes = section.data(LE, self.file).ok().and_then(|bytes| whole(&range, bytes));
             Some((range, bytes))
         });
@@ -91,6 +92,25 @@ impl<'a> Image<'a> {
             is_code.then_some((range, bytes))
         });
         sections.chain(segments)
+    }
+
+    /// Ranges of code: sections, but for those that are a part of another, or segments where there are none.
+    pub(super) fn code_sections(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let is_part = |name: &[u8]| name == PART_OF_CODE;
+        let sections = self
+            .sections
+            .enumerate()
+            .filter(move |(_, section)| !self.sections.section_name(LE, section).is_ok_and(is_part));
+        let sections = sections.filter_map(|(number, section)| self.code_section(number, section));
+        let segments = self.code().filter(|_| self.sections.is_empty()).map(|(range, _)| range);
+        sections.chain(segments)
+    }
+
+    /// Where a section is loaded, if it is code.
+    fn code_section(&self, number: object::SectionIndex, section: &SectionRow) -> Option<Range<u64>> {
+        let is_code = section.sh_flags(LE).contains(elf::SHF_ALLOC | elf::SHF_EXECINSTR);
+        let start = self.address_of(number, section).filter(|_| is_code)?;
+        Some(start..start.saturating_add(section.sh_size(LE)))
     }
 
     /// The 8 bytes of the file that are loaded at `address`: none where a linker or a dynamic linker has a say

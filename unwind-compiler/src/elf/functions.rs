@@ -15,18 +15,20 @@ use crate::recognise::Starts;
 const MAX_SECTIONS: usize = 8;
 
 impl<'a> Image<'a> {
-    /// The bytes of its code that are final: skeletons have none, nor have files that are not linked yet. Sections may
-    /// name bytes of the file many times; they are taken as long as there are no more than the file has.
+    /// The bytes of its code that are final: skeletons have those that no CFI covers; files that are not linked yet have
+    /// none. Sections may name bytes of the file many times; they are taken as long as there are no more than the
+    /// file has.
     pub(crate) fn code_bytes(&self) -> CodeBytes<'a> {
         let mut left = self.file.len();
-        let pieces = self.code().filter(|(range, _)| !self.is_relocatable() && self.reaches(range));
+        let is_final = |range: &Range<u64>| !self.is_relocatable() && self.reaches(range);
+        let pieces = self.code().filter(|(range, _)| is_final(range));
         let pieces = pieces.filter_map(|(range, bytes)| Some((range.start, bytes?)));
         let pieces = pieces.take_while(|(_, bytes)| {
             let taken = left.checked_sub(bytes.len());
             left = taken.unwrap_or(left);
             taken.is_some()
         });
-        CodeBytes::new(pieces.collect())
+        CodeBytes::new(pieces.collect()).of(self.code_sections().filter(is_final).collect())
     }
 
     /// Where code starts, of functions within `ranges`, which are sorted and disjoint.
@@ -48,11 +50,12 @@ impl<'a> Image<'a> {
             }
         }
         self.called_by_arrays(call);
-        self.symbols(|start, bytes| {
+        self.symbols(|start, bytes, is_global| {
             if let Some(end) = start.checked_add(bytes).filter(|_| is_within(start)) {
                 // Of several ends the nearest: what lies behind may be another function.
                 let known = starts.symbols.entry(start).or_insert(end);
                 *known = end.min(*known);
+                starts.global.extend(is_global.then_some(start));
             }
         });
         starts
@@ -89,8 +92,8 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// Symbols of functions with a size.
-    fn symbols(&self, mut add: impl FnMut(u64, u64)) {
+    /// Symbols of functions with a size, and whether other files may refer to them.
+    fn symbols(&self, mut add: impl FnMut(u64, u64, bool)) {
         let is_table = |kind| matches!(kind, elf::SHT_SYMTAB | elf::SHT_DYNSYM);
         for section in self.sections.iter().filter(|section| is_table(section.sh_type(LE))).take(MAX_SECTIONS)
         {
@@ -98,7 +101,8 @@ impl<'a> Image<'a> {
             for symbol in symbols {
                 let is_function = matches!(symbol.st_type(), elf::STT_FUNC | elf::STT_GNU_IFUNC);
                 if is_function && symbol.st_shndx.get(LE) != elf::SHN_UNDEF && symbol.st_size(LE) > 0 {
-                    add(symbol.st_value(LE), symbol.st_size(LE));
+                    let is_global = matches!(symbol.st_bind(), elf::STB_GLOBAL | elf::STB_WEAK);
+                    add(symbol.st_value(LE), symbol.st_size(LE), is_global);
                 }
             }
         }

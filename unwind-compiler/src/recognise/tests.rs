@@ -290,7 +290,8 @@ fn what_follows_a_call_that_may_not_return_proves_nothing() {
 fn a_jump_by_a_table_may_lead_behind_a_call_that_does_not_return() {
     // call +9; jmp rax. And je over the call.
     check(X86_64, &[0xe8, 9, 0, 0, 0, 0xff, 0xe0], &called(0), &[]);
-    check(X86_64, &[0x74, 5, 0xe8, 9, 0, 0, 0, 0xff, 0xe0], &called(0), &[&whole_row(0, 9)]);
+    let bounded = Starts { called: BTreeSet::from([START]), ..symbols(&[(0, 9)]) };
+    check(X86_64, &[0x74, 5, 0xe8, 9, 0, 0, 0, 0xff, 0xe0], &bounded, &[&whole_row(0, 9)]);
     check(X86_64, &[0x74, 7, 0xe8, 9, 0, 0, 0, 0x90, 0xc3, 0xff, 0xe0], &called(0), &[]);
     check(X86_64, &[0x90, 0xff, 0xe0], &called(0), &[&whole_row(0, 3)]);
 }
@@ -323,6 +324,71 @@ fn functions_that_contradict_each_other_are_left() {
     // To where there is none to begin with.
     let starts = Starts { called: BTreeSet::from([START + 3]), ..symbols(&[(0, 4)]) };
     check(X86_64, &code, &starts, &whole);
+}
+
+#[test]
+fn x86_64_what_coroutines_return_to() {
+    // nop; mov rsp, rbx; mov rdi, [rsp]; test rdi, rdi; je; call; mov rdi, rax; call; hlt
+    let mut code =
+        vec![0x0f, 0x1f, 0x40, 0, 0x48, 0x89, 0xdc, 0x48, 0x8b, 0x3c, 0x24, 0x48, 0x85, 0xff, 0x74, 8];
+    code.extend([0xe8, 0, 1, 0, 0, 0x48, 0x89, 0xc7, 0xe8, 0, 2, 0, 0, 0xf4]);
+    check(X86_64, &code, &called(200), &["3..30 coroutine_end end"]);
+    // Behind what may end in a call; and where it returns.
+    let mut behind = code.clone();
+    behind[3] = 0x90;
+    behind[0..3].copy_from_slice(&[0x31, 0xc0, 0xc3]);
+    check(X86_64, &behind, &called(200), &[]);
+    code[29] = 0xc3;
+    check(X86_64, &code, &called(200), &[]);
+}
+
+#[test]
+fn x86_64_switches_of_stacks() {
+    // push rbp; push rbx; mov [rdi], rsp; mov rsp, rsi; pop rbx; pop rbp; ret
+    let code = [0x55, 0x53, 0x48, 0x89, 0x27, 0x48, 0x89, 0xf4, 0x5b, 0x5d, 0xc3];
+    let expect = [
+        "0..1 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "1..2 function cfa=rsp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "2..9 function cfa=rsp+24 ra=*(cfa-8) rbp=*(cfa-16)",
+        "9..10 function cfa=rsp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "10..11 function cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    check(X86_64, &code, &symbols(&[(0, 11)]), &expect);
+    // To a stack that another function left.
+    let mut other = code;
+    other[8] = 0x90;
+    check(X86_64, &other, &symbols(&[(0, 11)]), &[]);
+}
+
+#[test]
+fn global_symbols_that_return_are_functions() {
+    let global = |code: &[u8], expect: &[&str]| {
+        let starts = Starts { global: BTreeSet::from([START]), ..symbols(&[(0, code.len() as u64)]) };
+        check(X86_64, code, &starts, expect);
+    };
+    global(&[0xe8, 9, 0, 0, 0, 0xc3], &[&whole_row(0, 6)]);
+    // Where a coroutine starts: call; ud2.
+    global(&[0xe8, 9, 0, 0, 0, 0x0f, 0x0b], &[]);
+}
+
+/// musl's functions around `main`: one that jumps to where a register was pointed to, which calls one that never returns.
+#[test]
+fn x86_64_what_is_jumped_to_by_a_register_and_does_not_return() {
+    // push rax; call 32; and at 16: lea rax, [0]; xor edx, edx; jmp rax
+    let mut code = vec![0x50, 0xe8, 26, 0, 0, 0];
+    code.resize(16, 0xcc);
+    code.extend([0x48, 0x8d, 0x05, 0xe9, 0xff, 0xff, 0xff, 0x31, 0xd2, 0xff, 0xe0]);
+    code.resize(32, 0xcc);
+    // At 32: mov eax, 231; syscall; jmp 32
+    code.extend([0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7]);
+    let starts = Starts { global: BTreeSet::from([START + 16, START + 32]), ..symbols(&[(16, 11), (32, 9)]) };
+    check(X86_64, &code, &starts, &[&whole_row(16, 27)]);
+    // push rdx; pop rdx: the register is known to be as it was.
+    code[23..25].copy_from_slice(&[0x52, 0x5a]);
+    let rows = found(X86_64, &code, &starts);
+    let starts_of_rows: Vec<u64> = rows.iter().map(|one| one.range.start - START).collect();
+    assert_eq!(starts_of_rows, [0, 1, 16, 24, 25, 32]);
+    check(X86_64, &code, &symbols(&[(16, 11), (32, 9)]), &[]);
 }
 
 fn whole_row(start: u64, end: u64) -> String {

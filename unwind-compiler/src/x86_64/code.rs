@@ -5,6 +5,7 @@ use windlass_schema::{Architecture, CfaRule, FramePointerRule, Register, ReturnA
 
 use super::instruction::{Effect, Instruction, Memory, Operand, PRESERVED, RBP, RSP, decode};
 use super::plt;
+use super::stack_switch::{self, PoppedFrame, popped_frame};
 use crate::function_walk::{Flow, Frames, Step};
 use crate::projection::SIGCONTEXT_OFFSET;
 use crate::recognise::{Code, Linkage, Prologue, Trampoline};
@@ -27,10 +28,12 @@ pub(crate) struct State {
     popped: Option<u8>,
     /// The constant in eax, the number of a system call, if known.
     number: Option<u32>,
+    /// A register, and the address that it was loaded with, if known.
+    address: Option<(u8, u64)>,
 }
 
 /// Bytes of an address, and of a saved register.
-const WORD: i32 = 8;
+pub(super) const WORD: i32 = 8;
 
 impl State {
     /// The place that a memory operand names, if it lies in this frame.
@@ -213,6 +216,9 @@ impl State {
 /// `clone`, `vfork`, `clone3` (arch/x86/entry/syscalls/syscall_64.tbl).
 const SWITCHING_SYSTEM_CALLS: [u32; 4] = [15, 56, 58, 435];
 
+/// syscall
+const SYSTEM_CALL: [u8; 2] = [0x0f, 0x05];
+
 /// System calls that do not return, as some functions do not: `exit`, `exit_group` (the same table).
 const ENDING_SYSTEM_CALLS: [u32; 2] = [60, 231];
 
@@ -245,6 +251,40 @@ fn number(code: &[u8], number: Option<u32>) -> Option<u32> {
     }
 }
 
+/// The register that holds an address behind `instruction`, that `code` begins with, at `at`; `None` but for
+/// instructions that are known to leave it.
+fn loaded(code: &[u8], at: u64, instruction: Instruction, known: Option<(u8, u64)>) -> Option<(u8, u64)> {
+    // lea of an address relative to rip.
+    if let [rex @ (0x48 | 0x4c), 0x8d, modrm, a, b, c, d, ..] = *code
+        && modrm & 0xc7 == 5
+    {
+        let behind = at.wrapping_add(instruction.bytes as u64);
+        let target = behind.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into());
+        return Some((modrm >> 3 & 7 | (rex & 4) << 1, target));
+    }
+    known.filter(|(register, _)| match instruction.effect {
+        Effect::Push(_) | Effect::Store(..) | Effect::StoreConstant | Effect::Branch(_) | Effect::Jump(_) => {
+            true
+        }
+        Effect::Pop(Some(other))
+        | Effect::Load(other, _)
+        | Effect::Address(other, _)
+        | Effect::Subtract(other, _)
+        | Effect::Add(other, _) => other != *register,
+        _ => false,
+    })
+}
+
+/// Whether `code` begins with a jump to where `register` points.
+fn jumps_by(code: &[u8], register: u8) -> bool {
+    let operation = 0xe0 | register & 7;
+    match *code {
+        [0xff, modrm, ..] => register < 8 && modrm == operation,
+        [0x41, 0xff, modrm, ..] => register >= 8 && modrm == operation,
+        _ => false,
+    }
+}
+
 /// Where control goes behind an instruction whose end is `next`.
 fn flow(effect: Effect, next: u64) -> Flow {
     let target = |to: i32| next.wrapping_add_signed(to.into());
@@ -271,17 +311,26 @@ fn register(number: u8) -> Option<Register> {
 impl Frames for Machine {
     type State = State;
 
-    const ENTRY: State =
-        State { depth: Some(WORD), frame: None, base: None, saved: None, popped: None, number: None };
+    const ENTRY: State = State {
+        depth: Some(WORD),
+        frame: None,
+        base: None,
+        saved: None,
+        popped: None,
+        number: None,
+        address: None,
+    };
 
     fn join(one: State, other: State) -> Option<State> {
         let number = one.number.filter(|_| one.number == other.number);
+        let address = one.address.filter(|_| one.address == other.address);
         let base = one.base.filter(|_| one.base == other.base);
         // Of two places for rsp, the frame pointer or the base has to do.
         let has_base = State { base, ..one }.has_base();
         let depth = one.depth.filter(|_| one.depth == other.depth || !has_base);
-        let joined = State { depth, number, base, ..one };
-        let other = State { depth: if has_base { depth } else { other.depth }, number, base, ..other };
+        let joined = State { depth, number, base, address, ..one };
+        let depth = if has_base { depth } else { other.depth };
+        let other = State { depth, number, base, address, ..other };
         (joined == other).then_some(joined)
     }
 
@@ -293,10 +342,30 @@ impl Frames for Machine {
             {
                 Flow::Call(None)
             }
+            Effect::Jump(None)
+                if let Some((register, target)) = state.address
+                    && jumps_by(code, register) =>
+            {
+                Flow::Jump(target)
+            }
             effect => flow(effect, address.checked_add(instruction.bytes as u64)?),
         };
-        let behind = state.behind(instruction)?.with_base_behind(instruction, state).checked()?;
-        let behind = State { number: number(code, state.number), ..behind };
+        let behind = match instruction.effect {
+            Effect::Load(RSP, from) if from != Operand::Register(RBP) && state.popped.is_none() => {
+                let other = code.get(instruction.bytes..).and_then(popped_frame);
+                // As this function leaves its own stack, which nothing else would return to.
+                let is_own =
+                    |other: &PoppedFrame| Some(other.depth) == state.depth && other.saved == state.saved;
+                let own = other.filter(is_own).map(|_| State { frame: None, base: None, ..state });
+                own.or_else(|| state.behind(instruction))?
+            }
+            _ => state.behind(instruction)?,
+        };
+        let behind = State {
+            number: number(code, state.number),
+            address: loaded(code, address, instruction, state.address),
+            ..behind.with_base_behind(instruction, state).checked()?
+        };
         Some(Step { bytes: instruction.bytes, flow, behind })
     }
 
@@ -307,6 +376,11 @@ impl Frames for Machine {
     fn uses_frame(code: &[u8], state: State) -> bool {
         let is_set = state.frame.is_some() && state.frame == state.saved;
         is_set && decode(code).and_then(|one| one.memory?.base) == Some(RBP)
+    }
+
+    /// In front of a call the CFA is a multiple of 16 away (System V ABI for AMD64, 3.2.2).
+    fn is_aligned(code: &[u8], state: State) -> bool {
+        code.starts_with(&SYSTEM_CALL) || state.depth.is_none_or(|depth| depth % (2 * WORD) == 0)
     }
 
     fn passes(code: &[u8], address: u64) -> Option<(usize, Flow)> {
@@ -446,6 +520,10 @@ impl Code for Machine {
             bytes,
             rule: Rule::Signal(SIGCONTEXT_OFFSET),
         })
+    }
+
+    fn coroutine_end(code: &[u8]) -> Option<usize> {
+        stack_switch::coroutine_end(code)
     }
 
     fn prologue(code: &[u8]) -> Prologue {

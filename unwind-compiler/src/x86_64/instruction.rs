@@ -14,7 +14,7 @@ use vectors::{is_of_vectors, vector};
 const MAX_BYTES: usize = 15;
 
 pub(crate) const RAX: u8 = 0;
-const RBX: u8 = 3;
+pub(crate) const RBX: u8 = 3;
 pub(crate) const RSP: u8 = 4;
 pub(crate) const RBP: u8 = 5;
 

@@ -3,3 +3,4 @@
 pub(crate) mod code;
 pub(crate) mod instruction;
 mod plt;
+mod stack_switch;
