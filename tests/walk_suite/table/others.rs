@@ -93,8 +93,6 @@ const BLAS: &[Of] = &[Of::Image("libopenblas"), Of::Image("libc.so.6")];
 /// musl's libc is its loader as well.
 const MUSL: &[&str] = &["libc.so"];
 const MUSL_FILE: &str = "/lib/ld-musl-x86_64.so.1";
-/// musl has no CFI. The function that calls `main` never returns, so that its instructions do not prove where it starts.
-const MUSL_STOPS: &[Stop] = &[Stop { reason: StopReason::NoCfi, most: 1.0, why: Why::Unrecognised }];
 
 pub(super) static ROWS: &[Row] = &[
     Row {
@@ -188,13 +186,8 @@ pub(super) static ROWS: &[Row] = &[
         exercises: "musl's libc",
         program: Built("musl-gcc", &["deep.c"], &[]),
         arguments: &["26"],
-        known: &[MUSL_FILE],
         needs: &[Need::File(MUSL_FILE)],
-        chains: &[often(
-            &[Is("spin"), Times(DESCENT, 26), Is("main"), In(MUSL, 1, 2)],
-            &[Some(&["_start"], 0, 1)],
-        )],
-        stops: MUSL_STOPS,
+        chains: &[often(&[Is("spin"), Times(DESCENT, 26), Is("main"), In(MUSL, 1, 1)], &[Is("_start")])],
         ..PLAIN
     },
     Row {
@@ -204,9 +197,8 @@ pub(super) static ROWS: &[Row] = &[
         arguments: &["26"],
         chains: &[often(
             &[Is("spin"), Times(DESCENT, 26), Is("main"), Is("libc_start_main_stage2")],
-            &[Some(&["_start"], 0, 1)],
+            &[Is("_start")],
         )],
-        stops: MUSL_STOPS,
         ..PLAIN
     },
     Row {
