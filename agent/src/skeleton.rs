@@ -22,6 +22,8 @@
 //! An image without section headers (`sstrip`) gets some: `.note` for each `PT_NOTE`, `.code` for each segment of code, `.eh_frame_hdr`
 //! from `PT_GNU_EH_FRAME`, `.eh_frame` from the pointer in it. Its dynamic symbols are left out.
 
+mod kept_sections;
+
 use std::ops::Range;
 
 use object::LittleEndian as LE;
@@ -30,6 +32,8 @@ use object::pod::{bytes_of, bytes_of_slice};
 use object::read::ReadRef;
 use object::read::elf::{FileHeader as _, ProgramHeader as _, SectionHeader as _};
 use windlass_schema::BuildId;
+
+use kept_sections::{GO_TABLE, GO_TABLE_OF_PIE, is_kept};
 
 use crate::code_without_cfi::{Code, KeptCode, array_relocations};
 use crate::image::{
@@ -50,10 +54,6 @@ const EH_FRAME_HDR_BYTES: u64 = 8;
 const CODE_SECTION: &[u8] = b".text.without_cfi";
 /// Name of a section that holds those relocations that fill arrays of functions to call.
 const RELOCATION_SECTION: &[u8] = b".rela.arrays";
-/// Names of the section of Go's function table.
-const GO_TABLE: &[u8] = b".gopclntab";
-const GO_TABLE_OF_PIE: &[u8] = b".data.rel.ro.gopclntab";
-
 /// Why there is no skeleton of an image.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SkeletonError {
@@ -202,47 +202,6 @@ fn range_of(section: &SectionHeader) -> Range<u64> {
 fn name_of<'n>(section: &SectionHeader, names: &'n [u8]) -> &'n [u8] {
     let name = names.get(section.sh_name(LE) as usize..).unwrap_or_default();
     name.split(|byte| *byte == 0).next().unwrap_or_default()
-}
-
-/// Types of sections whose contents belong into a skeleton: notes, symbols, and arrays of functions to call.
-const KEPT_KINDS: [elf::SectionType; 7] = [
-    elf::SHT_NOTE,
-    elf::SHT_SYMTAB,
-    elf::SHT_DYNSYM,
-    elf::SHT_SYMTAB_SHNDX,
-    elf::SHT_INIT_ARRAY,
-    elf::SHT_FINI_ARRAY,
-    elf::SHT_PREINIT_ARRAY,
-];
-
-/// Whether the contents of a section belong into a skeleton.
-fn is_kept(section: &SectionHeader, names: &[u8]) -> bool {
-    let kind = section.sh_type(LE);
-    if kind == elf::SHT_NOBITS || kind == elf::SHT_NULL {
-        return false;
-    }
-    let name = name_of(section, names);
-    KEPT_KINDS.contains(&kind)
-        || name.starts_with(b".note")
-        || name.starts_with(b".gnu.version")
-        || [
-            &b".eh_frame"[..],
-            b".eh_frame_hdr",
-            b".debug_frame",
-            b".zdebug_frame",
-            GO_TABLE,
-            GO_TABLE_OF_PIE,
-            CODE_SECTION,
-            RELOCATION_SECTION,
-            b".dynsym",
-            b".dynstr",
-            b".symtab",
-            b".strtab",
-            b".gnu_debuglink",
-            b".gnu_debugaltlink",
-            b".gnu_debugdata",
-        ]
-        .contains(&name)
 }
 
 /// Points a section at its moved contents, or makes it one without.

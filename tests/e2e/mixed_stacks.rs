@@ -160,3 +160,71 @@ async fn java_interpreted_and_compiled() {
     }
     service.stop().await;
 }
+
+/// Functions that do little but call and return, from the outermost on.
+const CALL_CHAIN: [&str; 4] = ["outermost", "middle", "inner", "leaf"];
+/// Each calls the next; the last in every way there is, with fewer and more arguments than it takes.
+const CALLS: &str = "\
+    let count = 0;\n\
+    function leaf(a, b) { count = (count + a) | 0; return count; }\n\
+    function inner(n) { for (let i = 0; i < 1000; i++) { leaf(i); leaf(i, 1, 2, 3); leaf.apply(null, [i]); \
+        leaf.call(null, i, 2); leaf(...[i, 2]); new leaf(i); } }\n\
+    function middle(n) { [n].forEach(inner); }\n\
+    function outermost() { middle.bind(null, 1)(); }\n\
+    for (;;) outermost();\n";
+
+/// The functions of the script that `stack` passes through, from the outermost on. `None` if the name of one is not known.
+fn javascript(stack: &Stack) -> Option<Vec<&str>> {
+    let made = stack.frames.iter().rev().filter(|frame| frame.image.is_empty() || frame.image == "[jit]");
+    let mut functions = Vec::new();
+    for frame in made {
+        let name = frame.function.as_str();
+        let (_, name) = name.split_once(':').filter(|(kind, _)| *kind == "JS")?;
+        let (name, place) = name.split_once(' ')?;
+        if place.contains("calls.js:") {
+            functions.push(name.trim_start_matches(['~', '^', '+', '*']));
+        }
+    }
+    Some(functions)
+}
+
+/// Samples fall everywhere: on prologues, returns, and where arguments are moved.
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_of_javascript() {
+    let test = "mixed_stacks::calls_of_javascript";
+    let Some(node) = program(test, "node") else { return };
+    if !may_use_bpf(test) {
+        return;
+    }
+    let service = TestService::start().await;
+    let script = service.folder().join("calls.js");
+    std::fs::write(&script, CALLS).expect("the script");
+    for tier in [&["--no-opt", "--always-sparkplug"][..], &["--no-turbo-inlining"]] {
+        let running = Running::start(
+            Command::new(&node)
+                .args(["--perf-basic-prof", "--interpreted-frames-native-stack"])
+                .args(tier)
+                .arg(&script)
+                // It logs into its folder.
+                .current_dir(service.folder()),
+        );
+        let pid = running.id();
+        let stacks = profile_process(&service, pid, BackendChoice::Bpf).await;
+        drop(running);
+        // It is node's to remove, and node was killed.
+        let _ = std::fs::remove_file(format!("/tmp/perf-{pid}.map"));
+        assert_complete(&stacks);
+        let mut is_met = [false; CALL_CHAIN.len()];
+        for stack in stacks.iter().filter(|stack| stack.is_complete()) {
+            let Some(functions) = javascript(stack) else { continue };
+            // The script itself has no name.
+            let called: Vec<&str> = functions.into_iter().filter(|name| !name.is_empty()).collect();
+            assert!(CALL_CHAIN.starts_with(&called), "{called:?}\n{stack:#?}");
+            if let Some(last) = called.len().checked_sub(1) {
+                is_met[last] = true;
+            }
+        }
+        assert!(is_met[2] && is_met[3], "{is_met:?}\n{stacks:#?}");
+    }
+    service.stop().await;
+}

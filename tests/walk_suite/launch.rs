@@ -79,6 +79,7 @@ pub(crate) fn start(test: &str, row: &'static Row, folder: &Path) -> Option<Runn
         built.push(build(&test, "cc", &["library.c"], &flags, &library)?);
         arguments.push(library.into());
     }
+    built.extend(row.known.iter().map(PathBuf::from));
     let images = built.iter().map(|path| std::fs::read(path).expect("an image")).collect();
     let mut command = command(row.start, &program, folder);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

@@ -16,6 +16,9 @@ pub(crate) struct Row {
     pub(crate) environment: &'static [(&'static str, &'static str)],
     /// Libraries that it is given, and the flags with which they are compiled.
     pub(crate) libraries: &'static [(&'static str, &'static [&'static str])],
+    /// Files of the machine that the service is given, for code of theirs that no CFI covers: what agents send of
+    /// an image is without its code.
+    pub(crate) known: &'static [&'static str],
     pub(crate) start: Start,
     /// Without these it is skipped.
     pub(crate) needs: &'static [Need],
@@ -85,6 +88,7 @@ pub(crate) const PLAIN: Row = Row {
     arguments: &[],
     environment: &[],
     libraries: &[],
+    known: &[],
     start: Start::Plainly,
     needs: &[],
     chains: &[],

@@ -17,6 +17,8 @@
 //! was at the start. What returns with any other frame is not believed at all.
 //! What is called may not return, and padding stands behind that only where the next function needs some. So behind a call
 //! the frame is known if what follows undoes it, uses it, or goes to where control comes without the call.
+//! Two kinds of V8's functions start otherwise, and say so: those that leave a frame which they have not built, and those that drop
+//! their return address and build a frame around the next one. The latter stand for the function whose prologue calls them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -26,17 +28,14 @@ use crate::function_walk::{Budget, Flow, is_entry};
 use crate::recognise::{Code, Prologue, Recognised, Starts};
 use crate::report::RecognisedKind;
 
+mod function_starts;
+use function_starts::functions;
+
 /// Narrowest gap that is looked at, in bytes, as the agent that uploads one has it. Functions in assembly without CFI come
 /// in some tens of kilobytes.
 const MIN_GAP_BYTES: u64 = 256 * 1024;
 /// Widest gap that is looked at, in bytes: forty times V8's built-in functions.
 const MAX_GAP_BYTES: u64 = 64 * 1024 * 1024;
-/// Fewest functions to tell by whether code keeps frame pointers.
-const MIN_FUNCTIONS: usize = 64;
-/// For how many functions with a frame pointer one may build a frame without it.
-const FRAME_POINTERS_PER_OTHER: usize = 20;
-/// What compilers align functions to.
-const FUNCTION_ALIGNMENT: u64 = 16;
 /// Longest function that is put together, in bytes. V8's have up to twenty thousand.
 const MAX_FUNCTION_BYTES: u64 = 64 * 1024;
 /// Most instructions of a function, which are kept while it is followed: one of four bytes each.
@@ -89,36 +88,21 @@ fn within<C: Code>(
         may_switch = function.may_switch;
         if (is_called || function.is_proved(is_known)) && function.is_right(&functions) {
             found.extend(function.rows);
+            continue;
+        }
+        let code = &bytes[(start - gap.start) as usize..(function.end - gap.start) as usize];
+        let may_be_entered = C::prologue(code) != Prologue::FramePointer;
+        let entries = [(Entry::InFrame, C::IN_FRAME), (Entry::InPrologue, C::IN_PROLOGUE)];
+        for (entry, state) in entries.into_iter().filter(|_| may_be_entered) {
+            let Some(state) = state else { continue };
+            let entered = Walk::<C>::follow_from(entry, state, start..function.end, code, budget)?;
+            if entered.is_proved && entered.is_right(&functions) {
+                found.extend(entered.rows);
+                break;
+            }
         }
     }
     Some(found)
-}
-
-/// Where functions start, if nearly all that build a frame do so with a frame pointer.
-fn functions<C: Code>(gap: &Range<u64>, bytes: &[u8], starts: &Starts) -> Option<BTreeSet<u64>> {
-    let (mut kept, mut others) = (0, 0);
-    let mut functions = BTreeSet::new();
-    let symbols = starts.symbols.range(gap.start..gap.end).map(|(start, _)| *start);
-    let first = gap.start.next_multiple_of(FUNCTION_ALIGNMENT);
-    let padded = (first..gap.end).step_by(FUNCTION_ALIGNMENT as usize).filter(|start| {
-        // Where a symbol covers it, it is a part of that function.
-        let named = starts.symbols.range(..=start).next_back();
-        C::is_padded(&bytes[..(start - gap.start) as usize]) && named.is_none_or(|(_, end)| end <= start)
-    });
-    let called = starts.called.range(gap.start..gap.end).copied();
-    for start in symbols.chain(called).chain(padded).filter(|start| start.is_multiple_of(C::ALIGNMENT)) {
-        let code = &bytes[(start - gap.start) as usize..];
-        // Otherwise there is more padding.
-        if code.len() < 2 || C::is_padded(&code[..2]) || !functions.insert(start) {
-            continue;
-        }
-        match C::prologue(code) {
-            Prologue::FramePointer => kept += 1,
-            Prologue::Other => others += 1,
-            Prologue::Unknown => {}
-        }
-    }
-    (kept >= MIN_FUNCTIONS && others * FRAME_POINTERS_PER_OTHER <= kept).then_some(functions)
 }
 
 /// Follows those of `functions` whose end has moved.
@@ -264,8 +248,20 @@ impl<S> Passed<S> {
     }
 }
 
+/// How control comes to the start of a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Entry {
+    /// By a call, or a jump that stands for one.
+    Called,
+    /// By a jump in the frame of a function that it leaves.
+    InFrame,
+    /// By a call in a prologue, to build the frame.
+    InPrologue,
+}
+
 /// A function that is followed.
 struct Walk<'a, C: Code> {
+    entry: Entry,
     range: Range<u64>,
     /// Of `range`.
     code: &'a [u8],
@@ -279,9 +275,21 @@ struct Walk<'a, C: Code> {
 impl<'a, C: Code> Walk<'a, C> {
     /// Follows the function at the start of `range`, which `code` is the code of. `None` if there is no more to be done.
     fn follow(range: Range<u64>, code: &'a [u8], budget: &mut Budget) -> Option<Followed> {
+        Self::follow_from(Entry::Called, C::ENTRY, range, code, budget)
+    }
+
+    /// As [`follow`](Self::follow), if control comes there in this way, with this frame.
+    fn follow_from(
+        entry: Entry,
+        state: C::State,
+        range: Range<u64>,
+        code: &'a [u8],
+        budget: &mut Budget,
+    ) -> Option<Followed> {
         let start = range.start;
-        let mut walk = Self { range, code, met: BTreeMap::new(), pending: Vec::new(), is_too_long: false };
-        walk.meet(start, Way { state: Some(C::ENTRY), is_certain: true, is_doubtful: false });
+        let (met, pending) = (BTreeMap::new(), Vec::new());
+        let mut walk = Self { entry, range, code, met, pending, is_too_long: false };
+        walk.meet(start, Way { state: Some(state), is_certain: true, is_doubtful: false });
         while let Some(address) = walk.pending.pop() {
             budget.instructions = budget.instructions.checked_sub(1)?;
             walk.pass(address);
@@ -422,6 +430,8 @@ impl<'a, C: Code> Walk<'a, C> {
         followed.is_proved |=
             is_certain && state.is_some_and(is_entry::<C>) && C::prologue(code) == Prologue::FramePointer;
         match passed.flow {
+            // Behind the call in the prologue, with the frame; or elsewhere.
+            Flow::Return if self.entry == Entry::InPrologue => {}
             Flow::Return => {
                 followed.is_proved |= is_as_at_start && is_certain;
                 followed.is_refuted |= is_sure && passed.behind.is_some() && !is_as_at_start;
@@ -435,7 +445,7 @@ impl<'a, C: Code> Walk<'a, C> {
         for target in passed.targets().filter(|target| !self.range.contains(target)) {
             let is_jump = matches!(passed.flow, Flow::Branch(to) | Flow::Jump(to) if to == target);
             if is_jump && is_as_at_start {
-                followed.is_proved |= is_certain;
+                followed.is_proved |= is_certain && self.entry != Entry::InPrologue;
                 followed.jumps.extend(is_sure.then_some(target));
                 continue;
             }
@@ -473,6 +483,11 @@ impl<'a, C: Code> Walk<'a, C> {
                 continue;
             }
             let rule = C::rule(state);
+            // What is called in the frame just built is followed by the frame pointer.
+            let is_other_frame = C::has_frame_pointer(state) && C::IN_FRAME.map(C::rule) != Some(rule);
+            if !rule.is_exact() || self.entry == Entry::InPrologue && is_other_frame {
+                continue;
+            }
             match rows.last_mut().filter(|last| last.range.end == *start && last.rule == rule) {
                 Some(last) => last.range.end = end,
                 None => rows.push(Recognised { range: *start..end, rule, kind: RecognisedKind::Function }),

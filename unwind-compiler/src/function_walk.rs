@@ -69,6 +69,12 @@ pub(crate) trait Frames {
     /// In front of a function's first one.
     const ENTRY: Self::State;
 
+    /// In front of the first one of code that is jumped to in the frame of another, which it leaves; if there may be some.
+    const IN_FRAME: Option<Self::State>;
+
+    /// In front of the first one of a function that is called in a prologue, to build the frame of its caller; if there may be some.
+    const IN_PROLOGUE: Option<Self::State>;
+
     /// What is known where control comes from two places. `None` if the frames differ.
     fn join(one: Self::State, other: Self::State) -> Option<Self::State>;
 

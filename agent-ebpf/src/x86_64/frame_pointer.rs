@@ -424,6 +424,12 @@ impl FramePointers for Registers {
                             return Ok(caller);
                         }
                     }
+                    if code.keeps_frame_pointers {
+                        let caller = self.caller_copying_arguments(memory)?;
+                        if caller.is_some() {
+                            return Ok(caller);
+                        }
+                    }
                 } else if is_of_known_compiler(code) && self.is_in_v8_frame(memory) {
                     return self.caller_by_frame_pointer(memory);
                 }

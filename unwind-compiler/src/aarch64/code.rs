@@ -184,6 +184,10 @@ impl Frames for Machine {
 
     const ENTRY: State = State { depth: Some(0), frame: None, saved: None, returns: None, number: None };
 
+    const IN_FRAME: Option<State> = None;
+
+    const IN_PROLOGUE: Option<State> = None;
+
     fn join(one: State, other: State) -> Option<State> {
         let number = one.number.filter(|_| one.number == other.number);
         let joined = State { number, ..one };

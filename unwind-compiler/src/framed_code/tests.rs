@@ -90,13 +90,77 @@ fn what_returns_with_another_frame_is_not_believed() {
     check(&[0x50, 0xc3], &[]);
     // A frame, of which something stays: push %rbp; mov %rsp, %rbp; pop %rbp; push %rax; ret
     check(&[0x55, 0x48, 0x89, 0xe5, 0x5d, 0x50, 0xc3], &[]);
-    // What builds the frame of its caller: pop %r15; push %rbp; mov %rsp, %rbp; push %r15; ret
-    check(&[0x41, 0x5f, 0x55, 0x48, 0x89, 0xe5, 0x41, 0x57, 0xc3], &[]);
-    // What runs in the frame of another: mov %rbp, %rsp; pop %rbp; ret
-    check(&[0x48, 0x8b, 0xe5, 0x5d, 0xc3], &[]);
     // Nothing but traps, and no code.
     check(&[0x90, 0xcc], &[]);
     check(&[0x06, 0xc3], &[]);
+}
+
+/// V8's function that ends those of baseline code: sub %ecx, -8(%rbp); jge +2; push %rax; pop %rax; mov %rbp, %rsp; pop %rbp;
+/// pop %r8; lea (%rsp, %rbx, 8), %rsp; push %r8; ret
+#[test]
+fn a_frame_that_another_function_has_built() {
+    let mut code = vec![0x29, 0x4d, 0xf8, 0x7d, 2, 0x50, 0x58, 0x48, 0x8b, 0xe5, 0x5d];
+    code.extend([0x41, 0x58, 0x48, 0x8d, 0x24, 0xdc, 0x41, 0x50, 0xc3]);
+    let expect = [
+        "0..11 cfa=rbp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "11..13 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "13..19 cfa=rsp+0 ra=r8 rbp=same",
+        "19..20 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    check(&code, &expect);
+    // What returns on one of its ways as it was called has not been entered with it.
+    code[5..7].copy_from_slice(&[0xc3, 0x90]);
+    check(&code, &["0..6 cfa=rsp+8 ra=*(cfa-8) rbp=same", "7..10 cfa=rsp+8 ra=*(cfa-8) rbp=same"]);
+}
+
+/// V8's function that baseline code calls in its prologue: mov (%rdi), %r8; pop %r15; push %rbp; mov %rsp, %rbp; push %rsi;
+/// push %r15; ret
+#[test]
+fn a_frame_that_is_built_for_the_caller() {
+    let code = [0x4c, 0x8b, 7, 0x41, 0x5f, 0x55, 0x48, 0x89, 0xe5, 0x56, 0x41, 0x57, 0xc3];
+    let expect = [
+        "0..5 cfa=rsp+16 ra=*(cfa-8) rbp=same",
+        "5..6 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "6..9 cfa=rsp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+        "9..13 cfa=rbp+16 ra=*(cfa-8) rbp=*(cfa-16)",
+    ];
+    check(&code, &expect);
+    // Without a prologue there is no telling: pop %r15; push %r15; ret is as good as nothing.
+    check(&[0x41, 0x5f, 0x41, 0x57, 0x41, 0x57, 0xc3], &[]);
+}
+
+/// mov %rsp, %r8; lea (, %rbx, 8), %r10; sub %r10, %rsp; xor %r11d, %r11d; the loop; lea (%rsp, %r9, 8), %r8; jmp *%rcx
+#[test]
+fn a_return_address_that_is_moved() {
+    let mut code =
+        vec![0x49, 0x89, 0xe0, 0x4c, 0x8d, 0x14, 0xdd, 0, 0, 0, 0, 0x49, 0x2b, 0xe2, 0x45, 0x33, 0xdb];
+    code.extend([
+        0x4f, 0x8b, 0x14, 0xd8, 0x4e, 0x89, 0x14, 0xdc, 0x49, 0xff, 0xc3, 0x4d, 0x3b, 0xd9, 0x7c, 0xf0,
+    ]);
+    code.extend([0x4e, 0x8d, 0x04, 0xcc, 0xff, 0xe1]);
+    let symbols = BTreeMap::from([(TRIED, TRIED + code.len() as u64)]);
+    let starts = Starts { symbols, ..Starts::default() };
+    // From the loop's first instruction on, it may have been copied.
+    let expect = [
+        "0..14 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "14..17 cfa=r8+8 ra=*(cfa-8) rbp=same",
+        "37..39 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    assert_eq!(rows(&gap(&code), code.len(), &starts), expect);
+    // With the loop's condition first: jmp +11, and jle.
+    let mut jumping = code.clone();
+    jumping.splice(17..17, [0xeb, 11]);
+    jumping[33] = 0x7e;
+    let symbols = BTreeMap::from([(TRIED, TRIED + jumping.len() as u64)]);
+    let expect = [
+        "0..14 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+        "14..19 cfa=r8+8 ra=*(cfa-8) rbp=same",
+        "39..41 cfa=rsp+8 ra=*(cfa-8) rbp=same",
+    ];
+    assert_eq!(rows(&gap(&jumping), jumping.len(), &Starts { symbols, ..Starts::default() }), expect);
+    // With the register written that says where it was: xor %r8d, %r8d.
+    code[14..17].copy_from_slice(&[0x45, 0x33, 0xc0]);
+    assert_eq!(rows(&gap(&code), code.len(), &starts), Vec::<String>::new());
 }
 
 /// A block behind traps is no function: the one in front jumps there, in its frame.

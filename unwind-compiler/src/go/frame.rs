@@ -12,7 +12,7 @@ use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Ru
 use super::table::{Function, Span, Table};
 use super::{FunctionRow, GoRule};
 pub(super) use crate::projection::SIGCONTEXT_OFFSET;
-use crate::x86_64::code::RT_SIGRETURN_OF_RAX;
+use crate::x86_64::by_bytes::RT_SIGRETURN_OF_RAX;
 use crate::x86_64::instruction::decode;
 
 /// From the CFA to where a prologue saves rbp: behind the return address.

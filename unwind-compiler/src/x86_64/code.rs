@@ -1,14 +1,12 @@
-//! What instructions of x86-64 do to a frame, and code that is known by its bytes: process entries and the
-//! trampolines of signals.
+//! What instructions of x86-64 do to a frame.
 
 use windlass_schema::{Architecture, CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule};
 
 use super::instruction::{Effect, Instruction, Memory, Operand, PRESERVED, RBP, RSP, decode};
-use super::plt;
-use super::stack_switch::{self, PoppedFrame, popped_frame};
+use super::shift::Shift;
+use super::stack_switch::{PoppedFrame, popped_frame};
+use super::system_call::{ENDING_SYSTEM_CALLS, SWITCHING_SYSTEM_CALLS, number};
 use crate::function_walk::{Flow, Frames, Step};
-use crate::projection::SIGCONTEXT_OFFSET;
-use crate::recognise::{Code, Linkage, Prologue, Trampoline};
 
 /// x86-64.
 pub(crate) enum Machine {}
@@ -26,6 +24,8 @@ pub(crate) struct State {
     saved: Option<i32>,
     /// The register that the return address was popped into, if it was. Then `depth` counts from what lay below it.
     popped: Option<u8>,
+    /// Whether the return address is being moved.
+    shift: Shift,
     /// The constant in eax, the number of a system call, if known.
     number: Option<u32>,
     /// A register, and the address that it was loaded with, if known.
@@ -116,6 +116,9 @@ impl State {
 
     /// This state, if it makes sense: what the frame has to keep is not below rsp, and there is a CFA.
     fn checked(self) -> Option<Self> {
+        if !matches!(self.shift, Shift::None(_)) {
+            return Some(self);
+        }
         if self.popped.is_some() {
             return self.depth.is_some_and(|depth| depth >= 0).then_some(self);
         }
@@ -125,6 +128,21 @@ impl State {
             None => self.has_base(),
         }
         .then_some(self)
+    }
+
+    /// The state behind an instruction, also of a switch to another stack, which is left as this function leaves its own: then nothing else would
+    /// return to it.
+    fn behind_or_switched(self, instruction: Instruction, code: &[u8]) -> Option<Self> {
+        let is_switch =
+            matches!(instruction.effect, Effect::Load(RSP, from) if from != Operand::Register(RBP));
+        if is_switch && self.popped.is_none() {
+            let other = code.get(instruction.bytes..).and_then(popped_frame);
+            let is_own = |other: &PoppedFrame| Some(other.depth) == self.depth && other.saved == self.saved;
+            if other.filter(is_own).is_some() {
+                return Some(Self { frame: None, base: None, ..self });
+            }
+        }
+        self.behind(instruction)
     }
 
     /// Behind an instruction that passes control on.
@@ -212,44 +230,8 @@ impl State {
     }
 }
 
-/// System calls behind which the child has another stack, or shares this one, or there is none: `rt_sigreturn`,
-/// `clone`, `vfork`, `clone3` (arch/x86/entry/syscalls/syscall_64.tbl).
-const SWITCHING_SYSTEM_CALLS: [u32; 4] = [15, 56, 58, 435];
-
 /// syscall
 const SYSTEM_CALL: [u8; 2] = [0x0f, 0x05];
-
-/// System calls that do not return, as some functions do not: `exit`, `exit_group` (the same table).
-const ENDING_SYSTEM_CALLS: [u32; 2] = [60, 231];
-
-/// The constant in eax behind the instruction that `code` begins with; `None` but for instructions that are known to
-/// leave it.
-fn number(code: &[u8], number: Option<u32>) -> Option<u32> {
-    let (rex, code) = match code {
-        [rex @ 0x40..=0x4f, rest @ ..] => (*rex, rest),
-        _ => (0, code),
-    };
-    let has_other = |bit: u8| rex >> bit & 1 != 0;
-    match *code {
-        [0xb8, a, b, c, d, ..] if !has_other(0) && !has_other(3) => Some(u32::from_le_bytes([a, b, c, d])),
-        [0xc7, 0xc0, a, b, c, d, ..] if !has_other(0) => Some(u32::from_le_bytes([a, b, c, d])),
-        [0x31 | 0x33, 0xc0, ..] if !has_other(0) && !has_other(2) => Some(0),
-        // push, jumps, cmp and test.
-        [0x50..=0x57 | 0x70..=0x7f | 0xe9 | 0xeb | 0x38..=0x3b | 0x84 | 0x85, ..]
-        | [0x0f, 0x80..=0x8f, ..] => number,
-        // pop and mov of a constant.
-        [opcode @ (0x58..=0x5f | 0xb8..=0xbf), ..] => number.filter(|_| opcode & 7 != 0 || has_other(0)),
-        // To the operand of add, or, and, sub, xor, mov.
-        [0x01 | 0x09 | 0x21 | 0x29 | 0x31 | 0x81 | 0x83 | 0x89 | 0xc7, modrm, ..] => {
-            number.filter(|_| modrm < 0xc0 || modrm & 7 != 0 || has_other(0))
-        }
-        // To the register.
-        [0x03 | 0x0b | 0x23 | 0x2b | 0x33 | 0x63 | 0x8b | 0x8d, modrm, ..] => {
-            number.filter(|_| modrm >> 3 & 7 != 0 || has_other(2))
-        }
-        _ => None,
-    }
-}
 
 /// The register that holds an address behind `instruction`, that `code` begins with, at `at`; `None` but for
 /// instructions that are known to leave it.
@@ -317,20 +299,28 @@ impl Frames for Machine {
         base: None,
         saved: None,
         popped: None,
+        shift: Shift::None(None),
         number: None,
         address: None,
     };
+
+    const IN_FRAME: Option<State> =
+        Some(State { depth: None, frame: Some(2 * WORD), saved: Some(2 * WORD), ..Self::ENTRY });
+
+    /// Below the return address of its caller lies its own.
+    const IN_PROLOGUE: Option<State> = Some(State { depth: Some(2 * WORD), ..Self::ENTRY });
 
     fn join(one: State, other: State) -> Option<State> {
         let number = one.number.filter(|_| one.number == other.number);
         let address = one.address.filter(|_| one.address == other.address);
         let base = one.base.filter(|_| one.base == other.base);
+        let shift = Shift::join(one.shift, other.shift)?;
         // Of two places for rsp, the frame pointer or the base has to do.
         let has_base = State { base, ..one }.has_base();
         let depth = one.depth.filter(|_| one.depth == other.depth || !has_base);
-        let joined = State { depth, number, base, address, ..one };
+        let joined = State { depth, number, base, shift, address, ..one };
         let depth = if has_base { depth } else { other.depth };
-        let other = State { depth, number, base, address, ..other };
+        let other = State { depth, number, base, shift, address, ..other };
         (joined == other).then_some(joined)
     }
 
@@ -350,21 +340,21 @@ impl Frames for Machine {
             }
             effect => flow(effect, address.checked_add(instruction.bytes as u64)?),
         };
-        let behind = match instruction.effect {
-            Effect::Load(RSP, from) if from != Operand::Register(RBP) && state.popped.is_none() => {
-                let other = code.get(instruction.bytes..).and_then(popped_frame);
-                // As this function leaves its own stack, which nothing else would return to.
-                let is_own =
-                    |other: &PoppedFrame| Some(other.depth) == state.depth && other.saved == state.saved;
-                let own = other.filter(is_own).map(|_| State { frame: None, base: None, ..state });
-                own.or_else(|| state.behind(instruction))?
+        let is_bare = state.saved.is_none() && state.popped.is_none() && state.base.is_none();
+        let is_on_top = is_bare && state.depth == Some(WORD);
+        let shift = state.shift.behind(instruction, code, is_on_top)?;
+        let behind = match (state.shift, shift) {
+            (Shift::None(_), Shift::None(_)) => {
+                state.behind_or_switched(instruction, code)?.with_base_behind(instruction, state).checked()?
             }
-            _ => state.behind(instruction)?,
+            (_, Shift::None(_)) => State { depth: Some(WORD), ..state },
+            _ => State { depth: None, ..state },
         };
         let behind = State {
             number: number(code, state.number),
             address: loaded(code, address, instruction, state.address),
-            ..behind.with_base_behind(instruction, state).checked()?
+            shift,
+            ..behind
         };
         Some(Step { bytes: instruction.bytes, flow, behind })
     }
@@ -390,6 +380,14 @@ impl Frames for Machine {
     }
 
     fn rule(state: State) -> Rule {
+        if let Shift::Begun(at) | Shift::Copying(at) = state.shift {
+            let is_copied = matches!(state.shift, Shift::Copying(_));
+            return register(at).filter(|_| !is_copied).map_or(Rule::NoCfi, |register| Rule::Frame {
+                cfa: CfaRule::Offset(register, WORD),
+                return_address: ReturnAddressRule::AtCfa(-8),
+                frame_pointer: FramePointerRule::Same,
+            });
+        }
         if let Some(popped) = state.popped {
             let cfa = CfaRule::Offset(Register::RSP, state.depth.unwrap_or_default());
             return register(popped).map_or(Rule::NoCfi, |register| Rule::Frame {
@@ -415,161 +413,3 @@ impl Frames for Machine {
         Rule::Frame { cfa, return_address: ReturnAddressRule::AtCfa(-8), frame_pointer }
     }
 }
-
-/// xor ebp, ebp; and with 64 bits.
-const ZEROED_FRAME_POINTER: [&[u8]; 4] =
-    [&[0x31, 0xed], &[0x33, 0xed], &[0x48, 0x31, 0xed], &[0x48, 0x33, 0xed]];
-
-/// Most instructions of a process entry in front of its call; C libraries take 4 to 12.
-const MAX_ENTRY_INSTRUCTIONS: usize = 32;
-
-/// mov rax, 15 with a sign-extended constant; syscall: `rt_sigreturn` (arch/x86/entry/syscalls/syscall_64.tbl).
-pub(crate) const RT_SIGRETURN_OF_RAX: [u8; 9] = [0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
-
-/// mov eax, 15; syscall.
-const RT_SIGRETURN_OF_EAX: [u8; 7] = [0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05];
-
-/// Whether a prefix makes another move of that one: REX, to another register, and that of words, of two bytes.
-fn changes_move(prefix: &u8) -> bool {
-    matches!(prefix, 0x40..=0x4f | 0x66)
-}
-
-const NOP: u8 = 0x90;
-
-/// int3
-const TRAP: u8 = 0xcc;
-
-/// How far back a call would reach whose displacement ends in [`NOP`].
-const CALL_ENDING_IN_NOP_BYTES: u64 = (0x100 - NOP as u64 - 1) << 24;
-
-impl Code for Machine {
-    const ARCHITECTURE: Architecture = Architecture::X86_64;
-    const ALIGNMENT: u64 = 1;
-    const CALL_BYTES: usize = 5;
-
-    /// nop of one and of several bytes, int3, and what linkers leave zero.
-    fn padding(code: &[u8]) -> Option<usize> {
-        let prefixes = code.iter().take_while(|byte| matches!(byte, 0x66 | 0x2e)).count();
-        match code.get(prefixes..)? {
-            [0x00 | 0xcc, ..] if prefixes == 0 => Some(1),
-            [NOP, ..] | [0x0f, 0x1f, ..] => decode(code).map(|instruction| instruction.bytes),
-            _ => None,
-        }
-    }
-
-    /// The kernel and dynamic linkers jump there, and the code zeroes rbp for the walk to end (System V ABI for AMD64,
-    /// 3.4.1): no function may, as rbp is its caller's.
-    fn process_entry(code: &[u8]) -> Option<usize> {
-        let mut at = 0;
-        let mut is_zeroed = false;
-        for _ in 0..MAX_ENTRY_INSTRUCTIONS {
-            let rest = code.get(at..)?;
-            let instruction = decode(rest)?;
-            at += instruction.bytes;
-            match instruction.effect {
-                Effect::Branch(_) | Effect::Jump(_) | Effect::Return | Effect::Trap => return None,
-                Effect::Call(_) => return is_zeroed.then_some(at),
-                _ => is_zeroed |= ZEROED_FRAME_POINTER.iter().any(|bytes| rest.starts_with(bytes)),
-            }
-        }
-        None
-    }
-
-    /// In front of its call, glibc's entry has `main` in rdi, the first argument of `__libc_start_main`
-    /// (sysdeps/x86_64/start.S).
-    fn handed_over(entry: &[u8], address: u64) -> Option<u64> {
-        let mut at = 0;
-        let mut last = None;
-        while let Some(rest) = entry.get(at..).filter(|rest| !rest.is_empty()) {
-            let next = at + decode(rest)?.bytes;
-            if next == entry.len() {
-                return last;
-            }
-            last = match *rest {
-                // lea of an address relative to rip; mov of a constant.
-                [0x48, 0x8d, 0x3d, a, b, c, d, ..] => {
-                    let behind = address.checked_add(next as u64)?;
-                    Some(behind.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into()))
-                }
-                [0x48, 0xc7, 0xc7, a, b, c, d, ..] => u64::try_from(i32::from_le_bytes([a, b, c, d])).ok(),
-                _ => None,
-            };
-            at = next;
-        }
-        None
-    }
-
-    /// When a handler has returned, rsp is at the `ucontext` (arch/x86/kernel/signal_64.c, `rt_sigreturn`). Its return
-    /// address is the trampoline's first byte, so that it is looked up one byte before: as in
-    /// glibc's own CFI, that is a part of the trampoline if it is a nop.
-    #[inline]
-    fn trampoline(code: &[u8], at: usize, first_code: u64, address: u64) -> Option<Trampoline> {
-        let (before, code) = code.split_at(at);
-        let bytes = if code.starts_with(&RT_SIGRETURN_OF_RAX) {
-            RT_SIGRETURN_OF_RAX.len()
-        } else if code.starts_with(&RT_SIGRETURN_OF_EAX) && !before.last().is_some_and(changes_move) {
-            RT_SIGRETURN_OF_EAX.len()
-        } else {
-            return None;
-        };
-        let is_nop = before.last() == Some(&NOP);
-        // No call ends in that byte, which its own return would come to.
-        let is_of_no_call = address.saturating_sub(first_code) < CALL_ENDING_IN_NOP_BYTES;
-        Some(Trampoline {
-            before: usize::from(is_nop && is_of_no_call),
-            bytes,
-            rule: Rule::Signal(SIGCONTEXT_OFFSET),
-        })
-    }
-
-    fn coroutine_end(code: &[u8]) -> Option<usize> {
-        stack_switch::coroutine_end(code)
-    }
-
-    fn prologue(code: &[u8]) -> Prologue {
-        let mut at = 0;
-        if code.starts_with(&ENDBR64) {
-            at = ENDBR64.len();
-        }
-        let Some(first) = decode(&code[at..]) else { return Prologue::Unknown };
-        match first.effect {
-            Effect::Push(Some(RBP)) => {
-                // Compilers schedule a few others in between.
-                for _ in 0..MAX_PROLOGUE_INSTRUCTIONS {
-                    let Some(instruction) = code.get(at..).and_then(decode) else { break };
-                    at += instruction.bytes;
-                    match instruction.effect {
-                        Effect::Load(RBP, Operand::Register(RSP)) => return Prologue::FramePointer,
-                        Effect::Call(_) | Effect::Jump(_) | Effect::Return | Effect::Trap => break,
-                        _ => {}
-                    }
-                }
-                Prologue::Other
-            }
-            Effect::Push(_) | Effect::Add(RSP, _) => Prologue::Other,
-            _ => Prologue::Unknown,
-        }
-    }
-
-    #[inline]
-    fn linkage(code: &[u8], address: u64, is_section: bool) -> Option<Linkage> {
-        plt::run(code, address, is_section)
-    }
-
-    /// Behind two traps: a single one may be what a call that does not return comes back to.
-    fn is_padded(before: &[u8]) -> bool {
-        before.ends_with(&[TRAP, TRAP])
-    }
-
-    fn call(code: &[u8], address: u64) -> Option<u64> {
-        let [0xe8, a, b, c, d, ..] = *code else { return None };
-        let next = address.wrapping_add(Self::CALL_BYTES as u64);
-        Some(next.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into()))
-    }
-}
-
-/// endbr64
-pub(super) const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
-
-/// Most instructions of a prologue up to `mov rbp, rsp`.
-const MAX_PROLOGUE_INSTRUCTIONS: usize = 8;

@@ -18,7 +18,7 @@
 
 use windlass_schema::{CfaRule, FramePointerRule, Register, ReturnAddressRule, Rule};
 
-use super::code::ENDBR64;
+use super::by_bytes::ENDBR64;
 use crate::recognise::Linkage;
 
 /// Bytes of an entry, and what its address is a multiple of.

@@ -235,7 +235,43 @@ impl Registers {
         }
         Ok(None)
     }
+
+    /// The caller where the return address is being copied, to make room for arguments behind it: to rsp from where r8 points,
+    /// as the first of the words that a register counts.
+    ///
+    /// ```text
+    /// 1:  mov (%r8, %r11, 8), %r10;  mov %r10, (%rsp, %r11, 8);  inc %r11;  cmp ..;  jl 1b
+    /// ```
+    #[inline(always)]
+    pub(super) fn caller_copying_arguments<M: StackMemory>(
+        &self,
+        memory: &M,
+    ) -> Result<Option<Candidate>, StopReason> {
+        let Some(code) = memory.word(self.rip) else { return Ok(None) };
+        let offset = match code & 0xffff {
+            0x8b4f => 0,
+            0x894e => 4,
+            0xff49 => 8,
+            0x3b4c | 0x3b4d => 11,
+            0xf07c | 0xf07e => 14,
+            _ => return Ok(None),
+        };
+        let Some([first, second]) = memory.words(self.rip.wrapping_sub(offset)) else { return Ok(None) };
+        // 4f 8b 14 ..  4e 89 14 ..  49 ff ..  4. 3b ..  7. f0
+        let index = first >> 27 & 7;
+        let is_loop = has(first, 0x00ff_ffff_00ff_ffff, 0x0014_894e_0014_8b4f)
+            && has(first >> 24, 0xff, 0xc0 | index << 3)
+            && has(first >> 56, 0xff, 0xc4 | index << 3)
+            && has(second, 0xfffd_00ff_feff_ffff, 0xf07c_003b_4c00_ff49 | (0xc0 | index) << 16);
+        if !is_loop {
+            return Ok(None);
+        }
+        let counted = self.get(8 | index as u8)?;
+        let at = if counted == 0 { self.get(DWARF_R8)? } else { self.general[super::DWARF_RSP as usize] };
+        self.caller_at(at, self.get(super::DWARF_RBP)?, memory)
+    }
 }
 
-/// DWARF number of r10.
+/// DWARF numbers.
+const DWARF_R8: u8 = 8;
 const DWARF_R10: u8 = 10;

@@ -129,3 +129,37 @@ fn an_unknown_end_is_too_much_doubt() {
     assert_eq!(caller(&memory, START + 38, true, word(10), word(20)), Err(StopReason::FramePointer));
     assert_eq!(caller(&memory, START + 41, true, word(10), word(20)), Err(StopReason::FramePointer));
 }
+
+/// mov (%r8, %r11, 8), %r10; mov %r10, (%rsp, %r11, 8); inc %r11; cmp %r9, %r11; jl back
+const COPYING: &[u8] =
+    &[0x4f, 0x8b, 0x14, 0xd8, 0x4e, 0x89, 0x14, 0xdc, 0x49, 0xff, 0xc3, 0x4d, 0x3b, 0xd9, 0x7c, 0xf0];
+
+/// In a built-in function, the return address is where r8 points until the first word has been copied.
+#[test]
+fn a_return_address_that_is_copied() {
+    let at = (START - CODE) as usize;
+    let memory = |code: &[u8]| {
+        let memory = Memory::new(&[CALL, WITH_FRAME, (at, code)])
+            .keeping(no_table::location(StopReason::FramePointer));
+        memory.with_stack(&[(20, word(28)), (21, RETURN)])
+    };
+    let found = |memory: &Memory, offset: u64, counted: u64| {
+        let mut general = [0; REGISTERS];
+        (general[7], general[6], general[8], general[11]) = (word(4), word(20), word(6), counted);
+        caller_of(memory, Registers::innermost(general, START + offset))
+    };
+    let (old, new) = (memory(COPYING).with_stack(&[(6, RETURN)]), memory(COPYING).with_stack(&[(4, RETURN)]));
+    for offset in [0, 4, 8, 11, 14] {
+        assert_eq!(found(&old, offset, 0), Ok((RETURN, word(7), word(20))), "{offset}");
+        assert_eq!(found(&new, offset, 1), Ok((RETURN, word(5), word(20))), "{offset}");
+        assert_eq!(found(&old, offset, 1), Err(StopReason::FramePointer), "{offset}");
+        assert_eq!(found(&new, offset, 0), Err(StopReason::FramePointer), "{offset}");
+    }
+    // Other loops: another register counts up, or is jumped by.
+    for (byte, other) in [(3, 0xd0), (7, 0xd4), (10, 0xc2), (12, 0x39), (15, 0xef)] {
+        let mut code = COPYING.to_vec();
+        code[byte] = other;
+        let old = memory(&code).with_stack(&[(6, RETURN)]);
+        assert_eq!(found(&old, 0, 0), Err(StopReason::FramePointer), "{byte}");
+    }
+}
