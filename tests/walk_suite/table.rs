@@ -152,6 +152,9 @@ static ROWS: &[Row] = &[
                 MAIN,
             ),
             seldom(&[In(THROWING, 0, 16), Some(&["catcher", "catcher.cold"], 1, 1)], MAIN),
+            // libgcc has put the landing pad in place of its own return address, and not yet left the frames between
+            // (uw_install_context, libgcc/unwind-dw2.c).
+            seldom(&[In(THROWING, 2, 2), Is("catcher"), Some(&["level"], 0, 12), Is("catcher")], MAIN),
         ],
         ..PLAIN
     },
