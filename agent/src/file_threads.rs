@@ -47,7 +47,6 @@ impl<J> Shared<J> {
     /// The next job of thread `number`; `None` if there will be none.
     fn next(&self, number: usize) -> Option<J> {
         let mut jobs = self.lock();
-        jobs.running.remove(&number);
         loop {
             if jobs.is_over {
                 return None;
@@ -101,7 +100,10 @@ impl<J: Send + 'static, R: Send + 'static> FileThreads<J, R> {
         let started = std::thread::Builder::new().name(self.name.to_owned()).spawn(move || {
             while let Some(job) = shared.next(number) {
                 let start = Instant::now();
-                if sender.send(work(job)).is_err() {
+                let result = work(job);
+                // Who rests does not hang.
+                shared.lock().running.remove(&number);
+                if sender.send(result).is_err() {
                     return;
                 }
                 // At most half a core, whatever there is to read.
