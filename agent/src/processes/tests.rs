@@ -394,7 +394,7 @@ fn a_process_goes_on_without_its_first_thread() {
     let tgid = child.0;
     let leader_ended = || {
         let stat = std::fs::read_to_string(format!("/proc/{tgid}/stat")).expect("the process runs");
-        stat[stat.rfind(')').unwrap()..].starts_with(") Z")
+        stat[stat.rfind(')').expect("a name in parentheses")..].starts_with(") Z")
     };
     while !leader_ended() {
         assert!(now.elapsed() < Duration::from_secs(10), "the first thread did not end");

@@ -43,7 +43,7 @@ impl Writer {
     }
 
     pub(super) fn string(&mut self, text: &str) -> i64 {
-        let next = i64::try_from(self.strings.len()).unwrap();
+        let next = i64::try_from(self.strings.len()).expect("a few strings");
         let index = *self.strings.entry(text.to_owned()).or_insert(next);
         if index == next {
             self.profile.string_table.push(text.to_owned());
@@ -82,7 +82,7 @@ impl Writer {
                 let (name, place) = frame.rsplit_once('@').unwrap_or((frame, ""));
                 let (file, line) = place.rsplit_once(':').unwrap_or((place, "0"));
                 let function_id = self.function(name, file);
-                Line { function_id, line: line.parse().unwrap(), column: 0 }
+                Line { function_id, line: line.parse().expect("frames are written with a line"), column: 0 }
             })
             .collect();
         let id = self.locations.len() as u64 + 1;
@@ -94,7 +94,7 @@ impl Writer {
     /// Says of the last sample which host it is of.
     pub(super) fn on_host(&mut self, host: &str) {
         let [key, str] = [label::HOST, host].map(|text| self.string(text));
-        let sample = self.profile.sample.last_mut().unwrap();
+        let sample = self.profile.sample.last_mut().expect("a sample was added");
         sample.label.push(Label { key, str, ..Label::default() });
     }
 
@@ -136,7 +136,7 @@ impl Random {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 33).unwrap() % limit
+        usize::try_from(self.0 >> 33).expect("31 bits") % limit
     }
 }
 
@@ -225,7 +225,7 @@ pub(super) fn realistic(samples: usize, seed: u64) -> Profile {
             _ => {}
         }
         stack.reverse();
-        let tid = if worker == 0 { pid } else { pid + i64::try_from(worker).unwrap() };
+        let tid = if worker == 0 { pid } else { pid + i64::try_from(worker).expect("a few workers") };
         writer.sample(Thread { pid, tid, name: &thread, stop }, &stack, 1 + i64::from(sample % 7 == 0));
     }
     writer.profile

@@ -226,8 +226,10 @@ fn tree_fits_its_width_and_shows_the_end_of_a_long_chain() {
 
 /// What the page embeds, read back.
 fn embedded(page: &str) -> serde_json::Value {
-    let (_, rest) = page.split_once("<script type=\"application/json\" id=\"profile\">").unwrap();
-    serde_json::from_str(rest.split_once("</script>").unwrap().0).unwrap()
+    let (_, rest) = page
+        .split_once("<script type=\"application/json\" id=\"profile\">")
+        .expect("the page has its profile");
+    serde_json::from_str(rest.split_once("</script>").expect("scripts end").0).expect("the profile is JSON")
 }
 
 fn column(graph: &serde_json::Value, table: &str, column: &str) -> Vec<u64> {
