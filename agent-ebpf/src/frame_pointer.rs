@@ -66,6 +66,8 @@ pub struct CodeWithoutTable {
     pub keeps_frame_pointers: bool,
     /// Whether a JIT compiler made it.
     pub is_jit: bool,
+    /// Whether that compiler is the one that is known to keep frame pointers, and no other in the same process.
+    pub is_of_known_jit: bool,
     /// Why the walk ends when nothing is proved.
     pub unproved: StopReason,
 }

@@ -34,7 +34,7 @@ pub struct Walk<R> {
     image: ImageHeader,
     /// What the mapping is, if it has no table: the code of its reason. 0 if it has one.
     without_table: u64,
-    /// 1 if the mapping is memory of a JIT compiler, else 0.
+    /// 1 if the mapping is memory of a JIT compiler, 2 if of one that is known to keep frame pointers, else 0.
     is_jit: u64,
     /// 1 if all functions of the code searched keep frame pointers, else 0.
     keeps_frame_pointers: u64,
@@ -43,6 +43,8 @@ pub struct Walk<R> {
 
 /// What stands for memory of a JIT compiler.
 const JIT: u64 = StopReason::Jit as u64;
+/// What stands for memory of a JIT compiler that is known to keep frame pointers.
+const OF_KNOWN_JIT: u64 = 2;
 const _: () = assert!(JIT != 0 && StopReason::FramePointer as u64 != 0);
 /// The record of code that can be walked by frame pointers.
 const FRAME_POINTERS_ONLY: Record = Record::unsupported(UnsupportedReason::FramePointersOnly);
@@ -169,7 +171,9 @@ impl<R: Machine> Walk<R> {
             (false, false) => StopReason::NoCfi,
             (false, true) => StopReason::Jit,
         };
-        let code = CodeWithoutTable { start: self.start, keeps_frame_pointers, is_jit, unproved };
+        let is_of_known_jit = self.is_jit == OF_KNOWN_JIT;
+        let code =
+            CodeWithoutTable { start: self.start, keeps_frame_pointers, is_jit, is_of_known_jit, unproved };
         let Some(candidate) = self.registers.look_for_caller(&mut self.search, &code, memory)? else {
             return Ok(());
         };
@@ -234,8 +238,9 @@ impl<R: Machine> Walk<R> {
             Some(reason @ (StopReason::Jit | StopReason::FramePointer)) => self.without_table = reason as u64,
             Some(reason) => return Err(reason),
         }
-        let is_jit = self.without_table == JIT || mapping.image.0 == no_table::JIT_FRAME_POINTERS.0;
-        self.is_jit = is_jit as u64;
+        let is_jit = self.without_table == JIT || mapping.image.0 == no_table::ANY_JIT_FRAME_POINTERS.0;
+        let is_of_known_jit = mapping.image.0 == no_table::JIT_FRAME_POINTERS.0;
+        self.is_jit = is_jit as u64 | OF_KNOWN_JIT * is_of_known_jit as u64;
         self.start = start;
         self.end = mapping.end;
         self.bias = mapping.bias;

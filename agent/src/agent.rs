@@ -29,9 +29,9 @@ use crate::kallsyms::KernelImage;
 use crate::kernel::{DEFAULT_TABLE_BUDGET_BYTES, Kernel, LoadError, Options, Turns};
 use crate::kernel_modules::KernelModules;
 use crate::metrics::Metrics;
+use crate::owners::Owners;
 use crate::processes::Processes;
 use crate::promptness;
-use crate::resource::Resources;
 use crate::sampling::{OpenBatch, Sampling};
 use crate::selection::Selection;
 use crate::service::{Service, ServiceError};
@@ -204,7 +204,7 @@ pub struct Summary {
     pub dropped_batches: u64,
     /// Tables placed.
     pub tables_loaded: u64,
-    /// Images without a table: path and reason.
+    /// Images that were without a table at some time: path and last reason.
     pub tables_unavailable: Vec<(String, String)>,
     /// What audits found, if there were any.
     pub audit: Option<AuditReport>,
@@ -428,6 +428,7 @@ fn prepare(
     let now = Instant::now();
     let mut processes = Processes::new(config.selection(), now);
     processes.keep_tables_for(config.table_in_use);
+    processes.ring(&alarm);
     processes.scan_all(&mut *backend);
     let tables = Tables::start(runtime, &service, cache, config.refresh_after, alarm.clone());
     let shipper = Shipper::start(runtime, service.clone(), spool, metrics.clone());
@@ -437,6 +438,8 @@ fn prepare(
         tracing::info!("status at http://{address}/metrics and http://{address}/healthz");
     }
     let symbols = SymbolUpload::start(runtime, service.clone());
+    let mut jit = JitCode::default();
+    jit.ring(&alarm);
     let kernel = match KernelImage::read() {
         Ok(kernel) => {
             runtime.spawn(kernel.clone().upload(service));
@@ -456,7 +459,7 @@ fn prepare(
         shipper,
         kernel,
         modules: KernelModules::read(),
-        jit: JitCode::default(),
+        jit,
         symbols,
         auditor,
         frequency_hz: config.frequency_hz,
@@ -464,7 +467,7 @@ fn prepare(
         host_name: config.host_name.clone().unwrap_or_else(host_name),
         agent_id,
         compression: config.compression,
-        resources: Resources::default(),
+        owners: Owners::default(),
         batch: OpenBatch::new(0),
         closed: None,
         keeps_samples: true,

@@ -21,9 +21,8 @@ mod report;
 mod walk;
 
 use std::io;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::process::{Content, ExecutableMapping, find, lookup_address};
@@ -37,6 +36,9 @@ pub use walk::{AuditedFrame, AuditedWalk, StackCopy};
 const WAITING: usize = 64;
 /// How often the log says what was found.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// How long the agent's end waits for what is still to be compared: a large image is read within it, and one whose file system
+/// hangs would never be.
+const LONGEST_END: Duration = Duration::from_secs(5);
 /// Most disagreements that the log describes: enough to see what is wrong.
 const MAX_DESCRIBED: u64 = 100;
 
@@ -65,7 +67,8 @@ struct Job {
 /// The thread that compares.
 pub(crate) struct Auditor {
     jobs: SyncSender<Job>,
-    thread: JoinHandle<()>,
+    /// Tells that the thread has ended, which is never joined: it may hang in a mapped file.
+    end: Receiver<()>,
     report: SharedReport,
     /// Walks lost on their way here, as the backend counts them.
     lost_before: u64,
@@ -74,13 +77,23 @@ pub(crate) struct Auditor {
 impl Auditor {
     /// Starts to count into `report`. `tables` are those that walks go by, to be shown.
     pub(crate) fn start(report: SharedReport, tables: TableCache) -> io::Result<Self> {
-        let (jobs, queue) = sync_channel(WAITING);
         let auditing =
             Auditing { report: report.clone(), tables, images: ImageCfis::default(), described: 0 };
-        let thread = std::thread::Builder::new()
-            .name("windlass-audit".to_owned())
-            .spawn(move || auditing.run(&queue))?;
-        Ok(Self { jobs, thread, report, lost_before: 0 })
+        Self::start_thread(report, move |queue| auditing.run(&queue))
+    }
+
+    fn start_thread(
+        report: SharedReport,
+        run: impl FnOnce(Receiver<Job>) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (jobs, queue) = sync_channel(WAITING);
+        let (ended, end) = channel();
+        std::thread::Builder::new().name("windlass-audit".to_owned()).spawn(move || {
+            run(queue);
+            // Nobody listens any more if it took too long.
+            let _ = ended.send(());
+        })?;
+        Ok(Self { jobs, end, report, lost_before: 0 })
     }
 
     /// Queues a walk. `mappings` are those that it went by, if they still hold.
@@ -102,11 +115,21 @@ impl Auditor {
         self.lost_before = lost;
     }
 
-    /// Compares what waits and ends the thread.
+    /// Compares what waits, as far as that is done within [`LONGEST_END`], and ends the thread.
     pub(crate) fn finish(self) -> AuditReport {
+        self.finish_within(LONGEST_END)
+    }
+
+    fn finish_within(self, longest: Duration) -> AuditReport {
         drop(self.jobs);
-        if self.thread.join().is_err() {
-            tracing::error!("audit thread panicked");
+        match self.end.recv_timeout(longest) {
+            Ok(()) => {}
+            Err(RecvTimeoutError::Timeout) => {
+                tracing::warn!(
+                    "the audit ends before all is compared: a mapped file's file system may not answer"
+                );
+            }
+            Err(RecvTimeoutError::Disconnected) => tracing::error!("audit thread panicked"),
         }
         self.report.get()
     }
@@ -191,5 +214,33 @@ fn image_of(mappings: &[ExecutableMapping], sampled: u64) -> AuditedImage {
             AuditedImage { path: mapping.module.path.clone(), id }
         }
         None => AuditedImage { path: "(no mapping)".into(), id: None },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_audit_that_hangs_does_not_hold_up_the_end() {
+        let (held, hanging) = channel::<()>();
+        let report = SharedReport::default();
+        report.lock().outdated = 7;
+        let run = move |_queue| assert!(hanging.recv().is_err(), "nobody sends");
+        let auditor = Auditor::start_thread(report, run).expect("a thread starts");
+        assert_eq!(auditor.finish_within(Duration::from_millis(1)).outdated, 7);
+        drop(held);
+    }
+
+    #[test]
+    fn the_end_waits_for_what_is_compared() {
+        let report = SharedReport::default();
+        let counted = report.clone();
+        let run = move |queue: Receiver<Job>| {
+            assert!(queue.recv().is_err(), "nothing more comes");
+            counted.lock().outdated = 7;
+        };
+        let auditor = Auditor::start_thread(report, run).expect("a thread starts");
+        assert_eq!(auditor.finish_within(Duration::from_secs(3600)).outdated, 7);
     }
 }

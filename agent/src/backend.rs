@@ -135,6 +135,15 @@ pub enum PlaceError {
     Kernel(String),
 }
 
+/// What tables take of kernel memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableMemory {
+    /// What the kernel charges for them.
+    pub used_bytes: u64,
+    /// The limit.
+    pub budget_bytes: u64,
+}
+
 /// Takes samples. Methods are called from one thread.
 pub trait Backend: Send {
     /// Makes a table available to walks; the location goes into [`Mapping::image`].
@@ -164,6 +173,16 @@ pub trait Backend: Send {
 
     /// Samples that were taken but lost on the way here (ring buffer full), since the start.
     fn lost_samples(&self) -> u64;
+
+    /// Process events that were lost on the way here, since the start, as far as the kernel says how many.
+    fn lost_process_events(&self) -> u64 {
+        0
+    }
+
+    /// What tables take of kernel memory: nothing where they are not there.
+    fn table_memory(&self) -> TableMemory {
+        TableMemory::default()
+    }
 
     /// Walks to audit that were lost on the way here, since the start.
     fn lost_audits(&self) -> u64 {

@@ -85,6 +85,11 @@ impl ChunkSpace {
         OUTER_MAP_BYTES + u64::from(self.chunks()) * CHUNK_MAP_BYTES
     }
 
+    /// What they may take, in bytes.
+    pub fn budget_bytes(&self) -> u64 {
+        self.budget_bytes
+    }
+
     /// Chunks in use.
     pub fn chunks(&self) -> u32 {
         self.room.chunks()

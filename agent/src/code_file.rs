@@ -18,12 +18,15 @@ use crate::code_map::{Code, CodeMap};
 use crate::code_records::{Progress, RecordsError};
 use crate::jitdump::{self, JitdumpReader};
 use crate::perf_map::{self, PerfMapReader};
+use crate::time_namespace::monotonic_offset_ns;
 
 /// A process, as far as its files are concerned. It keeps the process's root, so that files can be found a moment after
 /// its end: Java writes its map when it ends.
 #[derive(Debug)]
 pub struct ProcessRoot {
-    root: File,
+    pid: u32,
+    /// `None` until a file was looked for: the file system of a root may hang (`nfs_weak_revalidate` in fs/nfs/dir.c).
+    root: Option<File>,
     /// The process's number as it sees itself.
     own_pid: u32,
     /// Its effective user.
@@ -49,15 +52,14 @@ pub enum FileError {
         /// Of the process.
         expected: u32,
     },
+    /// Its times may be of either of two clocks.
+    #[error("is of a process whose time namespace is not that of its children")]
+    Clock,
 }
 
 impl ProcessRoot {
-    /// That of process `pid`.
-    pub fn open(pid: u32) -> io::Result<Self> {
-        let root = File::options()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-            .open(format!("/proc/{pid}/root"))?;
+    /// That of process `pid`. Asks `/proc` alone.
+    pub fn of(pid: u32) -> io::Result<Self> {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
         // Real, effective, saved and file system's; numbers from the outermost namespace to the innermost.
@@ -65,7 +67,28 @@ impl ProcessRoot {
         let own_pid = field("NSpid:").and_then(|ids| ids.split_whitespace().last()?.parse().ok());
         let unknown = || io::Error::new(io::ErrorKind::InvalidData, "status without Uid or NSpid");
         let (user, own_pid) = (user.ok_or_else(unknown)?, own_pid.ok_or_else(unknown)?);
-        Ok(Self { root, own_pid, user, started: start_time(pid).ok_or_else(unknown)? })
+        Ok(Self { pid, root: None, own_pid, user, started: start_time(pid).ok_or_else(unknown)? })
+    }
+
+    /// Opens the root, if that was not done before.
+    pub(crate) fn enter(&mut self) -> io::Result<()> {
+        if self.root.is_none() {
+            let root = File::options()
+                .read(true)
+                .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+                .open(format!("/proc/{}/root", self.pid))?;
+            // Asked behind: the number may be another process's.
+            if start_time(self.pid) != Some(self.started) {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            self.root = Some(root);
+        }
+        Ok(())
+    }
+
+    /// A handle, good for questions alone, of what `path` leads to.
+    fn find(&self, path: &Path) -> io::Result<File> {
+        open_beneath(self.root.as_ref().ok_or(io::ErrorKind::NotFound)?, path)
     }
 
     /// Whether process `pid` is still this one, or none.
@@ -86,7 +109,7 @@ impl ProcessRoot {
     /// Opens a file of the process's.
     fn file(&self, path: &Path) -> Result<File, FileError> {
         // First without opening, since to open a device may be to act on it.
-        let found = open_beneath(&self.root, path)?;
+        let found = self.find(path)?;
         let metadata = found.metadata()?;
         if !metadata.is_file() {
             return Err(FileError::NotRegular);
@@ -145,9 +168,10 @@ impl CodeFile {
         Self::open(process, process.perf_map(), Reader::PerfMap(PerfMapReader::default()))
     }
 
-    /// Opens the jitdump of a process, which it maps from `path`.
-    pub fn jitdump(process: &ProcessRoot, path: &str) -> Result<Self, FileError> {
-        Self::open(process, path.into(), Reader::Jitdump(JitdumpReader::default()))
+    /// Opens the jitdump of process `pid`, which it maps from `path`.
+    pub fn jitdump(process: &ProcessRoot, pid: u32, path: &str) -> Result<Self, FileError> {
+        let clock_ahead_ns = monotonic_offset_ns(pid)?.ok_or(FileError::Clock)?;
+        Self::open(process, path.into(), Reader::Jitdump(JitdumpReader::of_clock(clock_ahead_ns)))
     }
 
     fn open(process: &ProcessRoot, path: PathBuf, reader: Reader) -> Result<Self, FileError> {
@@ -168,7 +192,7 @@ impl CodeFile {
 
     /// Whether another file has its name now. One that has none any more is read on.
     pub fn is_replaced(&self, process: &ProcessRoot) -> bool {
-        let found = open_beneath(&process.root, &self.path).and_then(|file| file.metadata());
+        let found = process.find(&self.path).and_then(|file| file.metadata());
         found.is_ok_and(|metadata| identity(&metadata) != self.identity)
     }
 
@@ -208,14 +232,14 @@ mod tests {
 
     /// This process with another root and user.
     fn process(root: &Path, user: u32) -> ProcessRoot {
-        let own = ProcessRoot::open(std::process::id()).unwrap();
+        let own = ProcessRoot::of(std::process::id()).unwrap();
         let root = File::options().read(true).custom_flags(libc::O_PATH).open(root).unwrap();
-        ProcessRoot { root, user, ..own }
+        ProcessRoot { root: Some(root), user, ..own }
     }
 
     #[test]
     fn own_process() {
-        let own = ProcessRoot::open(std::process::id()).unwrap();
+        let own = ProcessRoot::of(std::process::id()).unwrap();
         assert_eq!(own.own_pid, std::process::id());
         // SAFETY: it takes nothing and cannot fail.
         assert_eq!(own.user, unsafe { libc::geteuid() });

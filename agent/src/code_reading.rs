@@ -43,6 +43,30 @@ pub(crate) enum Source {
 /// Addresses that samples met, by the number of the reading that is to answer for them.
 pub(crate) type Asked = Vec<(u64, BTreeMap<u64, Met>)>;
 
+/// What is to be done beside sampling.
+pub(crate) enum Job {
+    Read(Wanted),
+    /// To close files waits for servers as well (`fuse_flush`; `put_nfs_open_context_sync` in fs/nfs/file.c).
+    Close(Box<ProcessCode>),
+}
+
+/// What came of it.
+pub(crate) enum Done {
+    Read(Made),
+    Closed,
+}
+
+/// Does a job.
+pub(crate) fn work(job: Job) -> Done {
+    match job {
+        Job::Read(wanted) => Done::Read(read(wanted)),
+        Job::Close(code) => {
+            drop(code);
+            Done::Closed
+        }
+    }
+}
+
 /// A reading that is to be made.
 pub(crate) struct Wanted {
     pub(crate) tgid: u32,
@@ -66,7 +90,7 @@ pub(crate) struct Made {
 }
 
 /// Makes a reading.
-pub(crate) fn read(wanted: Wanted) -> Made {
+fn read(wanted: Wanted) -> Made {
     let start = Instant::now();
     let Wanted { tgid, incarnation, mut code, jitdump, asked, since_ns } = wanted;
     code.find_file(tgid, jitdump.as_deref());
@@ -86,6 +110,8 @@ impl ProcessCode {
 
     /// Opens the process's file, if there is one that is better than what is open.
     fn find_file(&mut self, tgid: u32, jitdump: Option<&str>) {
+        // As good as no file: the process may have ended.
+        let _ = self.root.enter();
         let replaced = match &self.source {
             Source::Refused => return,
             Source::File(file) => file.is_replaced(&self.root) || jitdump.is_some() && !file.is_jitdump(),
@@ -96,7 +122,7 @@ impl ProcessCode {
         }
         self.map = CodeMap::default();
         let opened = match jitdump {
-            Some(path) => CodeFile::jitdump(&self.root, path),
+            Some(path) => CodeFile::jitdump(&self.root, tgid, path),
             None => CodeFile::perf_map(&self.root),
         };
         self.source = match opened {

@@ -14,24 +14,15 @@ use object::LittleEndian as LE;
 use object::elf;
 use object::read::ReadRef;
 use object::read::elf::ProgramHeader as _;
+use windlass_schema::wide_code::{FUNCTION_ALIGNMENT, Frames, WIDE_BYTES};
 
 use crate::image::ProgramHeader;
 
-/// Narrowest gap that is looked at, in bytes. Functions in assembly without CFI come in some tens of kilobytes.
-const MIN_GAP_BYTES: u64 = 256 * 1024;
-/// Widest gap that is looked at, in bytes: it is read at once.
-const MAX_GAP_BYTES: u64 = 16 * 1024 * 1024;
 /// Most bytes of gaps of one image that are looked at, and so of such code in a skeleton: of V8 there are one and a half
 /// million. Anyone can map a file that has nothing but gaps.
-const MAX_GAPS_BYTES: u64 = 2 * MAX_GAP_BYTES;
+const MAX_GAPS_BYTES: u64 = 2 * *WIDE_BYTES.end();
 /// Largest `.eh_frame_hdr` read, in bytes: two million functions.
 const MAX_HEADER_BYTES: u64 = 16 * 1024 * 1024;
-/// Fewest functions to tell by whether code keeps frame pointers.
-const MIN_FUNCTIONS: usize = 64;
-/// For how many functions with a frame pointer one may build a frame without it.
-const FRAME_POINTERS_PER_OTHER: usize = 20;
-/// What compilers align functions to.
-const FUNCTION_ALIGNMENT: usize = 16;
 
 /// Bytes in front of the table of `.eh_frame_hdr`: version, three encodings, a pointer, a count.
 const TABLE_OFFSET: usize = 12;
@@ -48,7 +39,7 @@ pub(crate) fn frame_pointer_code<'data, R: ReadRef<'data>>(
     let file = Loaded { program_headers, image };
     let mut kept = Vec::new();
     for gap in file.wide_gaps().unwrap_or_default() {
-        let aligned = gap.start.next_multiple_of(FUNCTION_ALIGNMENT as u64)..gap.end;
+        let aligned = gap.start.next_multiple_of(FUNCTION_ALIGNMENT)..gap.end;
         if file.bytes(aligned.start, aligned.end - aligned.start, true).is_some_and(keeps_frame_pointers) {
             kept.push(gap);
         }
@@ -82,7 +73,7 @@ impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
     /// Wide gaps between functions with CFI.
     fn wide_gaps(&self) -> Option<Vec<Range<u64>>> {
         let is_code = |segment: &&ProgramHeader| {
-            segment.p_flags(LE).contains(elf::PF_X) && segment.p_filesz(LE) >= MIN_GAP_BYTES
+            segment.p_flags(LE).contains(elf::PF_X) && segment.p_filesz(LE) >= *WIDE_BYTES.start()
         };
         self.program_headers.iter().find(is_code)?;
         let mut entries = self.entries()?;
@@ -91,10 +82,9 @@ impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
         for (next, next_fde) in entries {
             // The table is sorted, for a binary search (LSB Core, 10.6.2.1); in another, gaps may lie over each other.
             let apart = next.checked_sub(start)?;
-            let wide = MIN_GAP_BYTES..=MAX_GAP_BYTES;
-            if wide.contains(&apart)
+            if WIDE_BYTES.contains(&apart)
                 && let Some(end) =
-                    self.end_of(start, fde).filter(|end| wide.contains(&next.saturating_sub(*end)))
+                    self.end_of(start, fde).filter(|end| WIDE_BYTES.contains(&next.saturating_sub(*end)))
             {
                 let Some(rest) = left.checked_sub(next - end) else { break };
                 left = rest;
@@ -141,33 +131,36 @@ impl<'data, R: ReadRef<'data>> Loaded<'_, R> {
 /// Whether nearly all functions that build a frame do so with a frame pointer. A function is what begins at an aligned
 /// address behind padding; of which one byte alone may be a trap behind a call that does not return. `code` is aligned.
 fn keeps_frame_pointers(code: &[u8]) -> bool {
-    let (mut kept, mut others) = (0, 0);
-    for at in (FUNCTION_ALIGNMENT..code.len()).step_by(FUNCTION_ALIGNMENT) {
+    let mut frames = Frames::default();
+    let alignment = FUNCTION_ALIGNMENT as usize;
+    for at in (alignment..code.len()).step_by(alignment) {
         if !matches!(code[at - 2..at], [0xcc, 0xcc] | [0x90, 0x90]) {
             continue;
         }
         match &code[at..] {
             // push %rbp; mov %rsp, %rbp
-            [0x55, 0x48, 0x89, 0xe5, ..] | [0x55, 0x48, 0x8b, 0xec, ..] => kept += 1,
+            [0x55, 0x48, 0x89, 0xe5, ..] | [0x55, 0x48, 0x8b, 0xec, ..] => frames.with_frame_pointer += 1,
             // push; sub ..., %rsp
-            [0x50..=0x57, ..] | [0x41, 0x50..=0x57, ..] | [0x48, 0x81 | 0x83, 0xec, ..] => others += 1,
+            [0x50..=0x57, ..] | [0x41, 0x50..=0x57, ..] | [0x48, 0x81 | 0x83, 0xec, ..] => frames.others += 1,
             _ => {}
         }
     }
-    kept >= MIN_FUNCTIONS && others * FRAME_POINTERS_PER_OTHER <= kept
+    frames.keep_frame_pointers()
 }
 
 #[cfg(test)]
 mod tests {
+    use windlass_schema::wide_code::MIN_FUNCTIONS;
+
     use super::*;
     use crate::image::{file_header, program_headers};
 
     fn code(functions: &[(&[u8], usize)]) -> Vec<u8> {
-        let mut code = vec![0xcc; FUNCTION_ALIGNMENT];
+        let mut code = vec![0xcc; FUNCTION_ALIGNMENT as usize];
         for (start, count) in functions {
             for _ in 0..*count {
                 code.extend_from_slice(start);
-                code.resize(code.len().next_multiple_of(FUNCTION_ALIGNMENT), 0xcc);
+                code.resize(code.len().next_multiple_of(FUNCTION_ALIGNMENT as usize), 0xcc);
             }
         }
         code

@@ -243,6 +243,7 @@ pub(crate) fn file_hash<'data, R: ReadRef<'data>>(elf: R) -> Result<BuildId, Ima
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image_file::counted::Counted;
     use std::process::Command;
 
     /// The build-ID that readelf prints, if any.
@@ -310,25 +311,6 @@ mod tests {
         // Behind the end of every segment; and no overflow at the extremes.
         check(&lld, 0x1000, 0x10_0000, 0x1000, None);
         check(&lld, u64::MAX, u64::MAX, u64::MAX, None);
-    }
-
-    /// A file that counts what is asked of it.
-    #[derive(Clone, Copy)]
-    struct Counted<'a>(&'a [u8], &'a std::cell::Cell<u64>);
-
-    impl<'a> ReadRef<'a> for Counted<'a> {
-        fn len(self) -> Result<u64, ()> {
-            ReadRef::len(self.0)
-        }
-
-        fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'a [u8], ()> {
-            self.1.set(self.1.get() + size);
-            self.0.read_bytes_at(offset, size)
-        }
-
-        fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
-            self.0.read_bytes_at_until(range, delimiter)
-        }
     }
 
     #[test]

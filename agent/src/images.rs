@@ -7,15 +7,16 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use windlass_schema::maps::{Location, no_table};
 use windlass_schema::{BuildId, ImageAddress, Rule, StopReason, Table};
 
 use crate::eviction::{IN_USE, PlacedTable};
-use crate::image::{Image, ImageError, ImageId, identify};
+use crate::image::{Image, ImageId, identify};
 use crate::mapped_file::{END_OF_32_BIT, FileKey, ImageSource, SourceError, is_own_vdso};
+use crate::process_reading::identified;
 
 /// Most files whose identity is remembered, about 10 MiB. Beyond it, all that no process maps are
 /// forgotten.
@@ -74,12 +75,26 @@ impl TableEntry {
 }
 
 /// What identifying a file came to.
-type Identified = Result<Arc<Image>, StopReason>;
+pub(crate) type Identified = Result<Arc<Image>, StopReason>;
+
+/// The files that were identified. Readings beside look here, and nobody else adds to it but [`Images`].
+#[derive(Clone, Default)]
+pub(crate) struct KnownFiles(Arc<Mutex<HashMap<FileKey, Identified>>>);
+
+impl KnownFiles {
+    fn lock(&self) -> MutexGuard<'_, HashMap<FileKey, Identified>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn get(&self, key: &FileKey) -> Option<Identified> {
+        self.lock().get(key).cloned()
+    }
+}
 
 /// All images.
 #[derive(Default)]
 pub struct Images {
-    files: HashMap<FileKey, Identified>,
+    files: KnownFiles,
     vdsos: Vec<(Arc<[u8]>, Identified)>,
     /// The files by their GNU build-IDs, and where to read one; `None` if files of one build-ID differ.
     by_build_id: HashMap<BuildId, Option<(Weak<Image>, ImageSource)>>,
@@ -118,57 +133,46 @@ impl Images {
         std::mem::take(&mut self.unreadable)
     }
 
-    /// The image behind `source`, or the reason that a walk through it is to stop with.
-    pub fn identify(&mut self, source: &ImageSource) -> Identified {
-        let known = match source {
-            ImageSource::File { key, .. } => self.files.get(key),
-            ImageSource::Memory(bytes) => {
-                self.vdsos.iter().find(|(known, _)| known == bytes).map(|(_, identified)| identified)
-            }
-        };
-        if let Some(identified) = known {
+    /// The files that are known by now and those that will be, for readings beside.
+    pub(crate) fn files(&self) -> KnownFiles {
+        self.files.clone()
+    }
+
+    /// Takes note of what identifying the file behind `source` came to. Of two readings that came to it the first counts.
+    pub(crate) fn note_file(&mut self, source: &ImageSource, identified: Identified) -> Identified {
+        let ImageSource::File { key, .. } = source else { return identified };
+        if let Some(known) = self.files.get(key) {
+            return known;
+        }
+        self.forget_unmapped();
+        self.files.lock().insert(*key, identified.clone());
+        if let Ok(image) = &identified {
+            self.note_build_id(image, source);
+        }
+        identified
+    }
+
+    /// The image of a vDSO, or the reason that a walk through it is to stop with.
+    pub(crate) fn identify_vdso(&mut self, bytes: &Arc<[u8]>) -> Identified {
+        if let Some((_, identified)) = self.vdsos.iter().find(|(known, _)| known == bytes) {
             return identified.clone();
         }
-        let identified = match source.read(|image| identify(image)) {
-            Ok(Ok(image)) => Ok(Arc::new(image)),
-            // Executable memory of a file that is no image: a JIT's memfd or cache.
-            Ok(Err(ImageError::NotElf)) => Err(StopReason::Jit),
-            Ok(Err(error)) => {
-                tracing::info!(?source, %error, "image cannot be used");
-                Err(StopReason::TableUnavailable)
-            }
-            // Not remembered: the next process that maps it may open it.
-            Err(error) => {
-                self.note_unreadable(&source.shown_name(), &error);
-                return Err(unreadable(&error));
-            }
-        };
-        match source {
-            ImageSource::File { key, .. } => {
-                self.forget_unmapped();
-                self.files.insert(*key, identified.clone());
-                if let Ok(image) = &identified {
-                    self.note_build_id(image, source);
-                }
-            }
-            ImageSource::Memory(bytes) => {
-                // What the kernel maps into all processes stays, whatever others made of theirs before.
-                if is_own_vdso(bytes) {
-                    self.vdsos.insert(0, (bytes.clone(), identified.clone()));
-                    self.vdsos.truncate(MAX_VDSOS);
-                } else if self.vdsos.len() < MAX_VDSOS {
-                    self.vdsos.push((bytes.clone(), identified.clone()));
-                }
-            }
+        let identified = identified(&ImageSource::Memory(bytes.clone()), identify(&bytes[..]));
+        // What the kernel maps into all processes stays, whatever others made of theirs before.
+        if is_own_vdso(bytes) {
+            self.vdsos.insert(0, (bytes.clone(), identified.clone()));
+            self.vdsos.truncate(MAX_VDSOS);
+        } else if self.vdsos.len() < MAX_VDSOS {
+            self.vdsos.push((bytes.clone(), identified.clone()));
         }
         identified
     }
 
     /// Keeps the registry under its limit.
     fn forget_unmapped(&mut self) {
-        if self.files.len() >= MAX_FILES {
-            self.files
-                .retain(|_, identified| identified.as_ref().is_ok_and(|image| Arc::strong_count(image) > 1));
+        let mut files = self.files.lock();
+        if files.len() >= MAX_FILES {
+            files.retain(|_, identified| identified.as_ref().is_ok_and(|image| Arc::strong_count(image) > 1));
             let is_alive = |(image, _): &(Weak<Image>, _)| image.strong_count() > 0;
             self.by_build_id.retain(|_, known| known.as_ref().is_some_and(is_alive));
         }
@@ -179,7 +183,8 @@ impl Images {
         if self.tables.len() < self.full_tables.max(MAX_TABLES) {
             return;
         }
-        let images = self.files.values().chain(self.vdsos.iter().map(|(_, identified)| identified)).flatten();
+        let files = self.files.lock();
+        let images = files.values().chain(self.vdsos.iter().map(|(_, identified)| identified)).flatten();
         let mapped = images.filter(|image| Arc::strong_count(image) > 1);
         let mapped: HashSet<BuildId> = mapped.map(|image| image.id.build_id()).collect();
         // Of those that are placed or on their way, others know.
@@ -242,7 +247,8 @@ impl Images {
     /// for code without CFI.
     pub(crate) fn note_rows(&mut self, id: BuildId, table: &Table<'_>) {
         let Some(entry) = self.tables.get_mut(&id) else { return };
-        let images = self.files.values().chain(self.vdsos.iter().map(|(_, identified)| identified));
+        let files = self.files.lock();
+        let images = files.values().chain(self.vdsos.iter().map(|(_, identified)| identified));
         let image = images.flatten().find(|image| image.id.build_id() == id);
         let mut ranges = image.into_iter().flat_map(|image| &image.frame_pointer_code);
         entry.has_frame_pointer_rows = ranges.all(|range| {
@@ -356,7 +362,7 @@ mod tests {
         let id = |number: usize| BuildId::new(&number.to_be_bytes()).expect("8 bytes");
         let own = std::env::current_exe().expect("this program");
         let own = std::fs::read(own).expect("this program");
-        let mapped = images.identify(&ImageSource::Memory(own.into())).expect("an image");
+        let mapped = images.identify_vdso(&own.into()).expect("an image");
         images.set_table(mapped.id.build_id(), Some(TableState::Unavailable { since: now }));
         images.set_table(id(0), Some(TableState::Placed(Location::new(1, 8))));
         for number in 1..3 * MAX_TABLES {
@@ -379,10 +385,10 @@ mod tests {
         for number in 0..2 * MAX_VDSOS as u8 {
             let mut other = bytes.to_vec();
             *other.last_mut().expect("it has bytes") ^= number + 1;
-            let _ = images.identify(&ImageSource::Memory(other.into()));
+            let _ = images.identify_vdso(&other.into());
         }
         assert!(images.known_vdso(&(entry.start..entry.end)).is_none());
-        images.identify(&source).expect("an image");
+        images.identify_vdso(bytes).expect("an image");
         assert_eq!(images.vdsos.len(), MAX_VDSOS);
         let (_, known) = images.known_vdso(&(entry.start..entry.end)).expect("it was identified");
         assert!(matches!(known, ImageSource::Memory(known) if known == *bytes));

@@ -21,17 +21,18 @@ use std::time::{Duration, Instant};
 
 use windlass_schema::perf_map::{MAX_PERF_MAP_BYTES, perf_map_id};
 
+use crate::alarm::Alarm;
 use crate::code_file::ProcessRoot;
 use crate::code_map::{MAX_FUNCTIONS, Met};
-use crate::code_reading::{Asked, Function, Made, ProcessCode, Source, Wanted, read};
-use crate::file_threads::FileThreads;
+use crate::code_reading::{Asked, Done, Function, Job, Made, ProcessCode, Source, Wanted, work};
+use crate::file_threads::{FileThreads, Manner};
 use crate::image::ImageId;
 use crate::otlp::Module;
 use crate::perf_ring::monotonic_ns;
 use crate::process::living_threads;
 use crate::symbol_upload::SymbolUpload;
 
-/// Most processes looked after at once, with two open files each.
+/// Most processes looked after at once, with two open files each; among them those whose files are yet to be closed.
 const MAX_PROCESSES: usize = 128;
 /// Shortest time between two readings of a process's file: the more there are, the less moves unseen in between.
 const READING_PAUSE: Duration = Duration::from_millis(500);
@@ -58,6 +59,9 @@ const MAX_SENT_BYTES: usize = 64 * 1024 * 1024;
 const SENT_BYTES: usize = 128;
 /// Most lists for the functions of one process in one batch: as many as addresses changed their function in it.
 const MAX_LISTS: usize = 16;
+/// How files are read: nobody waits for them.
+const READING: Manner =
+    Manner { name: "windlass-jit", hangs_after: Duration::from_secs(2), is_awaited: false };
 /// What profiles show as the file of such code.
 const SHOWN_PATH: &str = "[jit]";
 
@@ -77,7 +81,9 @@ pub type Mapped<'a> = &'a dyn Fn(u32, &dyn Fn(&str) -> bool) -> Option<Arc<str>>
 /// The processes that run code of their own making.
 pub struct JitCode {
     processes: HashMap<u32, Process>,
-    threads: FileThreads<Wanted, Made>,
+    threads: FileThreads<Job, Done>,
+    /// Forgotten processes whose files are not closed yet.
+    leaving: usize,
     /// The number of the last reading, whichever process's.
     last_reading: u64,
     /// Readings up to this are of batches that are named.
@@ -135,13 +141,13 @@ impl Process {
         self.asked.iter().any(|(_, met)| !met.is_empty())
     }
 
-    /// Gives up on the process's names.
-    fn close(&mut self) {
-        self.code = Held::Closed;
+    /// Gives up on the process's names. Returns what is to be let go.
+    fn close(&mut self) -> Held {
         self.functions = 0;
         for (_, met) in &mut self.asked {
             met.clear();
         }
+        std::mem::replace(&mut self.code, Held::Closed)
     }
 
     /// Whether it ended, and that long ago.
@@ -160,7 +166,8 @@ impl Default for JitCode {
     fn default() -> Self {
         Self {
             processes: HashMap::new(),
-            threads: FileThreads::new("windlass-jit", read),
+            threads: FileThreads::new(READING, work),
+            leaving: 0,
             last_reading: 0,
             named_reading: 0,
             found: HashMap::new(),
@@ -169,14 +176,19 @@ impl Default for JitCode {
 }
 
 impl JitCode {
+    /// Has `alarm` ring when a reading was made.
+    pub(crate) fn ring(&mut self, alarm: &Alarm) {
+        self.threads.ring(alarm);
+    }
+
     /// A sample met `address` in memory without a file at `time_ns`, and goes into the batch. Returns which reading
     /// will say what is there.
     pub fn meet(&mut self, tgid: u32, address: u64, time_ns: u64, now: Instant) -> Option<Reading> {
         if !self.processes.contains_key(&tgid) {
-            if self.processes.len() >= MAX_PROCESSES {
+            if self.processes.len() + self.leaving >= MAX_PROCESSES {
                 return None;
             }
-            let root = ProcessRoot::open(tgid).ok()?;
+            let root = ProcessRoot::of(tgid).ok()?;
             self.last_reading += 1;
             self.processes.insert(tgid, Process::new(root, self.last_reading, now));
         }
@@ -208,7 +220,30 @@ impl JitCode {
 
     /// Forgets a process: another program runs under its number.
     pub fn forget(&mut self, tgid: u32) {
-        self.processes.remove(&tgid);
+        if let Some(process) = self.processes.remove(&tgid) {
+            self.let_go(process.code);
+        }
+    }
+
+    /// Has the files of a process that is not known any more closed beside sampling.
+    fn let_go(&mut self, held: Held) {
+        match held {
+            Held::Here(code) => {
+                self.leaving += 1;
+                self.threads.submit(Job::Close(code));
+            }
+            // When it comes back.
+            Held::Out => self.leaving += 1,
+            Held::Closed => {}
+        }
+    }
+
+    /// Forgets the processes that `is_gone` says.
+    fn forget_if(&mut self, mut is_gone: impl FnMut(u32, &Process) -> bool) {
+        let gone: Vec<_> = self.processes.extract_if(|tgid, process| is_gone(*tgid, process)).collect();
+        for (_, process) in gone {
+            self.let_go(process.code);
+        }
     }
 
     /// Notes the end of a process, or of one of its threads.
@@ -221,19 +256,24 @@ impl JitCode {
     /// Takes the readings that were made, and sends those that are due. `mapped` finds a mapped file of a process by its
     /// path.
     pub fn read(&mut self, now: Instant, mapped: Mapped<'_>) {
-        while let Some(made) = self.threads.try_result() {
-            self.take(made, now);
-        }
-        for (tgid, process) in &mut self.processes {
-            if matches!(process.code, Held::Here(_)) && !process.has_asked() && process.is_over(*tgid, now) {
-                process.close();
+        while let Some(done) = self.threads.try_result() {
+            match done {
+                Done::Read(made) => self.take(made, now),
+                Done::Closed => self.leaving -= 1,
             }
         }
+        let mut over = Vec::new();
+        for (tgid, process) in &mut self.processes {
+            if matches!(process.code, Held::Here(_)) && !process.has_asked() && process.is_over(*tgid, now) {
+                over.push(process.close());
+            }
+        }
+        over.into_iter().for_each(|held| self.let_go(held));
         // At once for a batch that waits, and while the last of a process can be read.
         let is_due =
             |process: &Process| process.due <= now || process.ended.is_some() || process.asked.len() > 1;
         self.send_if(is_due, mapped);
-        self.processes.retain(|_, process| now.duration_since(process.met_last) < IDLE);
+        self.forget_if(|_, process| now.duration_since(process.met_last) >= IDLE);
         self.threads.review(now);
     }
 
@@ -260,9 +300,9 @@ impl JitCode {
     }
 
     fn send_if(&mut self, is_due: impl Fn(&Process) -> bool, mapped: Mapped<'_>) {
-        self.processes.retain(|tgid, process| match &process.code {
-            Held::Here(code) if process.has_asked() && is_due(process) => code.root.is_of(*tgid),
-            _ => true,
+        self.forget_if(|tgid, process| match &process.code {
+            Held::Here(code) if process.has_asked() && is_due(process) => !code.root.is_of(tgid),
+            _ => false,
         });
         for (tgid, process) in &mut self.processes {
             if !process.has_asked() || !is_due(process) || !matches!(process.code, Held::Here(_)) {
@@ -275,19 +315,23 @@ impl JitCode {
             process.out = asked.iter().map(|(number, _)| *number).collect();
             let since_ns = std::mem::replace(&mut process.sent_ns, monotonic_ns());
             let incarnation = process.incarnation;
-            self.threads.submit(Wanted { tgid: *tgid, incarnation, code, jitdump, asked, since_ns });
+            let wanted = Wanted { tgid: *tgid, incarnation, code, jitdump, asked, since_ns };
+            self.threads.submit(Job::Read(wanted));
         }
     }
 
     fn take(&mut self, made: Made, now: Instant) {
         let Made { tgid, incarnation, code, found, took } = made;
         let process = self.processes.get_mut(&tgid).filter(|process| process.incarnation == incarnation);
-        let Some(process) = process else { return };
+        let Some(process) = process else { return self.threads.submit(Job::Close(code)) };
         process.out.clear();
         process.due = now + READING_PAUSE.max(took * PAUSE_PER_READING);
         process.functions = code.map.len();
         match code.source {
-            Source::Refused => process.close(),
+            Source::Refused => {
+                process.close();
+                self.let_go(Held::Here(code));
+            }
             Source::None | Source::File(_) => process.code = Held::Here(code),
         }
         for ((number, address), function) in found {
@@ -310,7 +354,8 @@ impl JitCode {
                 functions = process.functions,
                 "too many functions of all processes: names end"
             );
-            process.close();
+            let held = process.close();
+            self.let_go(held);
         }
     }
 
@@ -487,7 +532,7 @@ mod tests {
 
     /// A process of this one's files under another number.
     fn process(number: u64, functions: usize) -> Process {
-        let root = ProcessRoot::open(std::process::id()).expect("this process");
+        let root = ProcessRoot::of(std::process::id()).expect("this process");
         Process { functions, ..Process::new(root, number, Instant::now()) }
     }
 
@@ -512,10 +557,10 @@ mod tests {
         let (held, hanging) = std::sync::mpsc::channel::<()>();
         static HANGING: std::sync::Mutex<Option<std::sync::mpsc::Receiver<()>>> = std::sync::Mutex::new(None);
         *HANGING.lock().expect("nobody panics with it") = Some(hanging);
-        code.threads = FileThreads::new("test", |wanted| {
+        code.threads = FileThreads::new(READING, |job| {
             let hanging = HANGING.lock().expect("nobody panics with it").take();
             let _ = hanging.map(|hanging| hanging.recv());
-            read(wanted)
+            work(job)
         });
         let now = Instant::now();
         let reading = code.meet(std::process::id(), 0x1000, monotonic_ns(), now).expect("it runs");
@@ -530,6 +575,33 @@ mod tests {
         assert!(code.processes[&std::process::id()].asked.len() <= MAX_ASKED);
         drop(held);
         wait(&mut code, last);
+    }
+
+    #[test]
+    fn forgotten_processes_count_until_their_files_are_closed() {
+        let mut code = JitCode::default();
+        static HANGS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+        let held = HANGS.lock().expect("nobody panics with it");
+        code.threads = FileThreads::new(READING, |job| {
+            drop(HANGS.lock());
+            work(job)
+        });
+        let (own, now) = (std::process::id(), Instant::now());
+        for number in 0..MAX_PROCESSES {
+            code.meet(own, 0x1000, monotonic_ns(), now).expect("there is room");
+            if number % 2 == 0 {
+                // With a reading that is out.
+                code.close_batch(now, &|_, _| None);
+            }
+            code.forget(own);
+        }
+        assert_eq!(code.meet(own, 0x1000, monotonic_ns(), now), None, "their files are open");
+        drop(held);
+        while code.leaving > 0 {
+            code.read(now, &|_, _| None);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        code.meet(own, 0x1000, monotonic_ns(), now).expect("there is room");
     }
 
     #[test]

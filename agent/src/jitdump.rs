@@ -2,7 +2,8 @@
 //!
 //! The format is that of the kernel's `tools/perf/Documentation/jitdump-specification.txt`: a header, then records, each
 //! with its size and the time of what happened, in the machine's byte order. Of code that was made, the file holds
-//! the bytes too; they are passed over. Times are those of `CLOCK_MONOTONIC`, as samples have them; a file
+//! the bytes too; they are passed over. Times are those of `CLOCK_MONOTONIC`, as samples have them, but for the
+//! process's time namespace ([`time_namespace`](crate::time_namespace)); a file
 //! with times of another clock cannot say which code a sample met, and is not used.
 //!
 //! ```text
@@ -38,9 +39,16 @@ pub const MAX_DUMP_BYTES: u64 = 4 << 30;
 pub struct JitdumpReader {
     /// Where the next record starts, in bytes; 0 before the header was read.
     offset: u64,
+    /// By how much the process's clock is ahead of that of samples.
+    clock_ahead_ns: i64,
 }
 
 impl JitdumpReader {
+    /// At the start of the file of a process whose clock is ahead of that of samples by so much.
+    pub fn of_clock(clock_ahead_ns: i64) -> Self {
+        Self { offset: 0, clock_ahead_ns }
+    }
+
     /// Hands the records that were added, and are there as a whole, to `sink`.
     pub fn read_new(
         &mut self,
@@ -75,7 +83,12 @@ impl JitdumpReader {
                 return Ok(Progress::CaughtUp);
             }
             let bytes = &bytes[..read.min(record_bytes as usize)];
-            if let Some(record) = record(bytes, self.offset) {
+            if let Some(mut record) = record(bytes, self.offset) {
+                if let Some(time_ns) = &mut record.time_ns {
+                    *time_ns = time_ns
+                        .checked_sub_signed(self.clock_ahead_ns)
+                        .ok_or(RecordsError::Jitdump("its times are not of its process's clock"))?;
+                }
                 sink(record)?;
             }
             self.offset = end;
@@ -217,6 +230,18 @@ mod tests {
         assert_eq!(name(&dump[..], HEADER_BYTES, 0x1001), None);
         assert_eq!(name(&dump[..], 0, 0x1000), None);
         assert!(matches!(read(&mut reader, &dump[..50]), Err(RecordsError::Cut)));
+    }
+
+    #[test]
+    fn times_are_those_of_samples() {
+        let dump = [header(0), load(100, 0x1000, &[0xc3], "f")].concat();
+        for (ahead, expect) in
+            [(-40, Some(140)), (60, Some(40)), (101, None), (i64::MIN, Some(100 + (1 << 63)))]
+        {
+            let records = read(&mut JitdumpReader::of_clock(ahead), &dump);
+            let time = records.ok().and_then(|records| records[0].time_ns);
+            assert_eq!(time, expect, "{ahead}");
+        }
     }
 
     #[test]

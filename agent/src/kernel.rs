@@ -29,7 +29,7 @@ use windlass_schema::maps::{
 use windlass_schema::{StopReason, Table, maps::Location};
 
 use crate::alarm::Alarm;
-use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, unsupported_reason};
+use crate::backend::{Backend, Event, PlaceError, PlacedMapping, Sample, TableMemory, unsupported_reason};
 use crate::chunks::ChunkSpace;
 use audits::Audits;
 pub use chunk_maps::ChunkMaps;
@@ -353,6 +353,14 @@ impl Backend for Kernel {
 
     fn lost_samples(&self) -> u64 {
         self.counter(Counter::RingFull)
+    }
+
+    fn lost_process_events(&self) -> u64 {
+        self.sideband.lost_records()
+    }
+
+    fn table_memory(&self) -> TableMemory {
+        TableMemory { used_bytes: self.space.used_bytes(), budget_bytes: self.space.budget_bytes() }
     }
 
     fn lost_audits(&self) -> u64 {

@@ -9,7 +9,9 @@
 //! image address = address - start of its section now + place of a section of that name
 //! ```
 //! Places are those of [`kernel_module`]. What is loaded is read from `/proc/modules`, and of each module from
-//! `/sys/module/NAME`: `sections/SECTION`, which takes CAP_SYSLOG, and `notes/.note.gnu.build-id`.
+//! `/sys/module/NAME`: `sections/SECTION`, which takes CAP_SYSLOG, and `notes/.note.gnu.build-id`. Those are some twenty files
+//! of each, while who uses a module, which the list says too, changes with every container: so a module is read when it
+//! comes, and not again while it stays where it is.
 //!
 //! The kernel says where a section starts and not how long it is, so it ends where the next one starts, of whatever
 //! module: Linux 6.4 and later put the code of several close together (kernel/module/main.c, `layout_sections`), where
@@ -17,9 +19,10 @@
 //! after it, and their addresses stay in `sections` when others have the memory; they count while the module is being
 //! loaded.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{self, BufRead, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -65,8 +68,10 @@ impl Section {
 pub struct KernelModules {
     proc: PathBuf,
     sys: PathBuf,
-    /// The text of `/proc/modules` from which `loaded` was read.
-    listed: Vec<u8>,
+    /// What `/proc/modules` said when `loaded` was made.
+    lines: Vec<Line>,
+    /// What was read of those, as far as it could be.
+    listed: HashMap<Line, Listed>,
     loaded: Vec<LoadedModule>,
     /// Start of each section with code, and which one it is of which module; ascending.
     starts: Vec<(u64, usize, usize)>,
@@ -82,9 +87,9 @@ impl KernelModules {
     }
 
     fn read_from(proc: PathBuf, sys: PathBuf) -> Self {
-        let (listed, loaded, starts) = (Vec::new(), Vec::new(), Vec::new());
-        let (named, reviewed) = (HashSet::new(), Instant::now());
-        let mut modules = Self { proc, sys, listed, loaded, starts, named, reviewed };
+        let (lines, listed) = (Vec::new(), HashMap::new());
+        let (loaded, starts, named) = (Vec::new(), Vec::new(), HashSet::new());
+        let mut modules = Self { proc, sys, lines, listed, loaded, starts, named, reviewed: Instant::now() };
         modules.review();
         modules
     }
@@ -94,22 +99,32 @@ impl KernelModules {
     pub fn review(&mut self) -> Vec<Module> {
         self.reviewed = Instant::now();
         // Without modules in the kernel there is no such file.
-        let listed = fs::read(self.proc.join("modules")).unwrap_or_default();
-        if listed == self.listed {
+        let text = fs::read(self.proc.join("modules")).unwrap_or_default();
+        let lines: Vec<Line> =
+            text.split(|byte| *byte == b'\n').filter_map(|line| Line::read(line, &self.sys)).collect();
+        if lines == self.lines {
             return Vec::new();
         }
-        let before = std::mem::take(&mut self.loaded);
-        let found: Vec<Listed> =
-            listed.split(|byte| *byte == b'\n').filter_map(|line| Listed::read(&self.sys, line)).collect();
-        let mut boundaries: Vec<u64> =
-            found.iter().flat_map(|module| module.sections.iter().map(|(_, start)| *start)).collect();
+        let mut before = std::mem::take(&mut self.listed);
+        for line in &lines {
+            // Of a module that is being loaded, sections come and go.
+            let is_known = |listed: &Listed| line.state == "Live" && listed.id.is_some();
+            let known = before.remove(line).filter(is_known);
+            if let Some(listed) = known.or_else(|| Listed::read(&self.sys, line)) {
+                self.listed.insert(line.clone(), listed);
+            }
+        }
+        let sections = self.listed.values().flat_map(|module| &module.sections);
+        let mut boundaries: Vec<u64> = sections.map(|(_, start)| *start).collect();
         boundaries.sort_unstable();
-        self.loaded = found.into_iter().filter_map(|module| module.loaded(&boundaries)).collect();
+        let before = std::mem::take(&mut self.loaded);
+        let listed = lines.iter().filter_map(|line| Some((line, self.listed.get(line)?)));
+        self.loaded = listed.filter_map(|(line, module)| module.loaded(line, &boundaries)).collect();
+        self.lines = lines;
         let modules = self.loaded.iter().enumerate();
         let code = modules.flat_map(|(module, it)| it.code.iter().enumerate().map(move |it| (module, it)));
         self.starts = code.map(|(module, (number, section))| (section.start, module, number)).collect();
         self.starts.sort_unstable();
-        self.listed = listed;
         let gone = before.into_iter().filter(|module| !self.loaded.contains(module));
         gone.flat_map(|module| module.code).map(|section| section.module).collect()
     }
@@ -146,26 +161,47 @@ impl KernelModules {
     }
 }
 
-/// What the kernel says of a module.
-struct Listed<'a> {
-    name: &'a str,
+/// What tells a module from others in `/proc/modules`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Line {
+    name: String,
     /// Of all that it keeps loaded, in bytes.
     size: u64,
-    id: Option<BuildId>,
-    /// Those that are where they were put, with code or without.
-    sections: Vec<(String, u64)>,
+    state: String,
+    address: String,
+    /// The inode of its folder below `/sys/module`, which is new each time a module is loaded: another build may come to where
+    /// the last one was.
+    folder: Option<u64>,
 }
 
-impl<'a> Listed<'a> {
-    /// Reads a line of `/proc/modules`, `NAME SIZE USERS BY,... STATE ADDRESS`, and what `sys` has of that module.
-    fn read(sys: &Path, line: &'a [u8]) -> Option<Self> {
+impl Line {
+    /// Reads a line, `NAME SIZE USERS BY,... STATE ADDRESS`.
+    fn read(line: &[u8], sys: &Path) -> Option<Self> {
         let mut fields = str::from_utf8(line).ok()?.split(' ');
         let (name, size) = (fields.next()?, fields.next()?.parse().ok()?);
         if name.is_empty() || name.contains('/') || name.starts_with('.') {
             return None;
         }
-        let is_loading = fields.nth(2) == Some("Loading");
-        let folder = sys.join("module").join(name);
+        let state = fields.nth(2).unwrap_or_default().to_owned();
+        let address = fields.next().unwrap_or_default().to_owned();
+        let folder = fs::metadata(sys.join("module").join(name)).ok().map(|folder| folder.ino());
+        Some(Self { name: name.to_owned(), size, state, address, folder })
+    }
+}
+
+/// What the kernel says of a module elsewhere.
+#[derive(Debug)]
+struct Listed {
+    id: Option<BuildId>,
+    /// Those that are where they were put, with code or without.
+    sections: Vec<(String, u64)>,
+}
+
+impl Listed {
+    /// Reads what `sys` has of a module.
+    fn read(sys: &Path, line: &Line) -> Option<Self> {
+        let is_loading = line.state == "Loading";
+        let folder = sys.join("module").join(&line.name);
         let notes = attribute(&folder.join("notes/.note.gnu.build-id"));
         let sections = fs::read_dir(folder.join("sections")).ok()?.flatten().filter_map(|entry| {
             let section = entry.file_name().into_string().ok()?;
@@ -173,11 +209,11 @@ impl<'a> Listed<'a> {
             (is_loading || !is_for_loading(&section)).then_some((section, address))
         });
         let id = notes.and_then(|notes| build_id_in_notes(&notes, 4));
-        Some(Self { name, size, id, sections: sections.collect() })
+        Some(Self { id, sections: sections.collect() })
     }
 
     /// The module, if it can be told from others. `boundaries` are where sections start, ascending.
-    fn loaded(self, boundaries: &[u64]) -> Option<LoadedModule> {
+    fn loaded(&self, line: &Line, boundaries: &[u64]) -> Option<LoadedModule> {
         let id = self.id?;
         let code = self.sections.iter().filter_map(|(section, start)| {
             let place = kernel_module::section_start(section)?;
@@ -187,19 +223,19 @@ impl<'a> Listed<'a> {
                 // Another was put there while they were read; which is there now is not known.
                 return None;
             }
-            let last = start.checked_add(self.size.min(SECTION_SPAN))?;
+            let last = start.checked_add(line.size.min(SECTION_SPAN))?;
             let end = boundaries.get(behind).map_or(last, |next| last.min(*next));
             let module = Module {
                 start: place,
                 limit: place + (end - start),
                 file_offset: 0,
                 // As perf writes it.
-                path: format!("[{}]", self.name).into(),
+                path: format!("[{}]", line.name).into(),
                 id: Some(ImageId::Gnu(id)),
             };
             Some(Section { start: *start, end, module })
         });
-        Some(LoadedModule { name: self.name.to_owned(), id, code: code.collect() })
+        Some(LoadedModule { name: line.name.clone(), id, code: code.collect() })
     }
 }
 
@@ -375,6 +411,50 @@ mod tests {
         assert!(modules.meet(0xffff_ffff_c020_1010).is_none());
         modules.forget(other.build_id());
         assert!(modules.meet(0xffff_ffff_c020_1010).is_some(), "it was not sent");
+    }
+
+    #[test]
+    fn functions_may_be_in_sections_of_their_kind() {
+        let host = host(LISTED, "0xffffffffc0201000");
+        add(host.path(), "neighbour", Some([7; 4]), &[(".kprobes.text", "0xffffffffc0204800")]);
+        let modules = read(host.path());
+        let kprobes = section_start(".kprobes.text").expect("it has a place");
+        assert_eq!(shown(&modules, 0xffff_ffff_c020_47ff), Some(("[neighbour]", MODULE_TEXT + 0x7ff)));
+        assert_eq!(shown(&modules, 0xffff_ffff_c020_4810), Some(("[neighbour]", kprobes + 0x10)));
+    }
+
+    #[test]
+    fn modules_that_stay_are_read_once() {
+        let host = host(LISTED, "0xffffffffc0201000");
+        let mut modules = read(host.path());
+        fs::remove_dir_all(host.path().join("sys/module/nf_tables/sections")).expect("they are there");
+        let used = LISTED.replace("372736 1 nft_x,", "372736 3 nft_x,nft_y,");
+        list(host.path(), &used);
+        assert!(modules.review().is_empty(), "another uses it");
+        add(host.path(), "nft_y", Some([5; 4]), &[(".text", "0xffffffffc0600000")]);
+        list(host.path(), &format!("{used}nft_y 4096 0 - Live 0xffffffffc0600000\n"));
+        assert!(modules.review().is_empty());
+        assert_eq!(shown(&modules, 0xffff_ffff_c060_0000), Some(("[nft_y]", MODULE_TEXT)));
+        assert_eq!(shown(&modules, 0xffff_ffff_c020_1000), Some(("[nf_tables]", MODULE_TEXT)));
+        list(host.path(), &used.replace("0xffffffffc0200000", "0xffffffffc0700000"));
+        assert_eq!(modules.review().len(), 3, "one has gone, and one is elsewhere and cannot be read");
+        assert_eq!(shown(&modules, 0xffff_ffff_c020_1000), None);
+    }
+
+    /// In the same place, with the same size, between two reviews.
+    #[test]
+    fn another_build_of_a_module_is_noticed() {
+        let host = host(LISTED, "0xffffffffc0201000");
+        let mut modules = read(host.path());
+        let met = modules.meet(0xffff_ffff_c020_1010).expect("it is loaded");
+        let folder = host.path().join("sys/module/neighbour");
+        // Kept, so that the new one has another inode, as in sysfs.
+        fs::rename(&folder, host.path().join("before")).expect("it is there");
+        add(host.path(), "neighbour", Some([8; 4]), &[(".text", "0xffffffffc0204000")]);
+        assert_eq!(modules.review().len(), 1, "what was there");
+        let other = modules.meet(0xffff_ffff_c020_4010).expect("it is loaded");
+        assert_eq!(other.build_id(), BuildId::new(&[8; 4]).expect("four bytes"));
+        assert!(met.is_loaded(&modules), "the others stay");
     }
 
     #[test]

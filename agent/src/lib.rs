@@ -8,15 +8,15 @@
 //! - [`backend`]: the boundary to what takes samples: [`kernel`] (BPF) or [`copied`] (no privilege)
 //! - [`processes`]: which processes there are; [`selection`], [`choice`],
 //!   [`scan_schedule`]
-//! - [`process`]: what one maps; [`proc_maps`], [`mapped_file`]
-//! - [`images`] and [`image`]: what is mapped; `frame_pointers`: which of it can be walked without a table
+//! - [`process`]: what one maps; `process_reading` on `file_threads`, [`proc_maps`], [`mapped_file`]
+//! - [`images`], [`image`] and [`image_file`]: what is mapped; `frame_pointers`: which of it can be walked without a table
 //! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`];
 //!   `table_refresh`: whether it is still the service's
 //! - [`otlp`], [`shipper`], [`spool`], [`compression`]: how samples become profiles and reach the service
-//! - [`resource`], [`cgroup`]: of which service, container and pod they are
+//! - [`resource`], [`cgroup`]: of which service, container and pod they are; `owners`: when that is known
 //! - [`kallsyms`], [`kernel_modules`]: the kernel's own addresses
 //! - [`jit_code`]: code of just-in-time compilers; [`code_file`], [`code_records`] ([`mod@perf_map`], [`jitdump`]),
-//!   `code_reading` on `file_threads`, [`code_map`], [`symbol_upload`]
+//!   `code_reading` on `file_threads`, `time_namespace`, [`code_map`], [`symbol_upload`]
 //! - [`audit`]: whether the kernel's walks are right
 //! - [`metrics`], `own_cost`, `status`: what it says of itself; [`privilege`]: what it may not do
 //! - [`service`]: what is asked of the service
@@ -36,10 +36,12 @@ pub mod code_records;
 mod code_without_cfi;
 pub mod compression;
 pub mod copied;
+mod coroutine_code;
 mod eviction;
 mod file_threads;
 mod frame_pointers;
 pub mod image;
+pub mod image_file;
 pub mod images;
 pub mod jit_code;
 pub mod jitdump;
@@ -51,11 +53,13 @@ pub mod mapped_file;
 pub mod metrics;
 pub mod otlp;
 mod own_cost;
+pub mod owners;
 pub mod perf_map;
 mod perf_ring;
 pub mod privilege;
 pub mod proc_maps;
 pub mod process;
+mod process_reading;
 pub mod processes;
 mod promptness;
 pub mod resource;
@@ -72,5 +76,6 @@ pub mod table_cache;
 mod table_queue;
 mod table_refresh;
 pub mod tables;
+mod time_namespace;
 
 pub use agent::{Agent, BackendChoice, Config, StartError, StopError, Summary, WarmUp};

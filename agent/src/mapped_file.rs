@@ -21,6 +21,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
+use crate::image_file::{CopyBytes, ImageFile};
 use crate::proc_maps::{Backing, MapsEntry, executable_mappings};
 
 /// Largest vDSO read in bytes; it has two to four pages.
@@ -185,8 +186,8 @@ impl ImageSource {
         match self {
             Self::Memory(bytes) => Ok(read(ImageBytes::Memory(bytes))),
             Self::File { names, key } => {
-                let cache = object::ReadCache::new(Self::open(names, *key)?);
-                Ok(read(ImageBytes::File(&cache)))
+                let file = ImageFile::new(Self::open(names, *key)?);
+                Ok(read(ImageBytes::File(&file)))
             }
         }
     }
@@ -242,7 +243,7 @@ pub enum ImageBytes<'a> {
     /// In memory.
     Memory(&'a [u8]),
     /// In a file.
-    File(&'a object::ReadCache<File>),
+    File(&'a ImageFile),
 }
 
 impl<'a> object::ReadRef<'a> for ImageBytes<'a> {
@@ -264,6 +265,15 @@ impl<'a> object::ReadRef<'a> for ImageBytes<'a> {
         match self {
             Self::Memory(bytes) => bytes.read_bytes_at_until(range, delimiter),
             Self::File(cache) => cache.read_bytes_at_until(range, delimiter),
+        }
+    }
+}
+
+impl<'a> CopyBytes<'a> for ImageBytes<'a> {
+    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut Vec<u8>) -> io::Result<()> {
+        match self {
+            Self::Memory(bytes) => bytes.copy_bytes_at(offset, size, out),
+            Self::File(file) => file.copy_bytes_at(offset, size, out),
         }
     }
 }
@@ -317,6 +327,7 @@ mod tests {
             device: (0xfff, 0xfffff),
             inode,
             backing: Backing::File { path: path.clone(), deleted },
+            is_v8_code: false,
         };
         assert!(named(&path, &entry(inode, false), &path).is_ok());
         for other in [entry(inode, true), entry(inode + 1, false)] {

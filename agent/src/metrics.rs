@@ -15,8 +15,9 @@ use windlass_schema::StopReason;
 use windlass_schema::rule::UnsupportedReason;
 
 use crate::audit::{AuditReport, SharedReport};
-
+use crate::backend::TableMemory;
 use crate::own_cost::OwnCost;
+use crate::processes::ReadingCounts;
 use crate::service::ServiceError;
 use crate::shipper::Shipped;
 
@@ -74,10 +75,17 @@ pub struct Metrics {
     stops: [AtomicU64; StopReason::COUNT],
     unsupported: [AtomicU64; UnsupportedReason::ALL.len()],
     lost_samples: AtomicU64,
+    late_readings: AtomicU64,
+    skipped_readings: AtomicU64,
+    waiting_readings: AtomicU64,
+    lost_process_events: AtomicU64,
+    process_event_losses: AtomicU64,
     tables_loaded: AtomicU64,
-    tables_unavailable: AtomicU64,
+    table_failures: AtomicU64,
     tables_evicted: AtomicU64,
     kernel_tables_evicted: AtomicU64,
+    kernel_table_bytes: AtomicU64,
+    kernel_table_budget_bytes: AtomicU64,
     requests: [AtomicU64; Request::ALL.len()],
     failures: [[AtomicU64; FAILURES.len()]; Request::ALL.len()],
     batches_sent: AtomicU64,
@@ -96,10 +104,17 @@ impl Default for Metrics {
             stops: Default::default(),
             unsupported: Default::default(),
             lost_samples: AtomicU64::default(),
+            late_readings: AtomicU64::default(),
+            skipped_readings: AtomicU64::default(),
+            waiting_readings: AtomicU64::default(),
+            lost_process_events: AtomicU64::default(),
+            process_event_losses: AtomicU64::default(),
             tables_loaded: AtomicU64::default(),
-            tables_unavailable: AtomicU64::default(),
+            table_failures: AtomicU64::default(),
             tables_evicted: AtomicU64::default(),
             kernel_tables_evicted: AtomicU64::default(),
+            kernel_table_bytes: AtomicU64::default(),
+            kernel_table_budget_bytes: AtomicU64::default(),
             requests: Default::default(),
             failures: Default::default(),
             batches_sent: AtomicU64::default(),
@@ -150,12 +165,35 @@ impl Metrics {
         lost.saturating_sub(self.lost_samples.swap(lost, Ordering::Relaxed))
     }
 
+    /// So many process events were lost since the start, as far as the kernel says how many.
+    pub(crate) fn set_lost_process_events(&self, lost: u64) {
+        self.lost_process_events.store(lost, Ordering::Relaxed);
+    }
+
+    /// Process events were lost, or may have been.
+    pub(crate) fn process_events_lost(&self) {
+        add(&self.process_event_losses, 1);
+    }
+
+    /// What tables take of kernel memory.
+    pub(crate) fn set_kernel_tables(&self, memory: TableMemory) {
+        self.kernel_table_bytes.store(memory.used_bytes, Ordering::Relaxed);
+        self.kernel_table_budget_bytes.store(memory.budget_bytes, Ordering::Relaxed);
+    }
+
+    /// What became of readings of processes since the start.
+    pub(crate) fn set_readings(&self, counts: ReadingCounts) {
+        self.late_readings.store(counts.late, Ordering::Relaxed);
+        self.skipped_readings.store(counts.skipped, Ordering::Relaxed);
+        self.waiting_readings.store(counts.waiting, Ordering::Relaxed);
+    }
+
     pub(crate) fn table_loaded(&self) {
         add(&self.tables_loaded, 1);
     }
 
-    pub(crate) fn table_unavailable(&self) {
-        add(&self.tables_unavailable, 1);
+    pub(crate) fn table_failed(&self) {
+        add(&self.table_failures, 1);
     }
 
     pub(crate) fn table_evicted(&self) {
@@ -201,15 +239,36 @@ impl Metrics {
         }
         text.counter("lost_samples", "Samples taken and lost before they were read.");
         text.line(&[], &self.lost_samples);
+        let help = "Events of processes that the kernel had no room for: execs, forks, ends, mappings.";
+        text.counter("lost_process_events", help);
+        text.line(&[], &self.lost_process_events);
+        let help =
+            "Times that process events were lost or may have been, so that all processes are read again.";
+        text.counter("process_event_losses", help);
+        text.line(&[], &self.process_event_losses);
+        let help = "Readings of a process's mapped files that sampling did not wait for: a disk or a file system is slow.";
+        text.counter("late_process_readings", help);
+        text.line(&[], &self.late_readings);
+        let help = "Times that a process was not read again because an earlier reading was not done.";
+        text.counter("skipped_process_readings", help);
+        text.line(&[], &self.skipped_readings);
+        text.gauge("waiting_process_readings", "Processes whose mapped files are being read still.");
+        text.line(&[], &self.waiting_readings);
         text.counter("tables_loaded", "Unwind tables placed.");
         text.line(&[], &self.tables_loaded);
-        text.counter("tables_unavailable", "Images for which no unwind table can be had.");
-        text.line(&[], &self.tables_unavailable);
+        let help =
+            "Attempts to have an image's unwind table that came to nothing; it is asked for again later.";
+        text.counter("table_failures", help);
+        text.line(&[], &self.table_failures);
         text.counter("tables_evicted", "Unwind tables deleted from disk to keep within the budget.");
         text.line(&[], &self.tables_evicted);
         let help = "Unwind tables that made room for others in kernel memory.";
         text.counter("kernel_tables_evicted", help);
         text.line(&[], &self.kernel_tables_evicted);
+        text.gauge("kernel_table_bytes", "Kernel memory of unwind tables.");
+        text.line(&[], &self.kernel_table_bytes);
+        text.gauge("kernel_table_budget_bytes", "Most kernel memory of unwind tables.");
+        text.line(&[], &self.kernel_table_budget_bytes);
         text.counter("requests", "Requests to the service.");
         for (request, count) in Request::ALL.iter().zip(&self.requests) {
             text.line(&[("request", request.as_str())], count);
@@ -361,6 +420,11 @@ mod tests {
         metrics.sample(StopReason::UnsupportedRule, Some(UnsupportedReason::StackSwitch));
         assert_eq!(metrics.set_lost_samples(5), 5);
         assert_eq!(metrics.set_lost_samples(7), 2);
+        metrics.set_readings(ReadingCounts { late: 9, skipped: 8, waiting: 1 });
+        metrics.set_lost_process_events(11);
+        metrics.process_events_lost();
+        metrics.table_failed();
+        metrics.set_kernel_tables(TableMemory { used_bytes: 70_000, budget_bytes: 80_000 });
         metrics.table_loaded();
         metrics.kernel_tables_evicted(3);
         metrics.request(Request::Table, None);
@@ -374,6 +438,15 @@ mod tests {
             "windlass_agent_samples_total{reason=\"jit\"} 0",
             "windlass_agent_unsupported_rows_total{reason=\"stack_switch\"} 1",
             "windlass_agent_lost_samples_total 7",
+            "windlass_agent_lost_process_events_total 11",
+            "windlass_agent_process_event_losses_total 1",
+            "windlass_agent_table_failures_total 1",
+            "# TYPE windlass_agent_kernel_table_bytes gauge",
+            "windlass_agent_kernel_table_bytes 70000",
+            "windlass_agent_kernel_table_budget_bytes 80000",
+            "windlass_agent_late_process_readings_total 9",
+            "windlass_agent_skipped_process_readings_total 8",
+            "windlass_agent_waiting_process_readings 1",
             "windlass_agent_tables_loaded_total 1",
             "windlass_agent_kernel_tables_evicted_total 3",
             "windlass_agent_requests_total{request=\"table\"} 1",

@@ -19,6 +19,7 @@ mod interner;
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 use hashbrown::HashMap;
 use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest;
@@ -34,6 +35,7 @@ use windlass_schema::perf_map::PERF_MAP_ATTRIBUTE;
 use self::interner::{Interner, SeenModules};
 use crate::image::ImageId;
 use crate::jit_code::{BatchCode, Reading};
+use crate::owners::Owner;
 use crate::resource::Resource;
 
 /// What a profile shows of a mapping. Addresses are ELF virtual addresses if there is an id.
@@ -112,7 +114,7 @@ pub struct Batch {
     mappings: Interner<Option<Module>>,
     locations: Interner<(i32, u64, Option<Reading>)>,
     stacks: Interner<Vec<i32>>,
-    resources: Interner<Arc<Resource>>,
+    owners: Interner<Owner>,
     samples: HashMap<SampleKey, i64>,
     /// Of the stacks together.
     frames: usize,
@@ -120,7 +122,7 @@ pub struct Batch {
     path_bytes: usize,
 }
 
-/// What samples that are merged have in common: resource, stack and attributes.
+/// What samples that are merged have in common: owner, stack and attributes.
 type SampleKey = (i32, i32, [i32; 5]);
 
 /// The value of an attribute.
@@ -138,7 +140,7 @@ impl Default for Batch {
             mappings: Interner::with_zero(None),
             locations: Interner::with_zero((0, 0, None)),
             stacks: Interner::with_zero(Vec::new()),
-            resources: Interner::empty(),
+            owners: Interner::empty(),
             samples: HashMap::new(),
             frames: 0,
             path_bytes: 0,
@@ -147,11 +149,11 @@ impl Default for Batch {
 }
 
 impl Batch {
-    /// Adds a sample of a process of `resource`. `frames` are innermost first: those of the kernel, then those of
+    /// Adds a sample of `owner`. `frames` are innermost first: those of the kernel, then those of
     /// the process.
     pub fn add<'a>(
         &mut self,
-        resource: &Arc<Resource>,
+        owner: &Owner,
         labels: &Labels<'_>,
         frames: impl IntoIterator<Item = Frame<'a>>,
     ) {
@@ -181,8 +183,13 @@ impl Batch {
             self.attribute("cpu.logical_number", AttributeValue::Number(labels.cpu.into())),
             self.attribute("windlass.stop_reason", AttributeValue::Text(labels.stop.as_str().to_owned())),
         ];
-        let resource = self.resources.index(resource);
-        *self.samples.entry((resource, stack, attributes)).or_default() += 1;
+        let owner = self.owners.index(owner);
+        *self.samples.entry((owner, stack, attributes)).or_default() += 1;
+    }
+
+    /// Whether it is known as well as it will be whose its samples are.
+    pub(crate) fn is_settled(&self, now: Instant) -> bool {
+        self.owners.values.iter().all(|owner| owner.is_settled(now))
     }
 
     /// Samples that differ.
@@ -228,9 +235,18 @@ impl Batch {
         let mapping_table = self.mapping_table();
         let [samples, count, cpu, nanoseconds] =
             ["samples", "count", "cpu", "nanoseconds"].map(|text| self.strings.index(text));
-        let mut merged: Vec<_> = self.samples.into_iter().collect();
+        let mut resources = Interner::<Resource>::empty();
+        let of_owner: Vec<i32> =
+            self.owners.values.iter().map(|owner| resources.index(owner.resource())).collect();
+        let mut merged: Vec<(SampleKey, i64)> = (self.samples.into_iter())
+            .map(|((owner, stack, attributes), count)| ((of_owner[owner as usize], stack, attributes), count))
+            .collect();
         // Like batches give like bytes, which compress and compare.
         merged.sort_unstable();
+        merged.dedup_by(|(key, count), (kept, sum)| {
+            *sum += if key == kept { *count } else { 0 };
+            key == kept
+        });
         let profiles = merged.chunk_by(|(one, _), (other, _)| one.0 == other.0).map(|group| {
             let (resource, ..) = group[0].0;
             let profile = Profile {
@@ -243,7 +259,7 @@ impl Batch {
                 profile_id: profile_id(recording.batch_id, resource),
                 ..Profile::default()
             };
-            resource_profiles(recording, &self.resources.values[resource as usize], profile)
+            resource_profiles(recording, &resources.values[resource as usize], profile)
         });
         let resource_profiles = profiles.collect();
         let dictionary = ProfilesDictionary {
@@ -325,6 +341,7 @@ impl From<AttributeValue> for AnyValue {
     }
 }
 
+/// A sample of a key that has its resource in the place of its owner.
 fn sample(merged: &(SampleKey, i64)) -> Sample {
     let ((_, stack_index, attributes), count) = merged;
     Sample {
@@ -388,8 +405,8 @@ mod tests {
         Module { start: 0x1000, limit: 0x9000, file_offset: 0x1000, path: path.into(), id }
     }
 
-    fn shop() -> Arc<Resource> {
-        Arc::new(Resource::new([("service.name", "shop".to_owned())]))
+    fn shop() -> Owner {
+        Resource::new([("service.name", "shop".to_owned())]).into()
     }
 
     fn recording() -> Recording {
@@ -477,11 +494,11 @@ mod tests {
             Frame { module: Some(&hashed), address: 0x2000, reading: None },
             Frame { module: None, address: 0x7f00_0000_0000, reading: None },
         ];
-        let mut batch = Batch::default();
+        let (shop, mut batch) = (shop(), Batch::default());
         for labels in [&labels, &cut, &labels] {
-            batch.add(&shop(), labels, frames);
+            batch.add(&shop, labels, frames);
         }
-        batch.add(&shop(), &labels, []);
+        batch.add(&shop, &labels, []);
         assert_eq!(batch.len(), 3);
         let request = encoded(batch);
         let stack = "0x1234@/opt/app[process.executable.build_id.gnu=abcd] \
@@ -569,11 +586,12 @@ mod tests {
     #[test]
     fn each_resource_has_a_profile_of_its_own() {
         let other =
-            Arc::new(Resource::new([("service.name", "till".to_owned()), ("container.id", "c1".to_owned())]));
+            Resource::new([("service.name", "till".to_owned()), ("container.id", "c1".to_owned())]).into();
         let labels = Labels { tgid: 1, tid: 1, comm: "a", cpu: 0, stop: StopReason::EndOfStack };
         let mut batch = Batch::default();
-        for resource in [&shop(), &other, &shop()] {
-            batch.add(resource, &labels, []);
+        // Two processes are of one.
+        for owner in [&shop(), &other, &shop()] {
+            batch.add(owner, &labels, []);
         }
         let request = encoded(batch);
         let host = "host.name=alpha host.arch=HERE os.type=linux windlass.agent.id=one-of-many";

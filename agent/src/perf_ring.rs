@@ -53,6 +53,8 @@ const FLAG_SAMPLE_ID_ALL: u64 = 1 << 18;
 /// Executable mappings, exec, fork and exit.
 const FLAGS_PROCESS_EVENTS: u64 =
     FLAG_MMAP | FLAG_COMM | FLAG_TASK | FLAG_MMAP2 | FLAG_COMM_EXEC | FLAG_SAMPLE_ID_ALL;
+/// `PERF_FORMAT_TOTAL_TIME_ENABLED`: a read has the event's value, and how long it was enabled.
+const FORMAT_TIME_ENABLED: u64 = 1;
 /// `PERF_SAMPLE_TIME`.
 const SAMPLE_TIME: u64 = 1 << 2;
 /// `PERF_SAMPLE_TID | TIME | CPU | REGS_USER | STACK_USER`.
@@ -95,6 +97,7 @@ impl PerfEventAttr {
         let build_id = if build_ids { FLAG_BUILD_ID } else { 0 };
         Self {
             sample_type: SAMPLE_TIME,
+            read_format: FORMAT_TIME_ENABLED,
             ..Self::software(CONFIG_DUMMY, FLAGS_PROCESS_EVENTS | FLAG_WATERMARK | build_id)
         }
     }
@@ -128,9 +131,18 @@ pub(crate) enum PerfScope {
 
 /// `CLOCK_MONOTONIC` in nanoseconds, the clock of records and samples.
 pub(crate) fn monotonic_ns() -> u64 {
+    clock_ns(libc::CLOCK_MONOTONIC)
+}
+
+/// The same, of `CLOCK_MONOTONIC_RAW`, which goes at the rate of the machine's: nobody makes it faster to set it right.
+pub(crate) fn raw_ns() -> u64 {
+    clock_ns(libc::CLOCK_MONOTONIC_RAW)
+}
+
+fn clock_ns(clock: libc::clockid_t) -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call fills the structure it is given; this clock always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    // SAFETY: the call fills the structure it is given; these clocks always exist.
+    unsafe { libc::clock_gettime(clock, &raw mut now) };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
@@ -213,6 +225,16 @@ impl PerfRing {
             return Err(io::Error::last_os_error());
         }
         Ok(())
+    }
+
+    /// For how long an event of [`PerfEventAttr::sideband`] has been enabled, in nanoseconds; `None` if it is none any more.
+    pub(crate) fn enabled_ns(&self) -> Option<u64> {
+        let mut value_and_time = [0_u64; 2];
+        let bytes = size_of_val(&value_and_time);
+        // SAFETY: the array has room for as many bytes.
+        let read =
+            unsafe { libc::read(self.descriptor.as_raw_fd(), value_and_time.as_mut_ptr().cast(), bytes) };
+        (read == bytes as isize).then_some(value_and_time[1])
     }
 
     /// For `poll(2)`.

@@ -6,6 +6,7 @@
 //! is left out: the kernel wrote it, and one odd line is no reason to lose a process.
 
 use std::ffi::OsString;
+use std::ops::Range;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 
@@ -24,6 +25,8 @@ pub struct MapsEntry {
     pub inode: u64,
     /// What is mapped.
     pub backing: Backing,
+    /// Whether it is memory laid out as V8 lays out what it has for code.
+    pub is_v8_code: bool,
 }
 
 /// What a mapping maps.
@@ -48,7 +51,49 @@ const KERNEL_HALF: u64 = 1 << 63;
 
 /// The executable mappings of user memory in the text of `/proc/PID/maps`, in the order of addresses.
 pub fn executable_mappings(maps: &[u8]) -> Vec<MapsEntry> {
-    maps.split(|byte| *byte == b'\n').filter_map(executable_mapping).collect()
+    let (mut entries, mut header, mut guard) = (Vec::new(), &[][..], &[][..]);
+    for line in maps.split(|byte| *byte == b'\n') {
+        if let Some(mut entry) = executable_mapping(line) {
+            entry.is_v8_code = entry.backing == Backing::Anonymous && is_v8_code(entry.start, header, guard);
+            entries.push(entry);
+        }
+        (header, guard) = (guard, line);
+    }
+    entries
+}
+
+/// What V8 aligns pages of its heap to, in bytes (`kPageSizeBits`, src/base/build_config.h).
+const V8_PAGE_BYTES: u64 = 256 * 1024;
+/// Most bytes of such a page in front of its code: the header and one page of the system's, which has up to 64 KiB.
+const MAX_V8_HEADER_BYTES: u64 = 128 * 1024;
+
+/// Whether memory at `start`, behind these two lines, is the code of a page of V8's heap. In front of that are the page's
+/// header and a guard (`ObjectStartOffsetInCodePage`, src/heap/memory-chunk-layout.cc):
+///
+/// ```text
+/// page           header   rw-p
+/// page + 8192    guard    ---p
+/// page + 12288   code     rwxp or r-xp
+/// ```
+fn is_v8_code(start: u64, header: &[u8], guard: &[u8]) -> bool {
+    let page = start & !(V8_PAGE_BYTES - 1);
+    if start == page || start - page > MAX_V8_HEADER_BYTES {
+        return false;
+    }
+    let (Some((header, of_header)), Some((guard, of_guard))) = (extent(header), extent(guard)) else {
+        return false;
+    };
+    let is_in_row =
+        header.start <= page && page < header.end && header.end == guard.start && guard.end == start;
+    is_in_row && of_header.starts_with("rw-") && of_guard.starts_with("---")
+}
+
+/// Where the mapping of a line is, and what of it is permitted.
+fn extent(line: &[u8]) -> Option<(Range<u64>, &str)> {
+    let mut fields = line.split(|byte| *byte == b' ').map(str::from_utf8);
+    let (range, permissions) = (fields.next()?.ok()?, fields.next()?.ok()?);
+    let (start, end) = range.split_once('-')?;
+    Some((u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?, permissions))
 }
 
 /// `START-END rwxp OFFSET MAJOR:MINOR INODE   PATH`, all numbers but the inode in hex.
@@ -74,6 +119,7 @@ fn executable_mapping(line: &[u8]) -> Option<MapsEntry> {
         device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
         inode: inode.parse().ok()?,
         backing: backing(rest.trim_ascii_start()),
+        is_v8_code: false,
     };
     (entry.start < entry.end && entry.end <= KERNEL_HALF).then_some(entry)
 }
@@ -138,6 +184,7 @@ mod tests {
                 device: (0xfe, 0x10),
                 inode: 247_030,
                 backing: file("/usr/bin/cat", false).unwrap(),
+                is_v8_code: false,
             }]
         );
     }
@@ -154,6 +201,39 @@ mod tests {
         check("1000-2000 rwxp 00000000 00:00 0 ", Some(Backing::Anonymous));
         check("1000-2000 rwxp 00000000 00:00 0", Some(Backing::Anonymous));
         check("1000-2000 rwxp 00000000 00:00 0 [anon:v8]", Some(Backing::Anonymous));
+    }
+
+    /// As node has them; then each line changed in turn.
+    #[test]
+    fn memory_for_code_of_v8() {
+        let lines = [
+            "7f9d367c0000-7f9d367c2000 rw-p 00000000 00:00 0 ",
+            "7f9d367c2000-7f9d367c3000 ---p 00000000 00:00 0 ",
+            "7f9d367c3000-7f9d367ff000 rwxp 00000000 00:00 0 ",
+            "7f9d367ff000-7f9d36800000 ---p 00000000 00:00 0 ",
+        ];
+        let is_v8_code = |lines: &[&str]| -> Vec<bool> {
+            let entries = executable_mappings(lines.join("\n").as_bytes());
+            entries.into_iter().map(|entry| entry.is_v8_code).collect()
+        };
+        assert_eq!(is_v8_code(&lines), [true]);
+        assert_eq!(is_v8_code(&lines[1..]), [false]);
+        assert_eq!(is_v8_code(&lines[2..]), [false]);
+        for (number, other) in [
+            (0, "7f9d367c1000-7f9d367c2000 rw-p 00000000 00:00 0 "),
+            (0, "7f9d367c0000-7f9d367c1000 rw-p 00000000 00:00 0 "),
+            (0, "7f9d367c0000-7f9d367c2000 r--p 00000000 00:00 0 "),
+            (1, "7f9d367c2000-7f9d367c3000 r--p 00000000 00:00 0 "),
+            (2, "7f9d367c4000-7f9d367ff000 rwxp 00000000 00:00 0 "),
+            (2, "7f9d367c3000-7f9d367ff000 rwxp 00000000 00:01 9 /memfd:jit (deleted)"),
+        ] {
+            let mut lines = lines;
+            lines[number] = other;
+            assert_eq!(is_v8_code(&lines), [false], "{other}");
+        }
+        // Another compiler's, where the page of V8 ends.
+        let beside = [&lines[..3], &["7f9d367ff000-7f9d36801000 r-xp 00000000 00:00 0 "]].concat();
+        assert_eq!(is_v8_code(&beside), [true, false]);
     }
 
     #[test]

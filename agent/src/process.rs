@@ -1,6 +1,6 @@
 //! What executable memory does a process have, and what is placed for it?
 //!
-//! Mapping lists are read from `/proc` and planned here without I/O: the plan turns each mapping into
+//! Mapping lists are read from `/proc` ([`process_reading`](crate::process_reading)) and planned here without I/O: the plan turns each mapping into
 //! what a walk needs, the address turns into what a profile shows. Peers ship process addresses with a
 //! mapping each and leave the arithmetic, and the question of return addresses, to every reader; here
 //! both are answered once.
@@ -16,14 +16,11 @@ use crate::image::Image;
 use crate::images::{Images, unreadable};
 use crate::mapped_file::{ImageSource, shown_path};
 use crate::otlp::{Frame, Module};
-use crate::proc_maps::{Backing, MapsEntry, executable_mappings};
+use crate::proc_maps::{Backing, MapsEntry};
+use crate::process_reading::{Found, Visits, find_mappings};
 
 /// Most mappings that a backend takes of a process.
 pub const MAX_PLACED_MAPPINGS: usize = SEGMENT_MAPPINGS * PROCESS_SEGMENTS;
-/// Largest `/proc/PID/maps` read in bytes: the 65,530 mappings that the kernel allows by default, at
-/// 256 bytes each.
-const MAX_MAPS_BYTES: u64 = 16 * 1024 * 1024;
-
 /// An executable mapping.
 #[derive(Clone, Debug)]
 pub struct ExecutableMapping {
@@ -33,6 +30,8 @@ pub struct ExecutableMapping {
     pub end: u64,
     /// What is mapped.
     pub content: Content,
+    /// Whether it is memory laid out as V8 lays out what it has for code.
+    pub is_v8_code: bool,
     /// What profiles show of it.
     pub module: Module,
 }
@@ -53,27 +52,10 @@ pub enum Content {
     NoTable(StopReason),
 }
 
-/// Reads the executable mappings of process `pid`, sorted by start.
-///
-/// When its first thread has ended and others go on, `/proc/PID` shows no memory any more; then they are
-/// read of another thread, whose `/proc/TID` is the same but for not being listed.
+/// Reads the executable mappings of process `pid`, sorted by start, and waits for the file systems of what it maps.
 pub fn read_mappings(pid: u32, images: &mut Images) -> std::io::Result<Vec<ExecutableMapping>> {
-    let first = read_maps(pid);
-    let (reader, maps) = match first {
-        Ok(maps) if !maps.is_empty() => (pid, maps),
-        first => match living_threads(pid).find_map(|tid| Some((tid, read_maps(tid).ok()?))) {
-            Some(of_thread) => of_thread,
-            None => (pid, first?),
-        },
-    };
-    Ok(executable_mappings(&maps).iter().map(|entry| mapping(reader, entry, images)).collect())
-}
-
-fn read_maps(pid: u32) -> std::io::Result<Vec<u8>> {
-    use std::io::Read as _;
-    let mut maps = Vec::new();
-    std::fs::File::open(format!("/proc/{pid}/maps"))?.take(MAX_MAPS_BYTES).read_to_end(&mut maps)?;
-    Ok(maps)
+    let found = find_mappings(pid, &images.files(), &Visits::default())?;
+    Ok(found.into_iter().map(|(entry, found)| mapping(&entry, found, &[], images)).collect())
 }
 
 /// The threads of process `pid` that have not ended.
@@ -110,7 +92,38 @@ fn is_same(left: &ExecutableMapping, right: &ExecutableMapping) -> bool {
         (Content::NoTable(left), Content::NoTable(right)) => left == right,
         _ => false,
     };
-    content && (left.start, left.end, &left.module) == (right.start, right.end, &right.module)
+    let of = |mapping: &ExecutableMapping| (mapping.start, mapping.end, mapping.is_v8_code);
+    content && of(left) == of(right) && left.module == right.module
+}
+
+/// Whether both are parts of one image where it lies once: one address means the same by either.
+pub(crate) fn is_of_same_image(left: &ExecutableMapping, right: &ExecutableMapping) -> bool {
+    match (&left.content, &right.content) {
+        (Content::Image { image, bias, .. }, Content::Image { image: other, bias: other_bias, .. }) => {
+            bias == other_bias && image.id == other.id && left.module.path == right.module.path
+        }
+        _ => false,
+    }
+}
+
+/// The parts of a mapping of an image that are not in `range`.
+pub(crate) fn outside(mapping: &ExecutableMapping, range: &Range<u64>) -> Vec<ExecutableMapping> {
+    let part = |start: u64, end: u64| {
+        let module = Module {
+            start: mapping.module.start + (start - mapping.start),
+            limit: mapping.module.limit - (mapping.end - end),
+            file_offset: mapping.module.file_offset + (start - mapping.start),
+            ..mapping.module.clone()
+        };
+        ExecutableMapping { start, end, module, ..mapping.clone() }
+    };
+    let before = (mapping.start, mapping.end.min(range.start));
+    let behind = (mapping.start.max(range.end), mapping.end);
+    [before, behind]
+        .into_iter()
+        .filter(|(start, end)| start < end)
+        .map(|(start, end)| part(start, end))
+        .collect()
 }
 
 /// Whether executable memory that now appears in `range` replaces any of `mappings`, so
@@ -123,24 +136,43 @@ pub fn is_replaced(mappings: &[ExecutableMapping], range: &Range<u64>, of_file: 
 }
 
 /// Whether a profile shows addresses in a mapping as addresses of a file.
-fn has_name(mapping: &ExecutableMapping) -> bool {
+pub(crate) fn has_name(mapping: &ExecutableMapping) -> bool {
     matches!(mapping.content, Content::Image { .. }) || mapping.module.path.starts_with('/')
 }
 
-fn mapping(pid: u32, entry: &MapsEntry, images: &mut Images) -> ExecutableMapping {
-    let source = match &entry.backing {
-        Backing::File { path, .. } => ImageSource::of_mapping(pid, entry, path),
-        Backing::Vdso => ImageSource::of_vdso(pid, entry),
-        Backing::Anonymous => return without_table(entry, StopReason::Jit),
-    };
-    let source = match source {
-        Ok(source) => source,
-        Err(error) => {
-            images.note_unreadable(&shown_path(entry), &error);
+/// The mapping at `entry`, where a reading found `found`. What it left out is as it was `before`.
+pub(crate) fn mapping(
+    entry: &MapsEntry,
+    found: Found,
+    before: &[ExecutableMapping],
+    images: &mut Images,
+) -> ExecutableMapping {
+    let (source, identified) = match found {
+        Found::Anonymous => return without_table(entry, StopReason::Jit),
+        Found::LeftOut => {
+            let path = shown_path(entry);
+            let is_it = |known: &&ExecutableMapping| {
+                (known.start, known.end, known.module.file_offset, &known.module.path)
+                    == (entry.start, entry.end, entry.file_offset, &path)
+            };
+            // Had another file taken its place, an event would have told.
+            let known = before.iter().find(is_it).cloned();
+            return known.unwrap_or_else(|| without_table(entry, StopReason::TableUnavailable));
+        }
+        Found::Unreadable(name, error) => {
+            images.note_unreadable(name.as_deref().unwrap_or(&shown_path(entry)), &error);
             return without_table(entry, unreadable(&error));
         }
+        Found::File(source, identified) => {
+            let identified = images.note_file(&source, identified);
+            (source, identified)
+        }
+        Found::Vdso(bytes) => {
+            let identified = images.identify_vdso(&bytes);
+            (ImageSource::Memory(bytes), identified)
+        }
     };
-    match images.identify(&source) {
+    match identified {
         Ok(image) => {
             of_image(entry, image, source).unwrap_or_else(|| without_table(entry, StopReason::NoCfi))
         }
@@ -162,6 +194,7 @@ pub(crate) fn announced_mapping(
         device: (0, 0),
         inode: 0,
         backing: mapped.backing.clone(),
+        is_v8_code: false,
     };
     let (image, source) = match (&mapped.backing, mapped.build_id) {
         (Backing::File { path, .. }, Some(id)) => {
@@ -188,6 +221,7 @@ fn of_image(entry: &MapsEntry, image: Arc<Image>, source: ImageSource) -> Option
             id: Some(image.id),
         },
         content: Content::Image { image, bias, source },
+        is_v8_code: false,
     })
 }
 
@@ -196,6 +230,7 @@ fn without_table(entry: &MapsEntry, reason: StopReason) -> ExecutableMapping {
         start: entry.start,
         end: entry.end,
         content: Content::NoTable(reason),
+        is_v8_code: entry.is_v8_code,
         module: Module {
             start: entry.start,
             limit: entry.end,
@@ -212,7 +247,8 @@ pub fn plan(mappings: &[ExecutableMapping], images: &Images) -> Vec<PlacedMappin
     let is_image = |mapping: &&ExecutableMapping| matches!(mapping.content, Content::Image { .. });
     let spare = MAX_PLACED_MAPPINGS.saturating_sub(mappings.iter().filter(is_image).count());
     let mut others = 0;
-    // A compiler whose functions keep frame pointers in the image makes such at run time.
+    // A compiler whose functions keep frame pointers in the image makes such at run time, V8: what is laid out as its
+    // memory is its own, and the rest may be another's.
     let keeps_frame_pointers = mappings.iter().any(|mapping| match &mapping.content {
         Content::Image { image, .. } => !image.frame_pointer_code.is_empty(),
         Content::NoTable(_) => false,
@@ -231,7 +267,9 @@ pub fn plan(mappings: &[ExecutableMapping], images: &Images) -> Vec<PlacedMappin
                 parts(mapping, image, *bias, images.location(id), images.has_frame_pointer_rows(id))
             }
             Content::NoTable(StopReason::Jit) if keeps_frame_pointers => {
-                vec![part(mapping.start, mapping.end, 0, no_table::JIT_FRAME_POINTERS)]
+                let of_any = no_table::ANY_JIT_FRAME_POINTERS;
+                let location = if mapping.is_v8_code { no_table::JIT_FRAME_POINTERS } else { of_any };
+                vec![part(mapping.start, mapping.end, 0, location)]
             }
             Content::NoTable(reason) => {
                 vec![part(mapping.start, mapping.end, 0, no_table::location(*reason))]
@@ -349,6 +387,7 @@ mod tests {
         device: (0, 0),
         inode: 0,
         backing: Backing::Anonymous,
+        is_v8_code: false,
     };
 
     #[test]
@@ -448,7 +487,7 @@ mod tests {
         let address = |process| ProcessAddress::new(process).to_image(*bias).get();
         let (start, end) = (mapping.start, mapping.end);
         let pending = no_table::location(StopReason::TablePending);
-        let (apart, jit_apart) = (no_table::FRAME_POINTERS, no_table::JIT_FRAME_POINTERS);
+        let (apart, jit_apart) = (no_table::FRAME_POINTERS, no_table::ANY_JIT_FRAME_POINTERS);
         for (ranges, of_jit, expect) in [
             (vec![], no_table::location(StopReason::Jit), vec![(start, end, pending)]),
             (
@@ -470,7 +509,12 @@ mod tests {
             image.frame_pointer_code = frame_pointer_code;
             let content = Content::Image { image: Arc::new(image), bias: *bias, source: source.clone() };
             let mapping = ExecutableMapping { content, ..mapping.clone() };
-            let plan = plan(&[without_table(&ANONYMOUS, StopReason::Jit), mapping], &images);
+            let anonymous = without_table(&ANONYMOUS, StopReason::Jit);
+            let v8_code = MapsEntry { is_v8_code: true, ..ANONYMOUS };
+            let of_v8 = plan(&[without_table(&v8_code, StopReason::Jit), mapping.clone()], &images);
+            let of_known = if of_jit == jit_apart { no_table::JIT_FRAME_POINTERS } else { of_jit };
+            assert_eq!(of_v8[0].mapping.image, of_known, "{ranges:x?}");
+            let plan = plan(&[anonymous, mapping], &images);
             let placed: Vec<_> =
                 plan.iter().map(|placed| (placed.start, placed.mapping.end, placed.mapping.image)).collect();
             assert_eq!(placed[0], (0x1000, 0x2000, of_jit), "{ranges:x?}");
@@ -497,6 +541,7 @@ mod tests {
             device: (0, 0),
             inode: 0,
             backing: Backing::Anonymous,
+            is_v8_code: false,
         };
         let mut mappings: Vec<_> =
             (1..3000).map(|number| without_table(&entry(number), StopReason::Jit)).collect();

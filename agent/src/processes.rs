@@ -13,24 +13,29 @@
 //! get mappings until it was read again.
 
 mod announced;
+mod noted;
+mod readings;
 mod table_room;
+mod table_wishes;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use windlass_schema::{BuildId, StopReason};
+use windlass_schema::BuildId;
 
-use crate::backend::{Backend, Event, PlaceError, Sample};
+use crate::alarm::Alarm;
+use crate::backend::{Backend, Event, Sample};
 use crate::eviction::IN_USE;
-use crate::images::{Images, TableState};
-use crate::perf_ring::monotonic_ns;
-use crate::process::{
-    Content, ExecutableMapping, Met, are_same, living_threads, lookup_address, plan, read_mappings,
-};
+use crate::images::Images;
+use crate::process::{Content, ExecutableMapping, are_same, living_threads, mapping, plan};
+use crate::process_reading::{Found, Made};
 use crate::scan_schedule::ScanSchedule;
 use crate::selection::Selection;
-use crate::tables::{TableOutcome, TableRequest, TableResult};
+use noted::{Merged, NotedMapping};
+pub use readings::ReadingCounts;
+use readings::{Out, Readings};
+pub use table_wishes::Placement;
 
 /// How long an ended process is remembered: its last samples are still on their way.
 pub(crate) const EXIT_GRACE: Duration = Duration::from_secs(3);
@@ -51,6 +56,7 @@ pub struct Processes {
     /// Those whose mappings events changed since the backend was told.
     announced: HashSet<u32>,
     images: Images,
+    readings: Readings,
     schedule: ScanSchedule,
     selection: Selection,
     /// Whether events were lost since the last reading of all processes began.
@@ -114,17 +120,6 @@ impl Process {
     }
 }
 
-/// What came of a table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Placement {
-    /// Walks use it.
-    Placed,
-    /// They cannot, and why.
-    Unavailable(String),
-    /// The image will be asked for again.
-    Postponed,
-}
-
 impl Processes {
     /// None yet.
     pub fn new(selection: Selection, now: Instant) -> Self {
@@ -132,6 +127,7 @@ impl Processes {
             known: HashMap::new(),
             announced: HashSet::new(),
             images: Images::default(),
+            readings: Readings::new(),
             schedule: ScanSchedule::new(now),
             selection,
             lost_events: false,
@@ -148,11 +144,30 @@ impl Processes {
         self.table_in_use = time;
     }
 
-    /// Reads every process of the selection.
+    /// Has `alarm` ring when a process was read that was not waited for.
+    pub(crate) fn ring(&mut self, alarm: &Alarm) {
+        self.readings.ring(alarm);
+    }
+
+    /// Waits for `patience` for processes to be read.
+    pub fn wait_for_readings(&mut self, patience: Duration) {
+        self.readings.wait_for(patience);
+    }
+
+    /// What became of readings of processes since the start.
+    pub fn reading_counts(&self) -> ReadingCounts {
+        self.readings.counts()
+    }
+
+    /// Reads every process of the selection, but those with files in a file system that hangs.
     pub fn scan_all(&mut self, backend: &mut dyn Backend) {
         for tgid in running().unwrap_or_default() {
-            self.scan(tgid, backend);
+            self.scan(tgid);
         }
+        while let Some((made, out)) = self.readings.wait(self.readings.start_deadline()) {
+            self.take_reading(made, out.as_ref(), backend, Instant::now());
+        }
+        self.readings.go_on();
     }
 
     /// Has every process of the selection read as the schedule allows.
@@ -168,6 +183,7 @@ impl Processes {
     /// Notes the ends of known processes that nobody reported.
     fn note_ended(&mut self, running: &HashSet<u32>, now: Instant) {
         self.schedule.retain(running);
+        self.readings.retain(running);
         for (tgid, process) in &mut self.known {
             let is_running =
                 running.contains(tgid) && !(process.leaderless && living_threads(*tgid).next().is_none());
@@ -177,40 +193,84 @@ impl Processes {
         }
     }
 
-    fn scan(&mut self, tgid: u32, backend: &mut dyn Backend) {
-        if !self.selection.includes(tgid) {
-            return;
+    /// Has a process of the selection read.
+    fn scan(&mut self, tgid: u32) {
+        if self.selection.includes(tgid) {
+            self.readings.begin(tgid, self.images.files());
         }
-        let read_ns = monotonic_ns();
-        match read_mappings(tgid, &mut self.images) {
-            // A kernel thread, or a process about to be reaped.
-            Ok(mappings) if mappings.is_empty() => {}
-            Ok(mappings) => {
-                // To set what is set already would only disturb the walks of the moment.
-                let lost_until_ns = self.lost_until_ns;
-                let same = self.known.get_mut(&tgid).filter(|known| {
-                    known.exited.is_none()
-                        && !known.withdrawn
-                        && known.stated.is_some()
-                        && are_same(&known.mappings, &mappings)
-                });
-                match same {
-                    Some(same) => {
-                        // What it mapped meanwhile, if events were lost, nobody knows.
-                        if same.whole_ns <= lost_until_ns {
-                            same.read_ns = read_ns;
-                        }
-                        (same.whole_ns, same.lacks_some) = (read_ns, false);
-                    }
-                    None => {
-                        let leaderless = (self.known.get(&tgid))
-                            .is_some_and(|known| known.leaderless || known.exited.is_some());
-                        self.known.insert(tgid, Process::new(mappings, read_ns, leaderless));
-                        self.set(tgid, backend);
-                    }
-                }
+    }
+
+    /// Takes what was read of a process.
+    fn take_reading(&mut self, made: Made, out: Option<&Out>, backend: &mut dyn Backend, now: Instant) {
+        let Made { tgid, read_ns, work, found, .. } = made;
+        self.schedule.worked(tgid, work, now);
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::debug!(tgid, %error, "mappings cannot be read");
+                Vec::new()
             }
-            Err(error) => tracing::debug!(tgid, %error, "mappings cannot be read"),
+        };
+        let whole_before_ns = self.known.get(&tgid).map(|known| known.whole_ns);
+        let left_out = found.iter().any(|(_, found)| matches!(found, Found::LeftOut));
+        let before = (self.known.get(&tgid))
+            .filter(|known| !known.withdrawn && known.whole_ns > self.lost_until_ns)
+            .map(|known| known.mappings.clone());
+        let before = before.as_deref().unwrap_or_default();
+        // Whatever happened meanwhile, files that were identified need not be read again, and the work was done.
+        let mappings: Vec<_> = found
+            .into_iter()
+            .map(|(entry, found)| mapping(&entry, found, before, &mut self.images))
+            .collect();
+        let Some(out) = out else { return };
+        let Some(merged) = out.noted.merge(tgid, mappings, read_ns, &self.images) else {
+            self.schedule.want_at_once(tgid, now);
+            return;
+        };
+        let lacks_some = left_out || merged.lacks_some;
+        // A kernel thread, or a process about to be reaped.
+        if !merged.mappings.is_empty() && self.selection.includes(tgid) {
+            self.state(tgid, merged, read_ns, backend);
+            if let Some(process) = self.known.get_mut(&tgid) {
+                process.lacks_some = lacks_some;
+                // An event of the time between may be of what was left out.
+                if let Some(whole_ns) = whole_before_ns.filter(|_| left_out) {
+                    process.whole_ns = whole_ns;
+                }
+                process.exited = out.exited.or(process.exited);
+            }
+        }
+        if out.is_wanted_again || lacks_some {
+            self.want_scan(tgid, now);
+        }
+    }
+
+    /// A process has these mappings, and those that no event told of at `read_ns`.
+    fn state(&mut self, tgid: u32, merged: Merged, read_ns: u64, backend: &mut dyn Backend) {
+        let Merged { mappings, since_ns, .. } = merged;
+        // To set what is set already would only disturb the walks of the moment.
+        let lost_until_ns = self.lost_until_ns;
+        let same = self.known.get_mut(&tgid).filter(|known| {
+            known.exited.is_none()
+                && !known.withdrawn
+                && known.stated.is_some()
+                && are_same(&known.mappings, &mappings)
+        });
+        match same {
+            Some(same) => {
+                // What it mapped meanwhile, if events were lost, nobody knows.
+                if same.whole_ns <= lost_until_ns {
+                    same.read_ns = since_ns;
+                }
+                same.whole_ns = read_ns;
+            }
+            None => {
+                let leaderless =
+                    (self.known.get(&tgid)).is_some_and(|known| known.leaderless || known.exited.is_some());
+                let process = Process { read_ns: since_ns, ..Process::new(mappings, read_ns, leaderless) };
+                self.known.insert(tgid, process);
+                self.set(tgid, backend);
+            }
         }
     }
 
@@ -239,6 +299,12 @@ impl Processes {
             Event::Exec { tgid, time_ns } => self.note_exec(*tgid, *time_ns, backend, now),
             Event::Mapped { tgid, start, length, of_file, image, time_ns } => {
                 let range = *start..start.saturating_add(*length);
+                self.readings.note_mapped(*tgid, || NotedMapping {
+                    range: range.clone(),
+                    of_file: *of_file,
+                    image: image.clone(),
+                    time_ns: *time_ns,
+                });
                 self.note_mapped(*tgid, range, *of_file, image.as_deref(), *time_ns, backend, now);
             }
             Event::Forked { tgid, parent, time_ns } => {
@@ -246,6 +312,7 @@ impl Processes {
             }
             Event::Exited { tgid } => {
                 self.schedule.forget(*tgid);
+                self.readings.note_exited(*tgid, now);
                 if let Some(process) = self.known.get_mut(tgid) {
                     process.exited = Some(now);
                 }
@@ -264,8 +331,10 @@ impl Processes {
         }
     }
 
-    /// Tells the backend what events announced, and reads the processes that are due.
+    /// Tells the backend what events announced, and reads the processes that are due, but for those whose files are not to be had
+    /// at once.
     pub fn scan_due(&mut self, backend: &mut dyn Backend, now: Instant) {
+        self.take_readings(backend, now);
         self.set_announced(backend);
         let is_late = |last: Instant| now.duration_since(last) >= FULL_SCAN_PAUSE;
         if self.lost_events && self.last_full_scan.is_none_or(is_late) {
@@ -274,13 +343,27 @@ impl Processes {
             self.want_all(now);
         }
         for tgid in self.schedule.take_due(now) {
-            self.scan(tgid, backend);
+            self.scan(tgid);
+        }
+        let deadline = self.readings.deadline();
+        while let Some((made, out)) = self.readings.wait(deadline) {
+            self.take_reading(made, out.as_ref(), backend, now);
+        }
+        // Of those that came while others were waited for no alarm rings.
+        self.take_readings(backend, now);
+        self.readings.go_on();
+    }
+
+    /// Takes the readings that were made.
+    fn take_readings(&mut self, backend: &mut dyn Backend, now: Instant) {
+        while let Some((made, out)) = self.readings.take() {
+            self.take_reading(made, out.as_ref(), backend, now);
         }
     }
 
     /// How long until the next one is due.
     pub fn next_due(&self, now: Instant) -> Option<Duration> {
-        self.schedule.next_due(now)
+        [self.schedule.next_due(now), self.readings.next_review()].into_iter().flatten().min()
     }
 
     /// Forgets processes that ended a while ago.
@@ -338,82 +421,9 @@ impl Processes {
         mappings.find(|mapping| is_wanted(&mapping.module.path)).map(|mapping| mapping.module.path.clone())
     }
 
-    /// Number of tables that were asked for and are not here yet.
-    pub fn pending_tables(&self) -> usize {
-        self.images.pending_tables()
-    }
-
-    /// Number of tables that made room for others since the last call.
-    pub fn take_evicted(&mut self) -> u64 {
-        std::mem::take(&mut self.evicted)
-    }
-
     /// Path and reason of the mapped files that were found unreadable since the last call.
     pub fn take_unreadable(&mut self) -> Vec<(String, String)> {
         self.images.take_unreadable()
-    }
-
-    /// The tables to ask for because of a sample: at once those of the images that it went through; and
-    /// if it ended for want of one, later those of all that its process maps.
-    pub fn touch(&mut self, sample: &Sample, now: Instant) -> Vec<TableRequest> {
-        let Some(process) = self.known.get_mut(&sample.tgid) else { return Vec::new() };
-        let images = &mut self.images;
-        let mut met = Met::new(&process.mappings);
-        for address in &sample.user {
-            met.find(lookup_address(*address));
-        }
-        let mut wishes: Vec<TableRequest> =
-            met.all().iter().filter_map(|mapping| wish(images, mapping, true, now)).collect();
-        if sample.stop == StopReason::TablePending && !process.prefetched {
-            process.prefetched = true;
-            wishes.extend(process.mappings.iter().filter_map(|mapping| wish(images, mapping, false, now)));
-        }
-        wishes
-    }
-
-    /// The tables of everything that the selected processes map, to be asked for ahead of any sample;
-    /// none if all processes are selected.
-    pub fn prefetch(&mut self, now: Instant) -> Vec<TableRequest> {
-        let mut wishes = Vec::new();
-        if self.selection.is_narrow() {
-            for process in self.known.values_mut().filter(|process| !process.prefetched) {
-                process.prefetched = true;
-                let images = &mut self.images;
-                wishes
-                    .extend(process.mappings.iter().filter_map(|mapping| wish(images, mapping, false, now)));
-            }
-        }
-        wishes
-    }
-
-    /// Places a table, or notes why there is none.
-    pub fn place(&mut self, result: &TableResult, backend: &mut dyn Backend, now: Instant) -> Placement {
-        let unavailable =
-            |reason: String| (Some(TableState::Unavailable { since: now }), Placement::Unavailable(reason));
-        // Asked for ahead of samples and then by one, when the first answer was on its way: what is placed stays.
-        if !matches!(result.outcome, TableOutcome::Newer(_)) && self.images.placed(result.id).is_some() {
-            return Placement::Postponed;
-        }
-        let (state, placement) = match &result.outcome {
-            TableOutcome::Newer(file) => return self.replace_table(result.id, &file.table(), backend, now),
-            TableOutcome::ImageGone(_) => (None, Placement::Postponed),
-            TableOutcome::Unavailable(reason) => unavailable(reason.clone()),
-            TableOutcome::Table(file) => match self.place_with_room(result.id, &file.table(), backend, now) {
-                Ok(location) => (Some(TableState::Placed(location)), Placement::Placed),
-                Err(error @ PlaceError::Budget { .. }) => {
-                    return match self.images.note_refused(result.id, now) {
-                        true => Placement::Unavailable(error.to_string()),
-                        false => Placement::Postponed,
-                    };
-                }
-                Err(error @ PlaceError::Kernel(_)) => unavailable(error.to_string()),
-            },
-        };
-        self.images.set_table(result.id, state);
-        if let TableOutcome::Table(file) = &result.outcome {
-            self.images.note_rows(result.id, &file.table());
-        }
-        placement
     }
 
     /// States the mappings of every process that maps one of these images again.
@@ -447,23 +457,6 @@ fn running() -> Option<HashSet<u32>> {
             None
         }
     }
-}
-
-/// A request for the table of what `mapping` maps, if one is due.
-fn wish(
-    images: &mut Images,
-    mapping: &ExecutableMapping,
-    urgent: bool,
-    now: Instant,
-) -> Option<TableRequest> {
-    let Content::Image { image, source, .. } = &mapping.content else { return None };
-    let id = image.id.build_id();
-    images.want_table(id, urgent, now).then(|| TableRequest {
-        id,
-        path: mapping.module.path.clone(),
-        source: source.clone(),
-        urgent,
-    })
 }
 
 #[cfg(test)]

@@ -23,9 +23,9 @@ use crate::kallsyms::KernelImage;
 use crate::kernel_modules::KernelModules;
 use crate::metrics::Metrics;
 use crate::otlp::{Batch, Frame, Labels, Module, Recording};
+use crate::owners::Owners;
 use crate::process::{Met, frame, is_made_code, lookup_address};
 use crate::processes::{Placement, Processes};
-use crate::resource::Resources;
 use crate::shipper::Shipper;
 use crate::spool::EncodedBatch;
 use crate::symbol_upload::SymbolUpload;
@@ -46,9 +46,9 @@ const QUIET_WAIT: Duration = Duration::from_secs(1);
 const QUIET_AFTER: Duration = Duration::from_secs(1);
 /// Pause when events cannot be read.
 const FAILURE_PAUSE: Duration = Duration::from_millis(100);
-/// How long a batch waits for the names of code that processes made.
+/// How long a batch waits for what is still to be read for it.
 const LONGEST_NAMING: Duration = Duration::from_secs(2);
-/// How often it is asked at the end whether they have come.
+/// How often it is asked at the end whether it has come.
 const NAMING_PAUSE: Duration = Duration::from_millis(1);
 /// Most tables that the summary names as unavailable.
 const MAX_NAMED_UNAVAILABLE: usize = 1000;
@@ -74,7 +74,7 @@ pub(crate) struct Sampling {
     pub(crate) host_name: String,
     pub(crate) agent_id: String,
     pub(crate) compression: Compression,
-    pub(crate) resources: Resources,
+    pub(crate) owners: Owners,
     pub(crate) batch: OpenBatch,
     /// One that waits for names.
     pub(crate) closed: Option<ClosedBatch>,
@@ -95,7 +95,7 @@ pub(crate) struct OpenBatch {
     gone: Vec<Module>,
 }
 
-/// A batch that is full, but for the names of code that processes made.
+/// A batch that is full, but for the names of code that processes made, and for whose its samples are.
 pub(crate) struct ClosedBatch {
     batch: Batch,
     recording: Recording,
@@ -138,14 +138,17 @@ impl Sampling {
         while !stop.load(Ordering::Acquire) {
             let now = Instant::now();
             let until_ship = self.ship_interval.saturating_sub(now.duration_since(self.batch.started));
-            let until_scan = self.processes.next_due(now).unwrap_or(QUIET_WAIT);
-            self.turn(self.longest_wait(now).min(until_ship).min(until_scan));
+            let due = [self.processes.next_due(now), self.owners.next_review()];
+            let until_due = due.into_iter().flatten().min().unwrap_or(QUIET_WAIT);
+            self.turn(self.longest_wait(now).min(until_ship).min(until_due));
         }
         self.turn(Duration::ZERO);
         self.ship();
         while self.closed.is_some() {
             std::thread::sleep(NAMING_PAUSE);
-            self.read_code(Instant::now());
+            let now = Instant::now();
+            self.owners.review(now);
+            self.read_code(now);
         }
     }
 
@@ -153,7 +156,9 @@ impl Sampling {
     fn read_code(&mut self, now: Instant) {
         self.jit.read(now, &|tgid, is_wanted| self.processes.mapped_path(tgid, is_wanted));
         let jit = &self.jit;
-        let is_due = |closed: &mut ClosedBatch| jit.has_read(closed.last_reading) || closed.due <= now;
+        let is_due = |closed: &mut ClosedBatch| {
+            jit.has_read(closed.last_reading) && closed.batch.is_settled(now) || closed.due <= now
+        };
         if let Some(closed) = self.closed.take_if(is_due) {
             self.ship_closed(closed);
         }
@@ -192,29 +197,35 @@ impl Sampling {
                 Event::Sample(sample) => without_mappings.push(sample),
                 Event::Forked { tgid, parent, .. } => {
                     self.jit.forget(tgid);
-                    self.resources.forked(tgid, parent, now);
+                    self.owners.forked(tgid, parent, now);
                 }
                 Event::Exec { tgid, .. } => {
                     self.jit.forget(tgid);
-                    self.resources.exec(tgid);
+                    self.owners.exec(tgid);
                 }
                 Event::Audit(walk) => self.audit(*walk),
-                Event::Lost { .. } => self.resources.lost(),
+                Event::Lost { .. } => {
+                    self.metrics.process_events_lost();
+                    self.owners.lost();
+                }
                 Event::Exited { tgid } => {
                     self.jit.exited(tgid, now);
-                    self.resources.exited(tgid, now);
+                    self.owners.exited(tgid, now);
                 }
                 Event::Mapped { .. } => {}
             }
         }
         // Before the other samples: the first sample of a process is what has it read.
         self.processes.scan_due(&mut *self.backend, now);
+        self.metrics.set_lost_process_events(self.backend.lost_process_events());
+        self.metrics.set_readings(self.processes.reading_counts());
         for wish in self.processes.prefetch(now) {
             self.tables.request(wish);
         }
         for sample in without_mappings {
             self.record(&sample, now);
         }
+        self.owners.review(now);
         self.read_code(now);
         self.batch.gone.extend(self.modules.review_if_due());
         self.place_tables(now);
@@ -279,12 +290,15 @@ impl Sampling {
             Frame { reading, ..frame(mapping, address) }
         });
         let labels = Labels { tgid: sample.tgid, tid: sample.tid, comm: &sample.comm, cpu: sample.cpu, stop };
-        self.batch.batch.add(&self.resources.of(sample.tgid, now), &labels, kernel.chain(user));
+        self.batch.batch.add(&self.owners.of(sample.tgid, now), &labels, kernel.chain(user));
     }
 
     fn note_unavailable(&mut self, path: String, reason: String) {
-        self.metrics.table_unavailable();
-        if self.summary.tables_unavailable.len() < MAX_NAMED_UNAVAILABLE {
+        self.metrics.table_failed();
+        let named = self.summary.tables_unavailable.iter_mut().find(|(named, _)| *named == path);
+        if let Some((_, last)) = named {
+            *last = reason;
+        } else if self.summary.tables_unavailable.len() < MAX_NAMED_UNAVAILABLE {
             self.summary.tables_unavailable.push((path, reason));
         }
     }
@@ -311,6 +325,7 @@ impl Sampling {
             }
             changed.insert(result.id);
         }
+        self.metrics.set_kernel_tables(self.backend.table_memory());
         self.metrics.kernel_tables_evicted(self.processes.take_evicted());
         if !changed.is_empty() {
             self.processes.set_again(&changed, &mut *self.backend);
@@ -330,7 +345,7 @@ impl Sampling {
     /// Closes the batch, which goes to the shipper when its names are there, and opens the next.
     fn ship(&mut self) {
         self.note_lost();
-        self.resources.expire(Instant::now());
+        self.owners.expire(Instant::now());
         let now = Instant::now();
         let mapped = |tgid, is_wanted: &dyn Fn(&str) -> bool| self.processes.mapped_path(tgid, is_wanted);
         let last_reading = self.jit.close_batch(now, &mapped);
@@ -355,7 +370,7 @@ impl Sampling {
         gone.extend(self.modules.review());
         let closed =
             ClosedBatch { batch: open.batch, recording, gone, last_reading, due: now + LONGEST_NAMING };
-        match self.jit.has_read(last_reading) {
+        match self.jit.has_read(last_reading) && closed.batch.is_settled(now) {
             true => self.ship_closed(closed),
             false => self.closed = Some(closed),
         }

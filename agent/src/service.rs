@@ -132,6 +132,10 @@ impl ServiceError {
     }
 }
 
+/// What rustls says first of a certificate that it does not take (`Error::InvalidCertificate`). Between it and the error that
+/// comes here lie types that hide it, and hand on its text.
+const UNTRUSTED: &str = "invalid peer certificate";
+
 impl From<reqwest::Error> for ServiceError {
     fn from(error: reqwest::Error) -> Self {
         // reqwest's own text repeats the URL and hides the cause in its sources.
@@ -142,6 +146,13 @@ impl From<reqwest::Error> for ServiceError {
             source = inner.source();
         }
         let connecting = error.is_connect();
+        if text.contains(UNTRUSTED) {
+            let origin = error.url().map(|url| url.origin().ascii_serialization()).unwrap_or_default();
+            return Self::Unreachable(format!(
+                "the certificate of {origin} is not trusted ({text}): if it is of a CA of your own, add that to the certificates of \
+                 this machine, or name its file in SSL_CERT_FILE"
+            ));
+        }
         let text = if text.is_empty() { error.without_url().to_string() } else { text };
         if connecting { Self::Unreachable(text) } else { Self::NoAnswer(text) }
     }
@@ -274,7 +285,7 @@ impl Service {
     }
 
     async fn lacks_uncounted(&self, id: BuildId, kind: ArtefactKind) -> Result<bool, ServiceError> {
-        let name = ArtefactName { build_id: id, kind, path: None, sha256: None };
+        let name = ArtefactName { build_id: id, kind, path: None, sha256: None, brings: None };
         let request = MissingRequest { artefacts: vec![name.clone()] };
         let url = format!("{}/api/v1/missing", self.base);
         let mut response = self.send(self.http.post(url).json(&request)).await?;

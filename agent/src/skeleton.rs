@@ -36,10 +36,12 @@ use windlass_schema::BuildId;
 use kept_sections::{GO_TABLE, GO_TABLE_OF_PIE, is_kept};
 
 use crate::code_without_cfi::{Code, KeptCode, array_relocations};
+use crate::coroutine_code::makecontext;
 use crate::image::{
     FileHeader, ImageError, ProgramHeader, SectionHeader, file_hash, file_header, gnu_build_id,
     program_headers, section_headers,
 };
+use crate::image_file::CopyBytes;
 
 /// Largest skeleton in bytes. That of an unstripped Chromium, symbol names included, has about 200 MiB.
 pub const MAX_SKELETON_BYTES: u64 = 256 * 1024 * 1024;
@@ -72,17 +74,17 @@ pub enum SkeletonError {
 }
 
 /// The skeleton of the image `elf`.
-pub fn skeleton<'data, R: ReadRef<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
+pub fn skeleton<'data, R: CopyBytes<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
     make(elf, false)
 }
 
 /// The skeleton with all code of the image `elf`: for the vDSO, which is no secret, has two pages of it, and on aarch64 the
 /// trampoline of signals without CFI (arch/arm64/kernel/vdso/sigreturn.S), known by its instructions alone.
-pub(crate) fn skeleton_with_code<'data, R: ReadRef<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
+pub(crate) fn skeleton_with_code<'data, R: CopyBytes<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
     make(elf, true)
 }
 
-fn make<'data, R: ReadRef<'data>>(elf: R, with_code: bool) -> Result<Vec<u8>, SkeletonError> {
+fn make<'data, R: CopyBytes<'data>>(elf: R, with_code: bool) -> Result<Vec<u8>, SkeletonError> {
     let header = file_header(elf)?;
     let segments = program_headers(header, elf)?.to_vec();
     let mut sections = section_headers(header, elf)?.to_vec();
@@ -155,6 +157,7 @@ fn added_sections<'data, R: ReadRef<'data>>(
         program_headers: segments,
         pieces: sections.iter().filter(is_code).filter(has_bytes).filter_map(piece).collect(),
         entry: header.e_entry(LE),
+        makecontext: makecontext(sections, elf),
         image: elf,
     };
     if !matches!(header.e_type(LE), elf::ET_EXEC | elf::ET_DYN) || code.pieces.is_empty() {
@@ -364,22 +367,23 @@ struct Writer {
 
 impl Writer {
     /// Leaves room for the headers, copies the kept parts, and mends the program headers.
-    fn parts<'data, R: ReadRef<'data>>(
+    fn parts<'data, R: CopyBytes<'data>>(
         &mut self,
         parts: &Parts,
         with_identity: bool,
         elf: R,
     ) -> Result<Moved, SkeletonError> {
         let headers = self.segments.len() + usize::from(with_identity);
-        self.out = vec![0; size_of::<FileHeader>() + headers * size_of::<ProgramHeader>()];
+        let headers = size_of::<FileHeader>() + headers * size_of::<ProgramHeader>();
+        // No more than the largest skeleton.
+        self.out = Vec::with_capacity(headers + parts.bytes() as usize);
+        self.out.resize(headers, 0);
         let mut moved = Vec::with_capacity(parts.0.len());
         for part in &parts.0 {
-            let bytes = elf
-                .read_bytes_at(part.start, part.end - part.start)
-                .map_err(|()| SkeletonError::Read(part.start, part.end))?;
             self.align(part.start % PART_ALIGNMENT);
             moved.push((part.clone(), self.out.len() as u64));
-            self.out.extend_from_slice(bytes);
+            elf.copy_bytes_at(part.start, part.end - part.start, &mut self.out)
+                .map_err(|_| SkeletonError::Read(part.start, part.end))?;
         }
         let moved = Moved(moved);
         for segment in &mut self.segments {

@@ -76,7 +76,6 @@ const FINDINGS: u8 = 1;
 const FAILED: u8 = 2;
 
 fn main() -> ExitCode {
-    die_quietly_of_a_closed_pipe();
     let command = Windlass::parse().command;
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -100,9 +99,16 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Upload(args) => runtime()?.block_on(upload::run(args)),
         Command::Profile(args) => runtime()?.block_on(profile::run(args)),
         Command::Symbolize(args) => runtime()?.block_on(symbolize::run(args)),
-        Command::Symbols(args) => symbols::run(args),
-        Command::Unwind(args) => unwind::run(args),
+        Command::Symbols(args) => {
+            die_quietly_of_a_closed_pipe();
+            symbols::run(args)
+        }
+        Command::Unwind(args) => {
+            die_quietly_of_a_closed_pipe();
+            unwind::run(args)
+        }
         Command::Completions { shell } => {
+            die_quietly_of_a_closed_pipe();
             let mut command = Windlass::command();
             clap_complete::generate(shell, &mut command, "windlass", &mut std::io::stdout());
             Ok(ExitCode::from(DONE))
@@ -114,10 +120,11 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Runtime::new().context("failed to start the asynchronous runtime")
 }
 
-/// `windlass unwind dump ... | head` ends like any Unix filter, instead of panicking in `println!`.
+/// From here on `windlass unwind dump ... | head` ends like any Unix filter, instead of panicking in `println!`. Commands
+/// that talk to a service call it when they have what they print: until then a connection that breaks must be
+/// an error of that request, and tokio writes several buffers at once by `writev`, for which there is no MSG_NOSIGNAL.
 fn die_quietly_of_a_closed_pipe() {
-    // SAFETY: called before any other thread exists; SIG_DFL is a valid disposition for SIGPIPE.
-    // Sockets are not affected: std and tokio write them with MSG_NOSIGNAL.
+    // SAFETY: SIG_DFL is a valid disposition for SIGPIPE, and signal() may be called at any time.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 

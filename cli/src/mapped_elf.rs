@@ -1,6 +1,7 @@
 //! Files that are mapped rather than read: ELF files, and what is made of them.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -18,6 +19,38 @@ pub(crate) fn map_open(file: &File) -> std::io::Result<memmap2::Mmap> {
     // SAFETY: the map is read-only. Whoever truncates the file meanwhile can end this process with
     // SIGBUS, as with every linker and debugger; nothing is written.
     unsafe { memmap2::Mmap::map(file) }
+}
+
+/// Files up to this size in bytes are read instead of mapped: a linker that truncates one meanwhile does no harm then,
+/// and as many as are read at a time fit into memory.
+const MAX_READ_BYTES: u64 = 16 << 20;
+
+/// The content of a file, in memory or mapped.
+pub(crate) enum FileBytes {
+    Read(Vec<u8>),
+    Mapped(memmap2::Mmap),
+}
+
+impl std::ops::Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Read(bytes) => bytes,
+            Self::Mapped(map) => map,
+        }
+    }
+}
+
+/// The content of a file that is open, as it may be while a build goes on.
+pub(crate) fn read_or_map(file: &File) -> std::io::Result<FileBytes> {
+    let size = file.metadata()?.len();
+    if size > MAX_READ_BYTES {
+        return Ok(FileBytes::Mapped(map_open(file)?));
+    }
+    let mut bytes = vec![0; size as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(FileBytes::Read(bytes))
 }
 
 #[cfg(test)]

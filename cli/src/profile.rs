@@ -111,6 +111,7 @@ fn show(args: &ProfileArgs, mode: Mode, recorded: &Recorded) -> anyhow::Result<E
     let mut summary = Summary::new(recorded, mode, args.pid);
     let title = args.pid.map_or_else(|| "all processes".to_owned(), |pid| format!("process {pid}"));
     summary.write(&args.output, &title)?;
+    crate::die_quietly_of_a_closed_pipe();
     if args.json {
         println!("{}", summary.json()?);
     } else {

@@ -84,6 +84,7 @@ async fn profile_workload(args: &QuickstartArgs, dir: &Path, server: &Server) ->
     let recorded = recorded?;
     let mut summary = Summary::new(&recorded, mode, Some(pid));
     summary.write_all(dir, "windlass quickstart")?;
+    crate::die_quietly_of_a_closed_pipe();
     if args.json {
         println!("{}", summary.json()?);
     } else {

@@ -5,16 +5,17 @@
 //! not answer and how to start or name one. Whether a request may be repeated is a property of the
 //! error ([`ServerError::may_pass`]), decided here once.
 
-use std::path::{Path, PathBuf};
+mod uploads;
+
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use reqwest::header::{ACCEPT, CONTENT_ENCODING, CONTENT_TYPE};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
-use windlass_schema::http::{
-    ArtefactKind, ArtefactName, ErrorBody, FILE_NAME_HEADER, MissingRequest, MissingResponse, SHA256_HEADER,
-    SymbolizeRequest, SymbolizeResponse,
-};
+use windlass_schema::http::{ErrorBody, NAMESPACE_HEADER, SymbolizeRequest, SymbolizeResponse};
+
+pub(crate) use uploads::{Appended, Part};
 
 /// The service of `windlassd serve` without options.
 pub(crate) const DEFAULT_SERVER: &str = "http://127.0.0.1:8002";
@@ -122,7 +123,11 @@ impl ServerError {
         match self {
             Self::Unreachable { .. } => true,
             Self::Access { .. } | Self::Body { .. } => false,
-            Self::Status { status, .. } => status.is_server_error(),
+            // What a proxy in front says when it is hurried or tired of waiting.
+            Self::Status { status, .. } => {
+                let passing = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
+                status.is_server_error() || passing.contains(status)
+            }
         }
     }
 }
@@ -133,6 +138,7 @@ pub(crate) struct Server {
     base: Url,
     client: reqwest::Client,
     token: Option<String>,
+    namespace: Option<HeaderValue>,
 }
 
 impl Server {
@@ -152,7 +158,16 @@ impl Server {
             builder = builder.no_proxy();
         }
         let client = builder.build().context("failed to set up the HTTP client")?;
-        Ok(Self { base, client, token })
+        Ok(Self { base, client, token, namespace: None })
+    }
+
+    /// The same service, to which everything said concerns `namespace`.
+    pub(crate) fn in_namespace(self, namespace: Option<&str>) -> anyhow::Result<Self> {
+        // A variable of a CI job that is not set is an empty one.
+        let namespace = namespace.filter(|name| !name.is_empty()).map(|name| {
+            HeaderValue::from_str(name).with_context(|| format!("{name:?} cannot be the name of a namespace"))
+        });
+        Ok(Self { namespace: namespace.transpose()?, ..self })
     }
 
     /// Where it is.
@@ -163,37 +178,6 @@ impl Server {
     /// The access token.
     pub(crate) fn token(&self) -> Option<&str> {
         self.token.as_deref()
-    }
-
-    /// Which of `request` the service lacks.
-    pub(crate) async fn missing(&self, request: &MissingRequest) -> Result<MissingResponse, ServerError> {
-        let answer = self.send(self.request(Method::POST, ["api", "v1", "missing"]).json(request)).await?;
-        self.json(answer).await
-    }
-
-    /// Uploads one artefact; `body` is its content compressed with zstd. Says whether it was new.
-    pub(crate) async fn put(
-        &self,
-        artefact: &ArtefactName,
-        file: &Path,
-        body: reqwest::Body,
-    ) -> Result<bool, ServerError> {
-        let id = artefact.build_id.to_string();
-        let route = ["api", "v1", "buildid", &id, artefact.kind.as_str()];
-        let source = artefact.path.as_deref().filter(|_| artefact.kind == ArtefactKind::Source);
-        let source = source.into_iter().flat_map(|path| path.trim_start_matches('/').split('/'));
-        let mut request = self
-            .request(Method::PUT, route.into_iter().chain(source))
-            .header(CONTENT_TYPE, "application/octet-stream")
-            .header(CONTENT_ENCODING, "zstd")
-            .body(body);
-        if let Some(sha256) = &artefact.sha256 {
-            request = request.header(SHA256_HEADER, sha256);
-        }
-        if let Some(name) = file.file_name() {
-            request = request.header(FILE_NAME_HEADER, percent_encoded(&name.to_string_lossy()));
-        }
-        Ok(self.send(request).await?.status() == StatusCode::CREATED)
     }
 
     /// Frames of addresses.
@@ -246,7 +230,10 @@ impl Server {
     }
 
     fn request_to(&self, method: Method, url: Url) -> RequestBuilder {
-        let request = self.client.request(method, url);
+        let mut request = self.client.request(method, url);
+        if let Some(namespace) = &self.namespace {
+            request = request.header(NAMESPACE_HEADER, namespace);
+        }
         match &self.token {
             Some(token) => request.bearer_auth(token),
             None => request,
@@ -254,7 +241,10 @@ impl Server {
     }
 
     async fn send(&self, request: RequestBuilder) -> Result<Response, ServerError> {
-        let answer = request.send().await.map_err(|error| self.unreachable(&error))?;
+        self.check(request.send().await.map_err(|error| self.unreachable(&error))?).await
+    }
+
+    async fn check(&self, answer: Response) -> Result<Response, ServerError> {
         let (status, url) = (answer.status(), answer.url().to_string());
         if status.is_success() {
             return Ok(answer);
@@ -340,11 +330,25 @@ mod tests {
             status: StatusCode::from_u16(code).unwrap(),
             message: String::new(),
         };
-        for code in [400, 404, 409, 413, 422, 429] {
+        for code in [400, 404, 409, 413, 422] {
             assert!(!status(code).may_pass(), "{code}");
         }
-        assert!(status(503).may_pass());
+        for code in [408, 429, 500, 503, 507] {
+            assert!(status(code).may_pass(), "{code}");
+        }
         assert!(ServerError::Unreachable { url: String::new(), cause: String::new() }.may_pass());
+    }
+
+    #[test]
+    fn a_namespace_is_named_in_every_request() {
+        let header = |name: Option<&str>| {
+            let server = server("http://host").unwrap().in_namespace(name).unwrap();
+            let request = server.request(Method::PUT, ["api"]).build().unwrap();
+            request.headers().get(NAMESPACE_HEADER).map(|value| value.to_str().unwrap().to_owned())
+        };
+        assert_eq!(header(Some("release")).as_deref(), Some("release"));
+        assert_eq!((header(None), header(Some(""))), (None, None));
+        assert!(server("http://host").unwrap().in_namespace(Some("a\nb")).is_err());
     }
 
     #[test]

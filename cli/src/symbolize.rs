@@ -65,6 +65,7 @@ pub(crate) async fn run(args: SymbolizeArgs) -> anyhow::Result<ExitCode> {
         let profile =
             recording::decode(&named).with_context(|| format!("{} sent a broken profile", server.url()))?;
         let counts = Counts::of(&profile);
+        crate::die_quietly_of_a_closed_pipe();
         println!("{counts}");
         return Ok(ExitCode::from(if counts.unnamed == 0 { crate::DONE } else { crate::FINDINGS }));
     };
@@ -83,6 +84,7 @@ pub(crate) async fn run(args: SymbolizeArgs) -> anyhow::Result<ExitCode> {
         image.addresses.len(),
         addresses.len()
     );
+    crate::die_quietly_of_a_closed_pipe();
     if args.json {
         println!("{}", serde_json::to_string(&answer)?);
     } else {

@@ -6,10 +6,18 @@
 //! without a build-ID. So: a walk over everything, one question, parallel streams compressed on the way,
 //! and a line for each file that says what it brings, what it lacks and which flag adds it.
 //!
-//! In reading order: `tree` finds files, `elf_file` classifies one, `sources` adds what its line table
-//! names, `plan` decides what to send, `transfer` sends, `report` tells.
+//! In reading order: `tree` finds files, `elf_file` classifies one (`debug_part` splits its debug information off), `gather`
+//! adds what belongs to it elsewhere (`companions`), `sources` what its line table names, `plan` decides what to send, `transfer`
+//! sends (`body`: bytes on their way, `content`: of what they are made), `report` tells, in the words of `contents`.
+//! The shape of `--json` is in docs/ci/README.md.
 
+mod body;
+mod companions;
+mod content;
+mod contents;
+mod debug_part;
 mod elf_file;
+mod gather;
 mod plan;
 mod report;
 mod sources;
@@ -18,26 +26,30 @@ pub(crate) mod tree;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use futures_util::StreamExt as _;
 use windlass_schema::http::{MAX_MISSING_ARTEFACTS, MissingRequest, MissingResponse};
 
 use crate::server::{Server, ServerArgs, ServerError};
 use crate::terminal;
-use elf_file::Inspected;
+use contents::Requirement;
+use elf_file::Inspection;
 use plan::Plan;
 pub(crate) use report::Report;
-use tree::Candidate;
+use sources::SourceReader;
 
 const EXAMPLES: &str = "\
 Examples:
   windlass upload target/release                        after the build, before strip
   windlass upload --sources --server https://debuginfod.example:8002 build/bin build/lib
+  windlass upload --only-debug build/bin                debug files and unwind sections, no code
+  windlass upload --require debug_info,unwind dist      for CI: status 1 if a file lacks one of them
   windlass upload --dry-run --json dist | jq '.files[] | select(.lacks != [])'
 
 A file with code goes up as executable, and serves its DWARF too; a split off .debug file as debuginfo.
+What belongs to a file goes with it: its debug file (.build-id, .gnu_debuglink), its dwz file, its .dwp or .dwo files.
 --sources sends every file of this machine that the line tables name: use it on builds that you trust.
-Exit status: 0 all there, 1 some file could not be uploaded, 2 nothing could be done.";
+Exit status: 0 all there, 1 some file could not be uploaded or lacks what --require asks for, 2 nothing could be done.";
 
 /// Uploads in flight when not said otherwise: enough to hide the service's fsync.
 const DEFAULT_JOBS: usize = 4;
@@ -54,6 +66,18 @@ pub(crate) struct UploadArgs {
     /// Also send the source files that the line tables name, where they exist here
     #[arg(long)]
     sources: bool,
+    /// Send split off debug information and unwind sections instead of whole programs
+    #[arg(long)]
+    only_debug: bool,
+    /// Folder with debug files, beside those of the programs themselves [default: /usr/lib/debug]
+    #[arg(long, value_name = "DIR")]
+    debug_dir: Vec<PathBuf>,
+    /// What each program must bring; status 1 if one does not. Repeated or separated by commas
+    #[arg(long, value_name = "WHAT", value_delimiter = ',')]
+    require: Vec<Requirement>,
+    /// Namespace to upload to, of those that the token allows
+    #[arg(long, value_name = "NAME", env = "WINDLASS_NAMESPACE")]
+    namespace: Option<String>,
     /// Only say what would be sent
     #[arg(long)]
     dry_run: bool,
@@ -66,24 +90,42 @@ pub(crate) struct UploadArgs {
 }
 
 /// How to upload.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Options {
     pub(crate) sources: bool,
+    pub(crate) only_debug: bool,
+    pub(crate) debug_dirs: Vec<PathBuf>,
+    pub(crate) require: Vec<Requirement>,
     pub(crate) dry_run: bool,
     pub(crate) jobs: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { sources: false, dry_run: false, jobs: DEFAULT_JOBS }
+        Self {
+            sources: false,
+            only_debug: false,
+            debug_dirs: Vec::new(),
+            require: Vec::new(),
+            dry_run: false,
+            jobs: DEFAULT_JOBS,
+        }
     }
 }
 
 /// Runs `windlass upload`.
 pub(crate) async fn run(args: UploadArgs) -> anyhow::Result<ExitCode> {
-    let server = args.server.client()?;
-    let options = Options { sources: args.sources, dry_run: args.dry_run, jobs: args.jobs as usize };
+    let server = args.server.client()?.in_namespace(args.namespace.as_deref())?;
+    let options = Options {
+        sources: args.sources,
+        only_debug: args.only_debug,
+        debug_dirs: args.debug_dir,
+        require: args.require,
+        dry_run: args.dry_run,
+        jobs: args.jobs as usize,
+    };
     let report = upload(&server, &args.paths, options).await?;
+    crate::die_quietly_of_a_closed_pipe();
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
@@ -96,8 +138,12 @@ pub(crate) async fn run(args: UploadArgs) -> anyhow::Result<ExitCode> {
 pub(crate) async fn upload(server: &Server, paths: &[PathBuf], options: Options) -> anyhow::Result<Report> {
     let searched = paths.to_vec();
     let candidates = tokio::task::spawn_blocking(move || tree::files_under(&searched)).await?;
-    let inspected = inspect_all(candidates, options).await?;
-    let mut plan = Plan::new(inspected);
+    let inspection = Inspection {
+        sources: options.sources.then(SourceReader::default),
+        only_debug: options.only_debug,
+        debug_dirs: gather::debug_dirs(&options.debug_dirs),
+    };
+    let mut plan = Plan::new(gather::gather(candidates, Arc::new(inspection), options.jobs).await?);
     anyhow::ensure!(!plan.is_empty(), "no ELF file under {}", listed(paths));
     match missing(server, &plan.questions()).await {
         Ok(answer) => plan.decide(&answer),
@@ -110,33 +156,7 @@ pub(crate) async fn upload(server: &Server, paths: &[PathBuf], options: Options)
     if !options.dry_run {
         transfer::send(server, &mut plan, options.jobs).await;
     }
-    Ok(Report::new(plan, options.dry_run))
-}
-
-/// Reads and classifies the candidates, `jobs` at a time, in their order.
-async fn inspect_all(
-    candidates: Vec<Candidate>,
-    options: Options,
-) -> anyhow::Result<Vec<(Candidate, anyhow::Result<Inspected>)>> {
-    let bar = terminal::count_bar(candidates.len() as u64, "reading");
-    let mut inspected = futures_util::stream::iter(candidates)
-        .map(|candidate| {
-            tokio::task::spawn_blocking(move || {
-                let result = match &candidate.error {
-                    Some(error) => Err(anyhow::anyhow!("{error}")),
-                    None => elf_file::inspect(&candidate.path, options.sources),
-                };
-                (candidate, result)
-            })
-        })
-        .buffered(options.jobs);
-    let mut results = Vec::new();
-    while let Some(result) = inspected.next().await {
-        results.push(result?);
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    Ok(results)
+    Ok(Report::new(plan, &options.require, options.dry_run))
 }
 
 /// Asks for all artefacts at once: one request up to the interface's limit.
@@ -146,7 +166,11 @@ async fn missing(
 ) -> Result<MissingResponse, ServerError> {
     let mut whole = MissingResponse::default();
     for artefacts in questions.chunks(MAX_MISSING_ARTEFACTS) {
-        let part = server.missing(&MissingRequest { artefacts: artefacts.to_vec() }).await?;
+        let request = MissingRequest { artefacts: artefacts.to_vec() };
+        let bar = terminal::spinner("asking");
+        let part = transfer::insist(|| server.missing(&request)).await;
+        bar.finish_and_clear();
+        let part = part?;
         whole.missing.extend(part.missing);
         whole.differing.extend(part.differing);
     }
@@ -156,3 +180,6 @@ async fn missing(
 fn listed(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
+
+#[cfg(test)]
+mod tests;

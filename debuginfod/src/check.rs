@@ -4,11 +4,17 @@
 //! every row held against its content. A damaged content is marked, so `windlass upload` restores it; one that is
 //! sound again loses its mark.
 
+use std::collections::HashSet;
+
+use futures_util::TryStreamExt;
+
 use crate::blob::BlobError;
 use crate::catalog::{Artefact, ProfileBatch, Recorded};
 use crate::config::Config;
+use crate::content_hash::ContentHash;
 use crate::elf;
 use crate::error::ServiceError;
+use crate::namespace::Namespace;
 use crate::service::{App, StartError};
 
 /// Rows fetched at once.
@@ -23,6 +29,10 @@ pub struct CheckReport {
     pub bytes: u64,
     /// Rows of artefacts held against their content.
     pub artefacts: u64,
+    /// Contents in the store that nothing is on record of: of uploads that were cut off, or are under way.
+    pub orphans: u64,
+    /// The bytes they take there.
+    pub orphan_bytes: u64,
     /// What is wrong, one line each.
     pub findings: Vec<String>,
 }
@@ -43,17 +53,34 @@ pub async fn check(config: &Config) -> Result<CheckReport, CheckError> {
     let app = App::open(config).await?;
     let mut report =
         CheckReport { findings: app.catalog(|catalog| catalog.integrity()).await?, ..CheckReport::default() };
-    let mut last = None;
+    let (mut last, mut known) = (None, HashSet::new());
     loop {
         let page = app.catalog(move |catalog| catalog.blobs(last, PAGE_ROWS)).await?;
         let Some(end) = page.last() else {
+            count_orphans(&app, &known, &mut report).await?;
             return Ok(report);
         };
         last = Some(end.blob.hash);
         for recorded in page {
+            known.insert(recorded.blob.hash);
             check_blob(&app, recorded, &mut report).await?;
         }
     }
+}
+
+async fn count_orphans(
+    app: &App,
+    known: &HashSet<ContentHash>,
+    report: &mut CheckReport,
+) -> Result<(), CheckError> {
+    let mut objects = std::pin::pin!(app.blobs.objects());
+    while let Some((hash, stored_bytes)) = objects.try_next().await.map_err(ServiceError::from)? {
+        if !known.contains(&hash) {
+            report.orphans += 1;
+            report.orphan_bytes += stored_bytes;
+        }
+    }
+    Ok(())
 }
 
 async fn check_blob(app: &App, recorded: Recorded, report: &mut CheckReport) -> Result<(), CheckError> {
@@ -80,7 +107,7 @@ async fn check_blob(app: &App, recorded: Recorded, report: &mut CheckReport) -> 
     }
     report.artefacts += artefacts.len() as u64;
     let findings = tokio::task::spawn_blocking(move || {
-        let check = |artefact: &Artefact| match elf::check(&content, artefact.kind, artefact.build_id) {
+        let check = |artefact: &Artefact| match elf::check(&content[..], artefact.kind, artefact.build_id) {
             Ok(facts) if facts == artefact.facts => None,
             Ok(_) => Some(format!("{}: the catalog states other contents than the file has", name(artefact))),
             Err(error) => Some(format!("{}: {error}", name(artefact))),
@@ -109,5 +136,9 @@ fn damage(artefacts: &[Artefact], profiles: Option<ProfileBatch>) -> String {
 }
 
 fn name(artefact: &Artefact) -> String {
-    format!("{}{} of {}", artefact.kind, artefact.path, artefact.build_id)
+    let Artefact { kind, path, build_id, namespace, .. } = artefact;
+    match *namespace == Namespace::release() {
+        true => format!("{kind}{path} of {build_id}"),
+        false => format!("{kind}{path} of {build_id} in namespace {namespace}"),
+    }
 }

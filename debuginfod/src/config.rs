@@ -3,11 +3,17 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use crate::namespace::RELEASE;
+use crate::tls::TlsFiles;
+
 /// Port of debuginfod servers by custom.
 pub const DEFAULT_PORT: u16 = 8002;
 /// Largest artefact accepted by default, in decoded bytes: 8 GiB, above the largest debuginfo seen in public
 /// (browsers, 4 GiB), and what one upload may take of the temporary folder.
 pub const DEFAULT_MAX_UPLOAD_BYTES: u64 = 8 << 30;
+
+/// How long the audit log goes back by default, in days: a quarter.
+pub const DEFAULT_AUDIT_DAYS: u64 = 90;
 
 /// How to run the service. Only the data folder has no default.
 #[derive(Clone, Debug)]
@@ -23,8 +29,19 @@ pub struct Config {
     pub catalog: Option<String>,
     /// debuginfod servers to ask for what is not stored here.
     pub upstreams: Vec<String>,
-    /// Token that writers must send. Required unless `listen` is a loopback address.
+    /// Token that is good for everything, beside those of the catalog. Unless `listen` is a loopback address, there must be
+    /// one of either.
     pub token: Option<String>,
+    /// Whether reads need a token as well.
+    pub private: bool,
+    /// Namespaces of uploads, the most trusted first; all others come after them.
+    pub namespaces: Vec<String>,
+    /// Whether the last address in `X-Forwarded-For` is that of the client: only behind a proxy that sets it.
+    pub trust_forwarded_for: bool,
+    /// How long the audit log goes back, in days.
+    pub audit_days: u64,
+    /// Certificate and key, for `https`.
+    pub tls: Option<TlsFiles>,
     /// Largest artefact accepted, in decoded bytes.
     pub max_upload_bytes: u64,
 }
@@ -39,6 +56,11 @@ impl Config {
             catalog: None,
             upstreams: Vec::new(),
             token: None,
+            private: false,
+            namespaces: vec![RELEASE.to_owned()],
+            trust_forwarded_for: false,
+            audit_days: DEFAULT_AUDIT_DAYS,
+            tls: None,
             max_upload_bytes: DEFAULT_MAX_UPLOAD_BYTES,
         }
     }

@@ -3,7 +3,7 @@
 //! axum's own loop closes a connection whose body failed like any other, with a FIN; a debuginfod
 //! client takes the short body for "does not exist" and remembers that for ten minutes. Here a connection
 //! that fails is reset, which the same client retries and forgets. Idle and excess connections have limits,
-//! which that loop lacks.
+//! which that loop lacks. With TLS it is the same.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,16 +14,25 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::tls::Tls;
 
 /// Connections served at once; further ones wait in the listen queue. Each costs two file descriptors and
 /// up to two megabytes while it is sent a body.
 const MAX_CONNECTIONS: usize = 4096;
 /// How long a client may take to send a request head or stay idle between two, in seconds.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a TLS handshake may take, in seconds: some round trips of the slowest network.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of an answer that a connection gathers before it waits for its client, and of a request head: a piece of a body may be
+/// larger, but then it is one.
+const BUFFER_BYTES: usize = 64 * 1024;
 /// Pause after a failed accept (out of file descriptors), in milliseconds.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -41,7 +50,13 @@ pub(crate) struct Shutdown {
 }
 
 /// Serves `router` on `listener` until `shutdown.drain`; its connections are tasks of `tracker`.
-pub(crate) async fn accept(listener: TcpListener, router: Router, shutdown: Shutdown, tracker: TaskTracker) {
+pub(crate) async fn accept(
+    listener: TcpListener,
+    router: Router,
+    tls: Option<Arc<Tls>>,
+    shutdown: Shutdown,
+    tracker: TaskTracker,
+) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let next = async {
@@ -54,9 +69,13 @@ pub(crate) async fn accept(listener: TcpListener, router: Router, shutdown: Shut
         };
         match accepted {
             Ok((stream, peer, slot)) => {
-                let (router, shutdown) = (router.clone(), shutdown.clone());
+                let (router, tls, shutdown) = (router.clone(), tls.clone(), shutdown.clone());
                 tracker.spawn(async move {
-                    serve(stream, peer, router, shutdown).await;
+                    let _ = stream.set_nodelay(true);
+                    match tls {
+                        None => serve(stream, peer, router, shutdown).await,
+                        Some(tls) => serve_tls(&tls, stream, peer, router, shutdown).await,
+                    }
                     drop(slot);
                 });
             }
@@ -68,8 +87,38 @@ pub(crate) async fn accept(listener: TcpListener, router: Router, shutdown: Shut
     }
 }
 
-async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, shutdown: Shutdown) {
-    let _ = stream.set_nodelay(true);
+async fn serve_tls(tls: &Tls, stream: TcpStream, peer: SocketAddr, router: Router, shutdown: Shutdown) {
+    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.acceptor().accept(stream));
+    let handshake = tokio::select! {
+        () = shutdown.drain.cancelled() => return,
+        handshake = handshake => handshake,
+    };
+    match handshake {
+        Ok(Ok(stream)) => serve(stream, peer, router, shutdown).await,
+        Ok(Err(error)) => tracing::debug!("handshake with {peer}: {error}"),
+        Err(_) => tracing::debug!("handshake with {peer}: not done in {} s", HANDSHAKE_TIMEOUT.as_secs()),
+    }
+}
+
+/// What a connection is made of.
+trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// At the bottom.
+    fn tcp(&self) -> &TcpStream;
+}
+
+impl Transport for TcpStream {
+    fn tcp(&self) -> &TcpStream {
+        self
+    }
+}
+
+impl Transport for TlsStream<TcpStream> {
+    fn tcp(&self) -> &TcpStream {
+        self.get_ref().0
+    }
+}
+
+async fn serve(stream: impl Transport, peer: SocketAddr, router: Router, shutdown: Shutdown) {
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(Peer(peer));
@@ -78,6 +127,7 @@ async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, shutdown: Sh
     let mut connection = std::pin::pin!(
         http1::Builder::new()
             .timer(TokioTimer::new())
+            .max_buf_size(BUFFER_BYTES)
             .header_read_timeout(HEAD_TIMEOUT)
             .serve_connection(Resetting::new(stream), service)
     );
@@ -100,21 +150,21 @@ async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, shutdown: Sh
 }
 
 /// A stream that is reset when dropped, unless it was shut down in good order.
-struct Resetting {
-    io: TokioIo<TcpStream>,
+struct Resetting<T: Transport> {
+    io: TokioIo<T>,
     in_order: bool,
 }
 
-impl Resetting {
-    fn new(stream: TcpStream) -> Self {
+impl<T: Transport> Resetting<T> {
+    fn new(stream: T) -> Self {
         Self { io: TokioIo::new(stream), in_order: false }
     }
 }
 
-impl Drop for Resetting {
+impl<T: Transport> Drop for Resetting<T> {
     fn drop(&mut self) {
         if !self.in_order {
-            let _ = self.io.inner().set_zero_linger();
+            let _ = self.io.inner().tcp().set_zero_linger();
         }
     }
 }
@@ -126,9 +176,9 @@ mod delegate {
 
     use hyper::rt::{Read, ReadBufCursor, Write};
 
-    use super::Resetting;
+    use super::{Resetting, Transport};
 
-    impl Read for Resetting {
+    impl<T: Transport> Read for Resetting<T> {
         fn poll_read(
             mut self: Pin<&mut Self>,
             cx: &mut Context<'_>,
@@ -138,7 +188,7 @@ mod delegate {
         }
     }
 
-    impl Write for Resetting {
+    impl<T: Transport> Write for Resetting<T> {
         fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
             Pin::new(&mut self.io).poll_write(cx, buf)
         }

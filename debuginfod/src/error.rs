@@ -3,16 +3,22 @@
 //! | error | status under `/api/` | on the debuginfod paths |
 //! |---|---|---|
 //! | malformed ID, header, query or body | 400 | 503 in elfutils' words, see module `protocol` |
-//! | no or wrong token | 401 | - |
+//! | no, wrong or ended token | 401 | 401, with `--private` |
+//! | token without the scope | 403 | 403, with `--private` |
 //! | not stored | 404 | 404 `not found` |
 //! | other content under the name | 409 | - |
 //! | body beyond its limit, on the wire or in memory | 413 | - |
 //! | unknown Content-Encoding | 415 | - |
 //! | not what it claims, cannot be compiled | 422 | - |
 //! | storage, catalog, upstream trouble | 500 | connection reset |
+//! | too much at once | 503 | connection reset |
+//! | no room where the service stores | 507 | connection reset |
 //!
-//! The last line matters: a debuginfod client takes any status but 200 for "does not
+//! The last lines matter: a debuginfod client takes any status but 200 for "does not
 //! exist" and believes it for ten minutes, while it retries a reset connection and remembers nothing.
+
+use std::error::Error;
+use std::io;
 
 use axum::Json;
 use axum::body::Body;
@@ -20,13 +26,17 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use windlass_schema::BuildIdError;
-use windlass_schema::http::{ErrorBody, UnknownArtefactKind};
+use windlass_schema::http::{ErrorBody, UPLOAD_OFFSET_HEADER, UnknownArtefactKind};
 
 use crate::blob::BlobError;
 use crate::catalog::CatalogError;
+use crate::conflict::Stays;
 use crate::content_hash::ContentHash;
 use crate::elf::ContentError;
 use crate::profiles::{OtlpError, TooManyParts};
+
+/// When to try again what was too much at once, in seconds.
+const BUSY_RETRY_S: u64 = 5;
 
 /// Whatever keeps a request from its answer.
 #[derive(Debug, thiserror::Error)]
@@ -55,13 +65,29 @@ pub enum ServiceError {
     /// A write without a token where one is needed.
     #[error("this needs a valid token: send `Authorization: Bearer TOKEN`")]
     Unauthorized,
+    /// A token that was good once.
+    #[error("the token {token:?} {why}")]
+    EndedToken {
+        /// Its name.
+        token: String,
+        /// What ended it.
+        why: &'static str,
+    },
+    /// A valid token for something else.
+    #[error("this needs the scope {needed}; the token {token:?} has {scopes}")]
+    Forbidden {
+        /// The scope.
+        needed: String,
+        /// Name of the token.
+        token: String,
+        /// Its scopes.
+        scopes: String,
+    },
     /// Nothing there.
     #[error("{0}")]
     NotFound(String),
     /// Something else is there.
-    #[error(
-        "{name} is stored with SHA-256 {stored}, the upload has {offered}; sound content is never replaced"
-    )]
+    #[error("{name} is stored with SHA-256 {stored}, the upload has {offered}; {stays}")]
     Conflict {
         /// Build-ID, kind and path.
         name: String,
@@ -69,6 +95,14 @@ pub enum ServiceError {
         stored: ContentHash,
         /// In the request.
         offered: ContentHash,
+        /// Which rule decided.
+        stays: Stays,
+    },
+    /// A part that does not begin where the parts before it end.
+    #[error("{durable} bytes of this upload are there: go on from there")]
+    UploadOffset {
+        /// In bytes.
+        durable: u64,
     },
     /// More than allowed.
     #[error("the decoded body is larger than {limit} bytes, the limit")]
@@ -94,10 +128,10 @@ pub enum ServiceError {
     #[error("the unwind table cannot be compiled: {0}")]
     Compile(String),
     /// The catalog failed.
-    #[error("{0}")]
+    #[error(transparent)]
     Catalog(#[from] CatalogError),
     /// The blob store failed.
-    #[error("{0}")]
+    #[error(transparent)]
     Blob(#[from] BlobError),
     /// A local file failed.
     #[error("temporary file: {0}")]
@@ -105,6 +139,9 @@ pub enum ServiceError {
     /// An upstream server neither has it nor says that it does not.
     #[error("upstream: {0}")]
     Upstream(String),
+    /// Something else has to end first.
+    #[error("too much at once: {0}; try again")]
+    Busy(&'static str),
     /// A task was cut off.
     #[error("the service stops or a task of it failed")]
     Interrupted,
@@ -119,6 +156,9 @@ impl From<tokio::task::JoinError> for ServiceError {
 impl ServiceError {
     /// The table of the module.
     pub fn status(&self) -> StatusCode {
+        if self.lacks_room() {
+            return StatusCode::INSUFFICIENT_STORAGE;
+        }
         match self {
             Self::BuildId(_)
             | Self::MissingHeader(_)
@@ -127,18 +167,40 @@ impl ServiceError {
             | Self::Otlp(OtlpError::Protobuf(_) | OtlpError::Index { .. } | OtlpError::Shape { .. }) => {
                 StatusCode::BAD_REQUEST
             }
-            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Unauthorized | Self::EndedToken { .. } => StatusCode::UNAUTHORIZED,
+            Self::Forbidden { .. } => StatusCode::FORBIDDEN,
             Self::Kind(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
-            Self::Conflict { .. } => StatusCode::CONFLICT,
+            Self::Conflict { .. } | Self::UploadOffset { .. } => StatusCode::CONFLICT,
             Self::TooLarge { .. } | Self::Parts(_) | Self::Otlp(OtlpError::Size(_)) => {
                 StatusCode::PAYLOAD_TOO_LARGE
             }
             Self::Encoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Content(ContentError::Read(_)) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Checksum { .. } | Self::Content(_) | Self::Compile(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Catalog(_) | Self::Blob(_) | Self::Io(_) | Self::Upstream(_) | Self::Interrupted => {
                 StatusCode::INTERNAL_SERVER_ERROR
             }
         }
+    }
+}
+
+impl ServiceError {
+    /// Whether a disk or a quota of the service is full.
+    fn lacks_room(&self) -> bool {
+        let mut cause: Option<&(dyn Error + 'static)> = Some(self);
+        while let Some(error) = cause {
+            let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
+            if matches!(io, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+                return true;
+            }
+            let sqlite = error.downcast_ref::<rusqlite::Error>().and_then(rusqlite::Error::sqlite_error_code);
+            if sqlite == Some(rusqlite::ErrorCode::DiskFull) {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
     }
 }
 
@@ -149,8 +211,18 @@ impl IntoResponse for ServiceError {
         if status.is_server_error() {
             tracing::error!("{self}");
         }
-        let mut response = (status, Json(ErrorBody { error: self.to_string() })).into_response();
+        let mut text = self.to_string();
+        if status == StatusCode::INSUFFICIENT_STORAGE {
+            text = format!("no room where the service stores, nothing of this request was kept: {text}");
+        }
+        let mut response = (status, Json(ErrorBody { error: text })).into_response();
         response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Self::UploadOffset { durable } = self {
+            response.headers_mut().insert(UPLOAD_OFFSET_HEADER, HeaderValue::from(durable));
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(BUSY_RETRY_S));
+        }
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }

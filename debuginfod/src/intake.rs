@@ -12,6 +12,7 @@ use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use sha2::{Digest, Sha256};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::content_hash::ContentHash;
 use crate::error::ServiceError;
@@ -24,8 +25,40 @@ const STEP_BYTES: usize = 1 << 20;
 const DRAIN_BYTES: usize = 16 << 20;
 /// How long that may take.
 const DRAIN_TIME: Duration = Duration::from_secs(5);
-/// Largest zstd window accepted as a power of two: 128 MiB, what `zstd --long` makes.
-const ZSTD_WINDOW_LOG: u32 = 27;
+/// Largest zstd window accepted as a power of two: 8 MiB, the most that HTTP allows (RFC 9659, section 3). Levels of zstd up
+/// to 19 stay within it.
+const ZSTD_WINDOW_LOG: u32 = 23;
+
+/// Compressed uploads received at once: what they may hold of their content in windows is 512 MiB, if each of them takes the
+/// largest. Level 3 takes a quarter of that.
+const COMPRESSED_UPLOADS: usize = 64;
+/// How long one waits for its turn, in seconds: shorter than clients wait for an answer.
+const TURN_LIMIT: Duration = Duration::from_secs(60);
+
+/// How many uploads are decoded at the same time.
+pub(crate) struct Receiving(Semaphore);
+
+impl Default for Receiving {
+    fn default() -> Self {
+        Self(Semaphore::new(COMPRESSED_UPLOADS))
+    }
+}
+
+impl Receiving {
+    /// Waits for a place for the body that `headers` announce. One that is not compressed needs none.
+    pub(crate) async fn place(
+        &self,
+        headers: &HeaderMap,
+    ) -> Result<Option<SemaphorePermit<'_>>, ServiceError> {
+        match headers.get(header::CONTENT_ENCODING).map(|value| value.as_bytes()) {
+            None | Some(b"identity") => Ok(None),
+            Some(_) => match tokio::time::timeout(TURN_LIMIT, self.0.acquire()).await {
+                Ok(place) => Ok(Some(place.expect("never closed"))),
+                Err(_) => Err(ServiceError::Busy("many compressed uploads are being received")),
+            },
+        }
+    }
+}
 
 /// A received body.
 pub(crate) struct Received<W> {

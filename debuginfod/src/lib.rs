@@ -5,13 +5,15 @@
 //!
 //! - [`config`], [`service`]: what it is started with; its parts, start and stop
 //! - `routes`: every route; `connection`: how connections are accepted and end
-//! - [`error`]: from what went wrong to what the client is told; `access`: who may write
-//! - `intake`, [`elf`], `upload`, `missing`: how contents come in; `memory`: how much of it decoded requests may take
-//! - [`content_hash`], [`seekable`], [`blob`], [`catalog`]: how they are kept
+//! - [`error`]: from what went wrong to what the client is told; `access`, [`token`]: who may do what;
+//!   [`namespace`]: whose artefact goes in front of whose; `audit`: who did what; [`tls`]: over what
+//! - `intake`, `upload`, `unfinished`, `missing`: how contents come in; `memory`: how much of it decoded requests may take
+//! - `storing`, [`elf`], [`conflict`]: how they are checked and become durable, and which of two stays
+//! - [`content`], [`content_hash`], [`seekable`], [`blob`], [`catalog`]: how they are kept
 //! - `protocol`, `metadata`, `delivery`: how debuginfod clients are served; `upstream`: what others have
 //! - `derive`, `flight`: what is made from contents, once; `unwind`, `symbols`, `symbolize`: what for
 //! - [`profiles`]: stacks of addresses in, named profiles out
-//! - `status`, `metrics`, [`check`](mod@check): operations
+//! - `status`, `metrics`, [`check`](mod@check), [`administration`]: operations
 //!
 //! ```no_run
 //! # async fn run() -> Result<(), windlass_debuginfod::StartError> {
@@ -24,11 +26,15 @@
 //! ```
 
 mod access;
+pub mod administration;
+mod audit;
 pub mod blob;
 pub mod catalog;
 pub mod check;
 pub mod config;
+pub mod conflict;
 mod connection;
+pub mod content;
 pub mod content_hash;
 mod delivery;
 mod derive;
@@ -40,14 +46,19 @@ mod memory;
 mod metadata;
 mod metrics;
 mod missing;
+pub mod namespace;
 pub mod profiles;
 mod protocol;
 mod routes;
 pub mod seekable;
 pub mod service;
 mod status;
+mod storing;
 mod symbolize;
 mod symbols;
+pub mod tls;
+pub mod token;
+mod unfinished;
 mod unwind;
 mod upload;
 mod upstream;

@@ -1,4 +1,4 @@
-//! `windlassd`: runs and checks the service.
+//! `windlassd`: runs, checks and administers the service.
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
@@ -7,9 +7,17 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use commands::token::TokenCommand;
 use tracing_subscriber::EnvFilter;
-use windlass_debuginfod::config::DEFAULT_MAX_UPLOAD_BYTES;
-use windlass_debuginfod::{Config, check, start};
+use windlass_debuginfod::config::{DEFAULT_AUDIT_DAYS, DEFAULT_MAX_UPLOAD_BYTES};
+use windlass_debuginfod::namespace::RELEASE;
+use windlass_debuginfod::tls::TlsFiles;
+use windlass_debuginfod::{Config, Service, check, start};
+
+mod commands {
+    pub(crate) mod audit;
+    pub(crate) mod token;
+}
 
 /// Stores debuginfo, serves it to debuggers, compiles unwind tables and names addresses.
 #[derive(Parser)]
@@ -24,6 +32,7 @@ Examples:
   windlassd serve
   windlassd serve --listen 0.0.0.0:8002 --token-file /etc/windlass/token --upstream https://debuginfod.example.org
   DEBUGINFOD_URLS=http://127.0.0.1:8002 gdb ./program
+  windlassd token create ci --scope upload:main --data-dir /var/lib/windlass
   windlassd check --data-dir /var/lib/windlass
 
 Logging follows RUST_LOG, for example RUST_LOG=debug.";
@@ -34,24 +43,79 @@ enum Command {
     Serve {
         #[command(flatten)]
         store: Store,
-        /// Address to listen on; anything but loopback needs --token-file
+        /// Address to listen on; anything but loopback needs a token
         #[arg(long, default_value = "127.0.0.1:8002", env = "WINDLASS_LISTEN")]
         listen: SocketAddr,
         /// debuginfod server to ask for what is not stored here; may be repeated
         #[arg(long = "upstream", value_name = "URL")]
         upstreams: Vec<String>,
-        /// File with the token that writers must send as `Authorization: Bearer TOKEN`
-        #[arg(long, value_name = "FILE", env = "WINDLASS_TOKEN_FILE")]
-        token_file: Option<PathBuf>,
+        #[command(flatten)]
+        access: AccessArguments,
         /// Largest artefact accepted, in decoded bytes
         #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_UPLOAD_BYTES)]
         max_upload_bytes: u64,
+    },
+    /// Make, list and revoke access tokens
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Print who wrote what, and from where, latest first
+    Audit {
+        #[command(flatten)]
+        store: Store,
+        /// Most entries
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        limit: usize,
+        /// Print a JSON array
+        #[arg(long)]
+        json: bool,
     },
     /// Read everything back and compare it with its hash and its catalog row; exit 1 with findings
     Check {
         #[command(flatten)]
         store: Store,
     },
+}
+
+#[derive(Args)]
+struct AccessArguments {
+    /// File with a token that is good for everything, sent as `Authorization: Bearer TOKEN`
+    #[arg(long, value_name = "FILE", env = "WINDLASS_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+    /// Reads need a token too; debuginfod clients send it when DEBUGINFOD_HEADERS_FILE names a file with the header
+    #[arg(long)]
+    private: bool,
+    /// Namespaces of uploads, the most trusted first; all others come after them
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = RELEASE)]
+    namespaces: Vec<String>,
+    /// The last address of X-Forwarded-For is the client's: only behind a proxy that sets it
+    #[arg(long)]
+    trust_forwarded_for: bool,
+    /// How long the audit log goes back
+    #[arg(long, value_name = "DAYS", default_value_t = DEFAULT_AUDIT_DAYS)]
+    audit_days: u64,
+    /// File with the certificate and its chain as PEM, for https; read again on SIGHUP
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// File with the key of the certificate as PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+}
+
+impl AccessArguments {
+    fn apply(self, config: Config) -> anyhow::Result<Config> {
+        let read = |path: PathBuf| {
+            std::fs::read_to_string(&path).with_context(|| format!("reading token from {path:?}"))
+        };
+        Ok(Config {
+            token: self.token_file.map(read).transpose()?,
+            private: self.private,
+            namespaces: self.namespaces,
+            trust_forwarded_for: self.trust_forwarded_for,
+            audit_days: self.audit_days,
+            tls: self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key }),
+            ..config
+        })
+    }
 }
 
 #[derive(Args)]
@@ -89,17 +153,25 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Serve { store, listen, upstreams, token_file, max_upload_bytes } => {
-            let token = token_file
-                .map(|path| {
-                    std::fs::read_to_string(&path).with_context(|| format!("reading token from {path:?}"))
-                })
-                .transpose()?;
-            let service =
-                start(Config { listen, upstreams, token, max_upload_bytes, ..store.config() }).await?;
-            stop_signal().await?;
+        Command::Serve { store, listen, upstreams, access, max_upload_bytes } => {
+            let config = Config { listen, upstreams, max_upload_bytes, ..store.config() };
+            let config = access.apply(config)?;
+            let has_tls = config.tls.is_some();
+            let service = start(config).await?;
+            tokio::select! {
+                stop = stop_signal() => stop?,
+                failed = reload_on_hangup(&service), if has_tls => failed?,
+            }
             tracing::info!("stopping");
             service.stop().await;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Token(command) => {
+            commands::token::run(command)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Audit { store, limit, json } => {
+            commands::audit::run(store, limit, json)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Check { store } => {
@@ -120,9 +192,28 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 report.artefacts,
                 report.findings.len()
             );
+            if report.orphans > 0 {
+                println!(
+                    "{} contents of {} bytes are not on record: of uploads that were cut off, or are under way",
+                    report.orphans, report.orphan_bytes
+                );
+            }
             Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
     }
+}
+
+/// Takes a renewed certificate into use. Without TLS a SIGHUP ends the process, as it does by default.
+async fn reload_on_hangup(service: &Service) -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut hangup = signal(SignalKind::hangup())?;
+    while hangup.recv().await.is_some() {
+        match service.reload_tls() {
+            Ok(()) => tracing::info!("certificate and key read again"),
+            Err(error) => tracing::error!("the certificate stays the old one: {error}"),
+        }
+    }
+    Ok(())
 }
 
 async fn stop_signal() -> std::io::Result<()> {

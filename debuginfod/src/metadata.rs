@@ -1,5 +1,6 @@
 //! `GET /metadata`: which artefacts have this file name, or this build-ID?
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use axum::Json;
@@ -30,7 +31,7 @@ struct Answer {
     complete: bool,
 }
 
-#[derive(Serialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Serialize)]
 struct Entry {
     r#type: &'static str,
     buildid: String,
@@ -61,6 +62,7 @@ pub(crate) async fn metadata(State(app): State<Arc<App>>, parameters: Query<Para
         }
     };
     let complete = found.len() <= MAX_RESULTS;
+    let mut named = HashSet::new();
     let results = found
         .into_iter()
         .take(MAX_RESULTS)
@@ -73,6 +75,8 @@ pub(crate) async fn metadata(State(app): State<Arc<App>>, parameters: Query<Para
             buildid: artefact.build_id.to_string(),
             file: if artefact.path.is_empty() { artefact.file_name } else { artefact.path },
         })
+        // Several namespaces may have it.
+        .filter(|entry: &Entry| named.insert(entry.clone()))
         .collect();
     ([(header::CACHE_CONTROL, "no-store")], Json(Answer { results, complete })).into_response()
 }

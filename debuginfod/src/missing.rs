@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::http::HeaderMap;
 use windlass_schema::http::{MAX_MISSING_ARTEFACTS, MissingRequest, MissingResponse};
 
+use crate::access::Identity;
+use crate::conflict::depends_on_facts;
 use crate::error::ServiceError;
 use crate::intake::receive_bytes;
 use crate::service::App;
@@ -16,9 +18,11 @@ use crate::service::App;
 const MAX_BODY_BYTES: u64 = 500 * MAX_MISSING_ARTEFACTS as u64;
 
 /// Answers which of the named artefacts are not stored, or stored with other content. One whose
-/// content was found damaged counts as missing.
+/// content was found damaged counts as missing, and so does one that the asker's content would replace.
+/// For who may upload, the question is what an upload to their namespace would add; for others, what there is to read.
 pub(crate) async fn missing(
     State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<MissingResponse>, ServiceError> {
@@ -32,23 +36,33 @@ pub(crate) async fn missing(
             request.artefacts.len()
         )));
     }
+    let namespace = identity.compared_namespace(&headers, &app.namespaces)?;
+    let namespaces = app.namespaces.clone();
     let response = app
         .catalog(move |catalog| {
             let mut response = MissingResponse::default();
             for name in request.artefacts {
-                let stored =
-                    catalog.artefact(name.build_id, name.kind, name.path.as_deref().unwrap_or_default())?;
+                let path = name.path.as_deref().unwrap_or_default();
+                let versions = catalog.versions(name.build_id, name.kind, path)?;
+                let stored = match &namespace {
+                    None => namespaces.most_trusted(versions, path),
+                    Some(namespace) => {
+                        let offered = name.sha256.as_deref().and_then(|hash| hash.parse().ok());
+                        namespaces.decisive(versions, namespace, offered)
+                    }
+                };
                 match stored.filter(|artefact| !artefact.damaged) {
                     None => response.missing.push(name),
-                    Some(artefact)
-                        if name
-                            .sha256
-                            .as_ref()
-                            .is_some_and(|hash| *hash != artefact.blob.hash.to_string()) =>
-                    {
-                        response.differing.push(name);
-                    }
-                    Some(_) => {}
+                    Some(artefact) => match name.sha256.as_deref() {
+                        Some(hash) if hash != artefact.blob.hash.to_string() => {
+                            let is_richer = depends_on_facts(name.kind)
+                                && name.brings.is_some_and(|brings| brings > artefact.facts.brings());
+                            let list =
+                                if is_richer { &mut response.missing } else { &mut response.differing };
+                            list.push(name);
+                        }
+                        _ => {}
+                    },
                 }
             }
             Ok(response)

@@ -161,10 +161,10 @@ async fn handle(app: &Arc<App>, request: &Parts) -> Result<Response, Failure> {
     // Legal in the protocol, but no linker writes a single byte and no client sends more than 64.
     let id: BuildId = id.parse().map_err(|_| Refusal::NotFound)?;
     let delivery = match wanted {
-        Wanted::File(kind) => file(find_file(app, request, id, kind).await?, kind)?,
+        Wanted::File(kind) => file(app, find_file(app, request, id, kind).await?, kind)?,
         Wanted::Source(path) => {
             let source = app.artefact(id, ArtefactKind::Source, &path).await?;
-            file(source.ok_or(Refusal::NotFound)?, ArtefactKind::Source)?
+            file(app, source.ok_or(Refusal::NotFound)?, ArtefactKind::Source)?
         }
         Wanted::Section(name) => section(app, request, id, &name).await?,
     };
@@ -228,7 +228,7 @@ fn caller(request: &Parts) -> Result<Caller, Refusal> {
     Ok(Caller { user_agent, forwarded_for })
 }
 
-fn file(artefact: Artefact, asked: ArtefactKind) -> Result<Delivery, Failure> {
+fn file(app: &App, artefact: Artefact, asked: ArtefactKind) -> Result<Delivery, Failure> {
     if artefact.damaged {
         let why = "recorded as damaged, upload it again".to_owned();
         let hash = artefact.blob.hash;
@@ -236,13 +236,15 @@ fn file(artefact: Artefact, asked: ArtefactKind) -> Result<Delivery, Failure> {
     }
     // An executable that has names but no DWARF answers for the debuginfo until that arrives.
     let stopgap = artefact.kind != asked && !artefact.facts.dwarf;
+    let final_one = !stopgap && app.namespaces.is_first(&artefact.namespace);
     Ok(Delivery {
         blob: artefact.blob,
         part: None,
         modified_s: artefact.modified_s,
         file_name: artefact.file_name,
         content_type: "application/octet-stream",
-        cache_control: if stopgap { REVALIDATE } else { IMMUTABLE },
+        // Another may go in front of it at any time.
+        cache_control: if final_one { IMMUTABLE } else { REVALIDATE },
     })
 }
 
@@ -258,7 +260,7 @@ async fn section(app: &Arc<App>, request: &Parts, id: BuildId, name: &str) -> Re
         let holds = |section: &&Section| section.name == name && !section.nobits;
         if let Some(section) = artefact.facts.sections.iter().find(holds) {
             let part = section.offset..section.offset + section.size;
-            return Ok(Delivery { part: Some(part), ..file(artefact, kind)? });
+            return Ok(Delivery { part: Some(part), ..file(app, artefact, kind)? });
         }
     }
     Err(Refusal::NotFound.into())

@@ -1,33 +1,43 @@
-//! Every route of the service.
+//! Every route of the service, and what it needs: see module `access`.
 
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::{get, post, put};
+use axum::middleware::from_fn_with_state;
+use axum::routing::{any, get, head, post, put};
 use tower_http::trace::TraceLayer;
 
+use crate::access::{Need, require};
 use crate::service::App;
-use crate::{metadata, missing, profiles, protocol, status, symbolize, unwind, upload};
+use crate::{audit, metadata, missing, profiles, protocol, status, symbolize, unfinished, unwind, upload};
 
 /// The route table.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    Router::new()
-        // Operations.
-        .route("/healthz", get(status::health))
-        .route("/readyz", get(status::ready))
+    let needs = |need| from_fn_with_state((Arc::clone(&app), need), require);
+    let open = Router::new().route("/healthz", get(status::health)).route("/readyz", get(status::ready));
+    let read = Router::new()
         .route("/metrics", get(status::metrics))
-        // What agents, the command line and backends use.
-        .route("/api/v1/missing", post(missing::missing))
         .route("/api/v1/buildid/{id}/unwind", get(unwind::table))
-        .route("/api/v1/buildid/{id}/source/{*path}", put(upload::source))
-        .route("/api/v1/buildid/{id}/{kind}", put(upload::artefact))
         .route("/api/v1/symbolize", post(symbolize::symbolize))
         .route("/api/v1/profiles", get(profiles::merged))
-        .route("/api/{*rest}", axum::routing::any(status::unknown))
-        .route("/v1development/profiles", post(profiles::ingest))
+        .route("/api/{*rest}", any(status::unknown))
         // The debuginfod protocol parses its paths itself: it answers any of them.
         .route("/metadata", get(metadata::metadata))
         .fallback(protocol::answer)
-        .layer(TraceLayer::new_for_http())
-        .with_state(app)
+        .layer(needs(Need::Read));
+    let compare =
+        Router::new().route("/api/v1/missing", post(missing::missing)).route_layer(needs(Need::Compare));
+    let upload = Router::new()
+        .route("/api/v1/buildid/{id}/source/{*path}", put(upload::source))
+        .route("/api/v1/buildid/{id}/dwo/{unit}", put(upload::split_unit))
+        .route("/api/v1/buildid/{id}/{kind}", put(upload::artefact))
+        .route(
+            "/api/v1/uploads/{id}/{kind}/{sha256}",
+            head(unfinished::progress).patch(unfinished::append).delete(unfinished::forget),
+        )
+        .route("/v1development/profiles", post(profiles::ingest))
+        .route_layer(needs(Need::Upload));
+    let admin = Router::new().route("/api/v1/audit", get(audit::page)).route_layer(needs(Need::Admin));
+    let all = open.merge(read).merge(compare).merge(upload).merge(admin);
+    all.layer(TraceLayer::new_for_http()).with_state(app)
 }

@@ -1,6 +1,7 @@
 //! The running service: its parts, its start and its stop.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,6 +12,7 @@ use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 
 use crate::access::Access;
+use crate::audit::{self, Audit};
 use crate::blob::{BlobError, BlobStore, Expected, scratch_folder};
 use crate::catalog::{Artefact, Catalog, CatalogError, SqliteCatalog};
 use crate::config::Config;
@@ -18,10 +20,13 @@ use crate::connection::{Shutdown, accept};
 use crate::content_hash::ContentHash;
 use crate::derive::Derivations;
 use crate::error::ServiceError;
+use crate::intake::Receiving;
 use crate::memory::MemoryBudget;
 use crate::metrics::Metrics;
+use crate::namespace::{NamespaceError, Namespaces};
 use crate::routes;
 use crate::symbols::Indexes;
+use crate::tls::{Tls, TlsError};
 use crate::upstream::{Upstreams, UpstreamsError};
 
 /// How long answers under way may take to finish at a stop, in seconds. Their clients are then reset and try
@@ -34,9 +39,21 @@ pub enum StartError {
     /// Everyone on the network could write.
     #[error(
         "{0} is not a loopback address, and without a token everyone there could upload: \
-         give --token-file FILE, or listen on 127.0.0.1"
+         give --token-file FILE, make a token with `windlassd token create`, or listen on 127.0.0.1"
     )]
     OpenWithoutToken(SocketAddr),
+    /// Nobody could read.
+    #[error(
+        "with --private reads need a token, and there is none: give --token-file FILE, or make one with \
+         `windlassd token create`"
+    )]
+    PrivateWithoutToken,
+    /// The order of trust.
+    #[error("--namespaces: {0}")]
+    Namespaces(#[from] NamespaceError),
+    /// The certificate.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A token that no client could send.
     #[error("the token is empty or not printable ASCII")]
     Token,
@@ -72,11 +89,17 @@ pub struct App {
     catalog: Arc<dyn Catalog>,
     pub(crate) blobs: BlobStore,
     pub(crate) access: Access,
+    pub(crate) namespaces: Namespaces,
+    pub(crate) audit: Audit,
     pub(crate) upstreams: Upstreams,
     pub(crate) derivations: Derivations,
     pub(crate) indexes: Indexes,
     pub(crate) metrics: Metrics,
     pub(crate) max_upload_bytes: u64,
+    /// Uploads being decoded.
+    pub(crate) receiving: Receiving,
+    /// Uploads being checked at once: twice as many as there are processors. Each may hold 30 MiB of headers.
+    pub(crate) checking: Semaphore,
     /// Compilations and conversions at once: as many as there are processors.
     pub(crate) compute: Semaphore,
     /// Memory of requests being decoded.
@@ -97,22 +120,24 @@ impl App {
                 .expect("a canonical path is absolute")
                 .into(),
         };
-        let catalog = match &config.catalog {
-            Some(url) => SqliteCatalog::open_url(url)?,
-            None => SqliteCatalog::open(&data.join("catalog.sqlite"))?,
-        };
+        let catalog = open_catalog(config, &data)?;
         // An empty catalog has nothing to miss: it is the first start, or the first before an upload.
         let expected = if catalog.blobs(None, 1)?.is_empty() { Expected::New } else { Expected::Marked };
+        let has_tokens = !catalog.tokens()?.is_empty();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
-            catalog: Arc::new(catalog),
+            catalog,
             blobs: BlobStore::open(&storage, scratch, expected).await?,
-            access: Access::new(config.token.as_deref()),
+            access: Access::new(config, has_tokens),
+            namespaces: Namespaces::new(&config.namespaces)?,
+            audit: Audit::new(config.audit_days),
             upstreams: Upstreams::new(&config.upstreams)?,
             derivations: Derivations::default(),
             indexes: Indexes::default(),
             metrics: Metrics::default(),
             max_upload_bytes: config.max_upload_bytes,
+            receiving: Receiving::default(),
+            checking: Semaphore::new(2 * processors),
             compute: Semaphore::new(processors),
             decoding: MemoryBudget::for_decoding(),
             merging: MemoryBudget::for_merging(),
@@ -128,15 +153,16 @@ impl App {
         Ok(tokio::task::spawn_blocking(move || call(&*catalog)).await??)
     }
 
-    /// The artefact of this name.
+    /// The artefact of this name that is trusted most.
     pub(crate) async fn artefact(
         &self,
         id: BuildId,
         kind: ArtefactKind,
         path: &str,
     ) -> Result<Option<Artefact>, ServiceError> {
-        let path = path.to_owned();
-        self.catalog(move |catalog| catalog.artefact(id, kind, &path)).await
+        let asked = path.to_owned();
+        let versions = self.catalog(move |catalog| catalog.versions(id, kind, &asked)).await?;
+        Ok(self.namespaces.most_trusted(versions, path))
     }
 
     /// The artefact of this kind, if its content can be read.
@@ -166,6 +192,14 @@ impl App {
     }
 }
 
+/// Opens the catalog that `config` names; `data` is the data folder.
+pub(crate) fn open_catalog(config: &Config, data: &Path) -> Result<Arc<dyn Catalog>, CatalogError> {
+    Ok(Arc::new(match &config.catalog {
+        Some(url) => SqliteCatalog::open_url(url)?,
+        None => SqliteCatalog::open(&data.join("catalog.sqlite"))?,
+    }))
+}
+
 /// Seconds since 1970.
 pub(crate) fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
@@ -176,27 +210,45 @@ pub struct Service {
     address: SocketAddr,
     shutdown: Shutdown,
     tracker: TaskTracker,
+    tls: Option<Arc<Tls>>,
 }
 
 /// Starts the service: when this returns, it answers.
 pub async fn start(config: Config) -> Result<Service, StartError> {
-    match &config.token {
-        None if !config.listen.ip().is_loopback() => return Err(StartError::OpenWithoutToken(config.listen)),
-        Some(token)
-            if token.trim().is_empty() || !token.trim().bytes().all(|byte| byte.is_ascii_graphic()) =>
-        {
-            return Err(StartError::Token);
-        }
-        _ => {}
+    let is_token = |token: &str| !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic());
+    if config.token.as_deref().is_some_and(|token| !is_token(token.trim())) {
+        return Err(StartError::Token);
     }
+    let tls = config.tls.clone().map(Tls::open).transpose()?.map(Arc::new);
     let listen = |error| StartError::Listen { address: config.listen, error };
     let app = Arc::new(App::open(&config).await?);
+    require_token(&config, &app)?;
+    audit::trim(&app);
     let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     let (shutdown, tracker) = (Shutdown::default(), TaskTracker::new());
-    tracker.spawn(accept(listener, routes::router(app), shutdown.clone(), tracker.clone()));
-    tracing::info!("listening on http://{address}");
-    Ok(Service { address, shutdown, tracker })
+    tracker.spawn(accept(listener, routes::router(app), tls.clone(), shutdown.clone(), tracker.clone()));
+    let service = Service { address, shutdown, tracker, tls };
+    tracing::info!("listening on {}", service.url());
+    if service.tls.is_none() && !address.ip().is_loopback() {
+        tracing::warn!(
+            "tokens and contents go unencrypted, unless a proxy in front has TLS: --tls-cert, --tls-key"
+        );
+    }
+    Ok(service)
+}
+
+/// Where a token is needed, there must be one. Revoked ones count: after the last was revoked, a restart still succeeds.
+fn require_token(config: &Config, app: &App) -> Result<(), StartError> {
+    let is_reachable = !config.listen.ip().is_loopback();
+    if config.token.is_some() || !(is_reachable || config.private) || !app.catalog.tokens()?.is_empty() {
+        return Ok(());
+    }
+    Err(if is_reachable {
+        StartError::OpenWithoutToken(config.listen)
+    } else {
+        StartError::PrivateWithoutToken
+    })
 }
 
 impl Service {
@@ -207,7 +259,13 @@ impl Service {
 
     /// Its base URL, without a slash at the end.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
+    }
+
+    /// Reads certificate and key again, for connections from now on. On failure the old ones stay.
+    pub fn reload_tls(&self) -> Result<(), TlsError> {
+        self.tls.as_ref().map_or(Ok(()), |tls| tls.reload())
     }
 
     /// Stops: finishes answers under way for up to ten seconds, resets the others. Whatever was acknowledged

@@ -19,12 +19,15 @@ use reqwest::Url;
 use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 
+use crate::catalog::Writer;
 use crate::delivery::FILE_HEADER;
 use crate::error::ServiceError;
 use crate::flight::Flights;
 use crate::intake::receive;
+use crate::namespace::Namespace;
 use crate::service::{App, now_s};
-use crate::upload::{Origin, base_name, store};
+use crate::storing::{Name, Origin, store};
+use crate::upload::base_name;
 
 /// How long an upstream may take to begin its answer: well under the client's 90 s, with two retries.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -216,7 +219,7 @@ async fn ask_all(
         let stored = match answer {
             Ok(None) => continue,
             Ok(Some((number, response))) => {
-                let taken = take(app, id, kind, response).await;
+                let taken = take(app, number, id, kind, response).await;
                 judge(app, number, (id, kind), &taken);
                 taken
             }
@@ -291,6 +294,7 @@ async fn ask(
 
 async fn take(
     app: &Arc<App>,
+    number: usize,
     id: BuildId,
     kind: ArtefactKind,
     response: reqwest::Response,
@@ -306,6 +310,9 @@ async fn take(
     let mut body = response.bytes_stream();
     let sink = app.blobs.scratch_file()?;
     let received = receive(&HeaderMap::new(), &mut body, sink, app.max_upload_bytes).await?;
-    store(app, id, kind, String::new(), received, Origin { file_name, modified_s }).await?;
+    let name = Name { build_id: id, kind, path: String::new(), namespace: Namespace::upstream() };
+    let writer =
+        Writer { token: format!("upstream:{}", app.upstreams.servers[number].base), peer: String::new() };
+    store(app, name, received, Origin { file_name, modified_s, writer }).await?;
     Ok(())
 }

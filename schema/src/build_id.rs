@@ -15,10 +15,11 @@ pub const MAX_BUILD_ID_BYTES: usize = 64;
 ///
 /// ```
 /// # use windlass_schema::BuildId;
-/// let id: BuildId = "6be6a8c1".parse().unwrap();
+/// let id: BuildId = "6be6a8c1".parse()?;
 /// assert_eq!(id.as_bytes(), [0x6b, 0xe6, 0xa8, 0xc1]);
 /// assert_eq!(id.to_string(), "6be6a8c1");
 /// assert!("6BE6".parse::<BuildId>().is_err(), "upper case is another spelling, not another id");
+/// # Ok::<(), windlass_schema::BuildIdError>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BuildId {

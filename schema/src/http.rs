@@ -24,12 +24,24 @@ pub enum ArtefactKind {
     Kallsyms,
     /// Functions that a just-in-time compiler made, under an ID of their own: see [`crate::perf_map`].
     PerfMap,
+    /// Split DWARF of all units of an image: a `.dwp` file.
+    Dwp,
+    /// Split DWARF of some units: a `.dwo` file, named by the ID of its unit as 16 hex digits.
+    Dwo,
 }
 
 impl ArtefactKind {
     /// Every kind.
-    pub const ALL: &[Self] =
-        &[Self::Debuginfo, Self::Executable, Self::Source, Self::Skeleton, Self::Kallsyms, Self::PerfMap];
+    pub const ALL: &[Self] = &[
+        Self::Debuginfo,
+        Self::Executable,
+        Self::Source,
+        Self::Skeleton,
+        Self::Kallsyms,
+        Self::PerfMap,
+        Self::Dwp,
+        Self::Dwo,
+    ];
 
     /// The name in paths and JSON.
     pub const fn as_str(self) -> &'static str {
@@ -40,6 +52,8 @@ impl ArtefactKind {
             Self::Skeleton => "skeleton",
             Self::Kallsyms => "kallsyms",
             Self::PerfMap => "perfmap",
+            Self::Dwp => "dwp",
+            Self::Dwo => "dwo",
         }
     }
 }
@@ -75,6 +89,45 @@ pub const UNWIND_WIRE_TYPE: &str = "application/vnd.windlass.unwind-wire";
 pub const SHA256_HEADER: &str = "x-windlass-sha256";
 /// Header of an upload: the file's base name, percent-encoded, for `X-DEBUGINFOD-FILE`. Optional.
 pub const FILE_NAME_HEADER: &str = "x-windlass-file";
+/// Header of an upload, and of the question what is missing: the namespace. Optional.
+pub const NAMESPACE_HEADER: &str = "x-windlass-namespace";
+/// Header of an upload in parts (draft-ietf-httpbis-resumable-upload): where the part begins, or how much is there, in
+/// decoded bytes.
+pub const UPLOAD_OFFSET_HEADER: &str = "upload-offset";
+/// Header of an upload in parts: size of the whole in decoded bytes.
+pub const UPLOAD_LENGTH_HEADER: &str = "upload-length";
+/// Header of an upload in parts: `?1` with the last part and when all is there, else `?0`.
+pub const UPLOAD_COMPLETE_HEADER: &str = "upload-complete";
+/// Header of an upload in parts: its limits, as `max-size=..., min-append-size=..., max-append-size=..., max-age=...`.
+pub const UPLOAD_LIMIT_HEADER: &str = "upload-limit";
+
+/// What an ELF file has to name code with, poorest first: the best there is with data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Brings {
+    /// None of the others.
+    Nothing,
+    /// `.dynsym`.
+    Dynsym,
+    /// `.symtab`.
+    Symtab,
+    /// `.debug_line`.
+    LineTable,
+    /// `.debug_info`.
+    DebugInfo,
+}
+
+impl fmt::Display for Brings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => "no names",
+            Self::Dynsym => "dynamic symbols",
+            Self::Symtab => "a symbol table",
+            Self::LineTable => "a line table",
+            Self::DebugInfo => "debug_info",
+        })
+    }
+}
 
 /// `POST /api/v1/missing`: which of these does the service lack?
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,20 +146,23 @@ pub struct ArtefactName {
     pub build_id: BuildId,
     /// What of it.
     pub kind: ArtefactKind,
-    /// For sources: the path.
+    /// For sources: the path; for split DWARF of a unit: its ID.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// SHA-256 of the asker's content, lower-case hex.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
+    /// What the asker's content brings: other content that brings less counts as missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub brings: Option<Brings>,
 }
 
 /// Answer to a [`MissingRequest`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MissingResponse {
-    /// Those that the service does not have, as they were named.
+    /// Those that the service does not have, or has with other content that brings less, as they were named.
     pub missing: Vec<ArtefactName>,
-    /// Those that it has with another SHA-256 than the one named.
+    /// Those that it has with another SHA-256 than the one named, which it keeps.
     pub differing: Vec<ArtefactName>,
 }
 
@@ -121,6 +177,9 @@ pub struct Stored {
     pub sha256: String,
     /// Size of the content in bytes.
     pub size_bytes: u64,
+    /// SHA-256 of the poorer content whose place it took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced: Option<String>,
 }
 
 /// Body of every answer with status 4xx or 5xx under `/api/`.

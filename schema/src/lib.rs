@@ -8,6 +8,8 @@
 //! - [`rule`] and [`record`]: how to step from a frame to its caller, as meaning and as 8 bytes
 //! - [`page`] and [`table`]: the unwind-table format, its search and its reader
 //! - [`stop`]: why a walk ended
+//! - [`wide_code`]: which code without CFI is looked at for frame pointers
+//! - [`coroutines`]: where stacks of libc's coroutines end is told from what
 //! - [`maps`]: layouts and limits of the BPF maps
 //! - `file_id` (feature `std`): the name of an image without a build-ID note
 //! - `kernel_module` (feature `std`): where the code of a kernel module is
@@ -19,6 +21,7 @@
 pub mod address;
 pub mod architecture;
 pub mod build_id;
+pub mod coroutines;
 #[cfg(feature = "std")]
 pub mod file_id;
 #[cfg(feature = "std")]
@@ -42,6 +45,7 @@ pub mod table;
 pub mod table_file;
 #[cfg(feature = "std")]
 pub mod table_writer;
+pub mod wide_code;
 #[cfg(feature = "std")]
 pub mod wire;
 

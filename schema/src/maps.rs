@@ -138,6 +138,8 @@ pub mod no_table {
     pub const FRAME_POINTERS: Location = location(StopReason::FramePointer);
     /// The location of code of a JIT compiler that does so.
     pub const JIT_FRAME_POINTERS: Location = Location(BASE + u8::MAX as u32);
+    /// The location of code in a process that has such a compiler, which may as well be of another.
+    pub const ANY_JIT_FRAME_POINTERS: Location = Location(BASE + u8::MAX as u32 - 1);
 
     /// The location that says why there is no table.
     pub const fn location(reason: StopReason) -> Location {
@@ -158,6 +160,7 @@ pub mod no_table {
             code if code == StopReason::NoCfi as u32 => StopReason::NoCfi,
             code if code == StopReason::FramePointer as u32 => StopReason::FramePointer,
             code if code == JIT_FRAME_POINTERS.0 - BASE => StopReason::FramePointer,
+            code if code == ANY_JIT_FRAME_POINTERS.0 - BASE => StopReason::FramePointer,
             _ => StopReason::TableUnavailable,
         })
     }

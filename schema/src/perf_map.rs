@@ -45,9 +45,10 @@ pub struct PerfMapLine<'a> {
 ///
 /// ```
 /// # use windlass_schema::perf_map::parse_line;
-/// let line = parse_line(b"1000 20 f (x) a.js:1").unwrap();
+/// let line = parse_line(b"1000 20 f (x) a.js:1").ok_or("not a line of a perf map")?;
 /// assert_eq!((line.start, line.end, line.name), (0x1000, 0x1020, &b"f (x) a.js:1"[..]));
 /// assert!(parse_line(b"1000 0 empty").is_none());
+/// # Ok::<(), &str>(())
 /// ```
 pub fn parse_line(line: &[u8]) -> Option<PerfMapLine<'_>> {
     let (start, rest) = number(line)?;

@@ -66,11 +66,24 @@ fn budget_bytes(file_bytes: usize) -> u64 {
 impl<'a> DebugSections<'a> {
     /// Those of `image`.
     pub(crate) fn load(image: &Image<'a>) -> Result<Self, OverBudget> {
+        Self::load_named(image, |id| Some(id.name()))
+    }
+
+    /// Those of split units in `image`, a `.dwo` or `.dwp` file.
+    pub(crate) fn load_split(image: &Image<'a>) -> Result<Self, OverBudget> {
+        Self::load_named(image, SectionId::dwo_name)
+    }
+
+    fn load_named(
+        image: &Image<'a>,
+        name: impl Fn(SectionId) -> Option<&'static str>,
+    ) -> Result<Self, OverBudget> {
         let file = &image.file;
+        let section_of = |id| name(id).and_then(|name| file.section_by_name(name));
         let mut complete = true;
         let mut stored = Vec::new();
         for id in SECTIONS {
-            match file.section_by_name(id.name()).map(|section| section.compressed_data()) {
+            match section_of(id).map(|section| section.compressed_data()) {
                 Some(Ok(data)) => stored.push((id, data)),
                 Some(Err(_)) => complete = false,
                 None => {}
@@ -79,7 +92,7 @@ impl<'a> DebugSections<'a> {
         let (mut sections, decompressed) = decompress(stored, budget_bytes(image.bytes))?;
         if file.kind() == ObjectKind::Relocatable {
             for (id, data) in &mut sections {
-                let section = file.section_by_name(id.name());
+                let section = section_of(*id);
                 complete &= section.is_some_and(|it| relocate(file, &image.placement, &it, data.to_mut()));
             }
         }

@@ -142,7 +142,7 @@ pub(crate) fn lookup(symcache: &[u8], address: u64) -> Option<Vec<DwarfFrame<'_>
 }
 
 /// Runs `work` on input that may be damaged; none if it panics.
-fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
+pub(crate) fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
     // All that `work` changes is dropped with it.
     catch_unwind(AssertUnwindSafe(work)).ok()
 }

@@ -41,9 +41,10 @@ pub struct Contents {
 ///
 /// ```
 /// # use windlass_symbol_index::describe;
-/// let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
-/// assert!(describe(&own).unwrap().unwind);
+/// let own = std::fs::read(std::env::current_exe()?)?;
+/// assert!(describe(&own)?.unwind);
 /// assert!(describe(b"#!/bin/sh").is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn describe(elf: &[u8]) -> Result<Contents, ElfError> {
     let file = parse(elf)?;

@@ -36,7 +36,7 @@ pub struct Frame<'a> {
 /// let kallsyms = b"ffffffff81000000 T startup_64\nffffffff81000040 T secondary_startup_64\n";
 /// let bytes = build(Input { kallsyms: Some(kallsyms), ..Input::default() })?;
 /// let index = Index::parse(&bytes)?;
-/// let frames = index.lookup(ImageAddress::new(0xffff_ffff_8100_0004)).unwrap();
+/// let frames = index.lookup(ImageAddress::new(0xffff_ffff_8100_0004)).map_err(|why| format!("{why:?}"))?;
 /// assert_eq!(frames[0].function, "startup_64");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

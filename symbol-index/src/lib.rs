@@ -9,6 +9,8 @@
 //! - `debug_sections`: DWARF's sections, decompressed within bounds
 //! - `dwarf`: functions, inlined calls and lines; `die_tree`: what has to hold before; `line_only`: lines of code
 //!   that no function describes
+//! - `source_names`: which files the line tables name ([`named_sources`]); `split_units`: which units are in files of
+//!   their own ([`split_units`], [`split_unit_ids`])
 //! - `elf_symbols`, `kallsyms`, `perf_map`: functions by name only; `symbol`: which of several names counts
 //! - `call_frames`: extents of functions that have no name; `range`: lists of such extents
 //! - `symbol_table`, `extent_table`: names and extents as sorted tables of bytes
@@ -31,6 +33,8 @@ mod name;
 mod perf_map;
 mod range;
 mod relocatable;
+mod source_names;
+mod split_units;
 mod symbol;
 mod symbol_table;
 
@@ -38,3 +42,5 @@ pub use build::{BuildError, Input, build};
 pub use container::{FORMAT_VERSION, IndexError};
 pub use elf::{Contents, ElfError, describe};
 pub use index::{Frame, Index};
+pub use source_names::{NamedSource, named_sources};
+pub use split_units::{SplitUnit, split_unit_ids, split_units};

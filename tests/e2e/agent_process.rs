@@ -22,7 +22,7 @@ use windlass_workload::ELF;
 const CAP_PERFMON: u32 = 38;
 const CAP_BPF: u32 = 39;
 /// Longest wait for anything.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 /// `BPF_PROG_GET_NEXT_ID` of bpf(2).
 const PROG_GET_NEXT_ID: libc::c_long = 11;
 const FREQUENCY_HZ: &str = "199";
@@ -77,6 +77,20 @@ impl AgentProcess {
             move || lines.map_while(Result::ok).for_each(|line| log.lock().expect("no panic").push(line))
         });
         Self { child, log }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks it to end.
+    pub(crate) fn terminate(&self) {
+        // SAFETY: the call takes numbers alone, and the child is not waited for yet.
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a child can be waited for").is_none()
     }
 
     pub(crate) fn log(&self) -> String {

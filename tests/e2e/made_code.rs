@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use windlass_agent::BackendChoice;
 use windlass_schema::http::ArtefactKind;
@@ -15,9 +16,9 @@ use crate::live::profile_process;
 use crate::mixed_stacks::Running;
 
 /// What profiles show as the file of made code.
-const MADE: &str = "[jit]";
+pub(crate) const MADE: &str = "[jit]";
 /// Fewest samples of each function that a test waits for; each has a fifth of the time or more.
-const MIN_SAMPLES: i64 = 10;
+pub(crate) const MIN_SAMPLES: i64 = 10;
 
 /// Samples of stacks in which some frame of made code fits.
 fn samples_of(stacks: &[Stack], fits: impl Fn(&Frame) -> bool) -> i64 {
@@ -70,6 +71,61 @@ async fn javascript_by_perf_map() {
         let later = frames(stack).into_iter().skip(1);
         assert!(!later.clone().any(|is_busy_loop| is_busy_loop), "{stack:#?}");
     }
+    service.stop().await;
+}
+
+/// How long a JVM may take to start and to compile two methods.
+const MAX_START: Duration = Duration::from_secs(60);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn java_by_perf_map() {
+    let test = "made_code::java_by_perf_map";
+    let (Some(java), Some(compiler)) = (program(test, "java"), program(test, "javac")) else { return };
+    let Some(command) = program(test, "jcmd") else { return };
+    if !may_use_bpf(test) {
+        return;
+    }
+    let service = TestService::start().await;
+    let source = service.folder().join("Deep.java");
+    let text = "public class Deep { \
+        static int busy() { int s = 0; for (int i = 0; i < 1000000; i++) s = s * 31 + i; return s; } \
+        static int outer(int depth) { return depth > 0 ? outer(depth - 1) + 1 : busy(); } \
+        public static void main(String[] a) { int s = 0; for (;;) s += outer(5); } }";
+    std::fs::write(&source, text).expect("the source");
+    run(Command::new(compiler).arg("-d").args([service.folder(), &source]), &[0]);
+    let mut start = Command::new(java);
+    // Both are compiled before they run, as functions of their own.
+    start.args(["-XX:+PreserveFramePointer", "-Xcomp", "-XX:TieredStopAtLevel=1", "-XX:-Inline"]);
+    start.args(["-XX:CompileCommand=quiet", "-XX:CompileCommand=compileonly,Deep::*", "-XX:+UseSerialGC"]);
+    let running = Running::start(start.arg("-cp").arg(service.folder()).arg("Deep"));
+    let pid = running.id();
+    let (map, until) = (format!("/tmp/perf-{pid}.map"), Instant::now() + MAX_START);
+    // Until the JVM listens, this fails.
+    let is_written = || {
+        let _ = Command::new(&command).args([&pid.to_string(), "Compiler.perfmap"]).output();
+        std::fs::read_to_string(&map)
+            .is_ok_and(|map| map.contains("Deep.busy()") && map.contains("Deep.outer(int)"))
+    };
+    while !is_written() {
+        assert!(Instant::now() < until, "{:?}", std::fs::read_to_string(&map));
+    }
+    let stacks = profile_process(&service, pid, BackendChoice::Bpf).await;
+    drop(running);
+    std::fs::remove_file(&map).expect("the JVM wrote it");
+    // One calls the other, six times in all, and is called by what is called once.
+    let chain = |stack: &Stack| {
+        let names =
+            stack.frames.iter().filter(|frame| frame.image == MADE && frame.function.contains("Deep."));
+        names.map(|frame| frame.function.contains("busy")).collect::<Vec<_>>()
+    };
+    for stack in &stacks {
+        assert!(!chain(stack).into_iter().skip(1).any(|is_busy| is_busy), "{stack:#?}");
+    }
+    let whole = total(stacks.iter().filter(|stack| {
+        let outer = chain(stack).into_iter().skip(1).filter(|is_busy| !is_busy).count();
+        stack.is_complete() && chain(stack).first() == Some(&true) && outer == 6 + 1
+    }));
+    assert!(whole >= MIN_SAMPLES, "{whole}\n{stacks:#?}");
     service.stop().await;
 }
 

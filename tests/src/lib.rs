@@ -9,12 +9,16 @@
 //! - [`program`]: programs that tests call, ours and others
 //! - [`service`]: a service on embedded storage, in this process
 //! - [`workload`]: the bundled program with known stacks, running
+//! - [`silent_files`]: a file system that does not answer
+//! - [`held_memory`]: a process whose memory nobody may read
 //! - [`stacks`]: a profile as stacks of named frames
 //! - [`fuzz_targets`]: the decoders, as functions that must survive any bytes
 
 pub mod fuzz_targets;
+pub mod held_memory;
 pub mod program;
 pub mod service;
+pub mod silent_files;
 pub mod skip;
 pub mod stacks;
 pub mod workload;

@@ -17,6 +17,18 @@ pub fn program(test: &str, name: &str) -> Option<PathBuf> {
     found
 }
 
+/// The folder with the packages for Python that `tests/programs/requirements.txt` names; if `name` is missing, `test` is skipped.
+#[track_caller]
+pub fn package_of_python(test: &str, name: &str) -> Option<PathBuf> {
+    // xtask/src/programs.rs installs them.
+    let folder = checkout().join("target/python-packages");
+    let is_there = folder.join(name).is_dir();
+    if !is_there {
+        skip(test, &format!("Python's package {name} is not installed: cargo xtask test does that"));
+    }
+    is_there.then_some(folder)
+}
+
 /// A command of our own: `windlass` or one of the daemons, as cargo builds them.
 ///
 /// # Panics

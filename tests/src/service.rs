@@ -69,14 +69,34 @@ impl TestService {
     /// # Panics
     /// When there is none, or it is no gzipped pprof.
     pub async fn profile_since(&self, from: SystemTime) -> Profile {
+        self.try_profile_since(from).await.expect("profiles")
+    }
+
+    /// The same; `None` if there is none.
+    ///
+    /// # Panics
+    /// When the service does not answer, or with something that is no gzipped pprof.
+    pub async fn try_profile_since(&self, from: SystemTime) -> Option<Profile> {
+        self.try_profile(from, "").await
+    }
+
+    /// The same of one instance of a service, by its `service.instance.id`.
+    ///
+    /// # Panics
+    /// As [`Self::try_profile_since`].
+    pub async fn try_profile_of(&self, instance: &str, from: SystemTime) -> Option<Profile> {
+        self.try_profile(from, &format!("&instance={instance}")).await
+    }
+
+    async fn try_profile(&self, from: SystemTime, selection: &str) -> Option<Profile> {
         let nanoseconds =
             |at: SystemTime| at.duration_since(UNIX_EPOCH).expect("clock after 1970").as_nanos();
         let end = SystemTime::now() + Duration::from_secs(1);
         let (start, end) = (nanoseconds(from), nanoseconds(end));
-        let url = format!("{}/api/v1/profiles?start={start}&end={end}", self.url());
+        let url = format!("{}/api/v1/profiles?start={start}&end={end}{selection}", self.url());
         let response = self.client.get(&url).send().await.expect("the service answers");
-        let response = response.error_for_status().expect("profiles");
-        decode(&response.bytes().await.expect("the whole body"))
+        let response = response.error_for_status().ok()?;
+        Some(decode(&response.bytes().await.expect("the whole body")))
     }
 }
 

@@ -15,6 +15,13 @@ const SIGNAL_RETURNS: [&[u8]; 2] =
 const LONGEST_SIGNAL_RETURN: u64 = 9;
 /// Functions that are returned to without having called.
 const FIRST: [&str; 1] = ["runtime.goexit"];
+/// What the first function of a coroutine returns to, which no call is in front of: `mov %rbx, %rsp; mov (%rsp), %rdi` (glibc's
+/// sysdeps/unix/sysv/linux/x86_64/__start_context.S).
+const COROUTINE_END: [u8; 7] = [0x48, 0x89, 0xdc, 0x48, 0x8b, 0x3c, 0x24];
+/// Frames around libgcc's unwinder that may be where no call is: its caller's, when it has put what another function saved in place
+/// of its own, those between, and the one whose landing pad is in place of its return address (uw_install_context,
+/// libgcc/unwind-dw2.c).
+const INSTALLED: usize = 3;
 /// Most bytes of a call of a register or of memory.
 const LONGEST_CALL: u64 = 8;
 
@@ -30,20 +37,24 @@ impl<'a> Images<'a> {
     }
 
     /// Whether all frames of a stack but the innermost are behind a call, or what a signal interrupted, or
-    /// where the unwinder of exceptions returns to, or one of [`FIRST`]; that at which a walk was cut short is not
-    /// looked at. Of an image whose file is not there nothing is said.
+    /// where the unwinder of exceptions returns to, or one of [`FIRST`], or [`COROUTINE_END`]; that at which a walk was cut short is not
+    /// looked at. Of an image whose file is not there nothing is said. Of the [`INSTALLED`]
+    /// frames around the unwinder nothing is said either.
     pub(crate) fn returns_behind_calls(&mut self, stack: &Stack) -> bool {
-        let mut interrupted = true;
+        let mut unjudged = 1;
         let count = stack.frames.len() - usize::from(!stack.is_complete() && !stack.frames.is_empty());
         stack.frames[..count].iter().all(|frame| {
-            let was_interrupted = interrupted;
-            let is_unwinder = frame.function.starts_with("_Unwind_");
-            // An inlined function is where the one around it is.
-            interrupted = self.is_signal_return(frame, was_interrupted)
-                || is_unwinder
-                || was_interrupted && frame.inlined;
-            let is_first = FIRST.contains(&frame.function.as_str());
-            was_interrupted || interrupted || is_first || self.is_behind_call(frame).unwrap_or(true)
+            let is_judged = unjudged == 0;
+            unjudged = match frame.function.starts_with("_Unwind_") {
+                true => INSTALLED,
+                // An inlined function is where the one around it is.
+                false if self.is_signal_return(frame, !is_judged) || !is_judged && frame.inlined => {
+                    unjudged.max(1)
+                }
+                false => unjudged.saturating_sub(1),
+            };
+            let is_first = FIRST.contains(&frame.function.as_str()) || self.is_coroutine_end(frame);
+            !is_judged || unjudged > 0 || is_first || self.is_behind_call(frame).unwrap_or(true)
         })
     }
 
@@ -70,6 +81,12 @@ impl<'a> Images<'a> {
         let first = LONGEST_SIGNAL_RETURN as usize;
         let mut starts = if interrupted { 0..first + 2 } else { first..first + 2 };
         starts.any(|start| SIGNAL_RETURNS.iter().any(|code| bytes[start..].starts_with(code)))
+    }
+
+    /// The address is lowered into the padding in front of it.
+    fn is_coroutine_end(&mut self, frame: &Frame) -> bool {
+        let bytes = self.bytes(frame, 0, 1 + COROUTINE_END.len() as u64);
+        bytes.is_some_and(|bytes| bytes[1..] == COROUTINE_END)
     }
 
     /// The address is lowered into the call: the byte behind it is the return address.

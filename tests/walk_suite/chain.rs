@@ -85,11 +85,18 @@ impl Which {
             Self::In(images) => images.iter().any(|image| is_in(image)),
             Self::Any(kinds) => kinds.iter().any(|kind| match kind {
                 Of::Function(name) => named(name),
-                Of::Under(path) => frame.function.trim_start_matches('<').starts_with(path),
+                Of::Under(path) => is_under(&frame.function, path),
                 Of::Image(image) => is_in(image),
             }),
         }
     }
+}
+
+/// Whether a function is of the module at `path`, or of one for each type (`<T as core::any::Any>::type_id`).
+fn is_under(function: &str, path: &str) -> bool {
+    let name = function.trim_start_matches('<');
+    let of_each = name.split_once(" as ").filter(|(of, _)| of.len() == 1);
+    name.starts_with(path) || of_each.is_some_and(|(_, of)| of.starts_with(path))
 }
 
 /// The name of a file without its folder.

@@ -3,11 +3,13 @@
 //! An unwinder that is tried on the programs at hand is right about the programs at hand. Each row here is a program
 //! that does one thing which walks are known to fail at, with every stack that it can have. One agent samples all of
 //! them while they run together; then no complete stack may be another than those, no walk may end without its reason,
-//! and what ends early must be what the row says ends early.
+//! what ends early must be what the row says ends early, and no step of a walk that is audited may disagree with CFI.
 
+mod audited;
 mod calls;
 mod chain;
 mod launch;
+mod page;
 mod report;
 mod room;
 mod row;
@@ -16,6 +18,7 @@ mod table;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::Mutex;
+use windlass_agent::audit::AuditReport;
 use windlass_agent::{Agent, Config};
 use windlass_schema::StopReason;
 use windlass_schema::http::ArtefactKind;
@@ -52,9 +55,11 @@ fn without_kernel(mut stack: Stack) -> Stack {
     stack
 }
 
-/// Whether the agent knows the program: a walk did not end for want of what is on its way.
-fn is_known(stack: &Stack) -> bool {
-    !matches!(stack.stop, None | Some(StopReason::ProcessUnknown | StopReason::TablePending))
+/// Whether the agent knows the program: a walk did not end for want of what is on its way, and no table still is.
+fn is_known(stacks: &[Stack]) -> bool {
+    let is_pending = |stack: &Stack| stack.stop == Some(StopReason::TablePending);
+    let knows = |stack: &Stack| !is_pending(stack) && stack.stop != Some(StopReason::ProcessUnknown);
+    stacks.iter().any(knows) && !stacks.iter().any(is_pending)
 }
 
 /// How the programs are to be sampled.
@@ -68,9 +73,9 @@ fn config(service: &TestService) -> Config {
     config
 }
 
-/// Samples the programs until each was seen often enough.
-async fn record(service: &TestService, programs: &[Running]) -> Vec<Stack> {
-    let config = config(service);
+/// Samples the programs until each was seen often enough, and audits some of the walks.
+async fn record(service: &TestService, programs: &[Running]) -> (Vec<Stack>, AuditReport) {
+    let config = Config { audit: Some(audited::EVERY), ..config(service) };
     let agent = tokio::task::spawn_blocking(move || Agent::start(config))
         .await
         .expect("the agent's start does not panic")
@@ -79,7 +84,7 @@ async fn record(service: &TestService, programs: &[Running]) -> Vec<Stack> {
     loop {
         tokio::time::sleep(SHIP_INTERVAL).await;
         let seen = stacks(&service.profile_since(SystemTime::now() - 3 * SHIP_INTERVAL).await);
-        let all_known = programs.iter().all(|program| samples_of(program, &seen).iter().any(is_known));
+        let all_known = programs.iter().all(|program| is_known(&samples_of(program, &seen)));
         if all_known || start.elapsed() > PATIENCE {
             break;
         }
@@ -93,11 +98,11 @@ async fn record(service: &TestService, programs: &[Running]) -> Vec<Stack> {
             break;
         }
     }
-    tokio::task::spawn_blocking(move || agent.stop())
+    let summary = tokio::task::spawn_blocking(move || agent.stop())
         .await
         .expect("the agent's end does not panic")
         .expect("the agent ends");
-    stacks(&service.profile_since(from).await)
+    (stacks(&service.profile_since(from).await), summary.audit.expect("audits are on"))
 }
 
 /// Gives the service what was built.
@@ -122,7 +127,7 @@ async fn every_row_of_the_table() {
     let mut programs: Vec<Running> =
         rows.filter_map(|row| launch::start(test, row, service.folder())).collect();
     publish(&service, &programs).await;
-    let stacks = record(&service, &programs).await;
+    let (stacks, audit) = record(&service, &programs).await;
     let mut report = Report::default();
     for program in &mut programs {
         if !program.is_running() {
@@ -130,6 +135,6 @@ async fn every_row_of_the_table() {
         }
         report.add(program, &samples_of(program, &stacks));
     }
-    report.conclude();
+    report.conclude(audited::conclude(&audit, only.is_empty()), only.is_empty());
     service.stop().await;
 }

@@ -29,10 +29,11 @@ const MIN_COMPLETE: i64 = 20;
 
 /// Whether a walk may have ended so, beside as its row says.
 fn is_allowed(program: &Running, stop: Option<StopReason>) -> bool {
-    use StopReason::{MappingsChanged, NoMapping, ProcessUnknown, TableBudget, TablePending};
+    // Not `NoMapping`, which is where a walk by the wrong table ends.
+    use StopReason::{MappingsChanged, ProcessUnknown, TableBudget, TablePending};
     stop.is_some_and(|stop| {
         stop.is_complete()
-            || matches!(stop, TableBudget | TablePending | MappingsChanged | ProcessUnknown | NoMapping)
+            || matches!(stop, TableBudget | TablePending | MappingsChanged | ProcessUnknown)
             || program.row.stops.iter().any(|allowed| allowed.reason == stop)
     })
 }

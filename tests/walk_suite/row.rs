@@ -70,14 +70,27 @@ pub(crate) struct Stop {
 }
 
 /// Why a walk may end early.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Why {
     /// There is nothing more to walk, or it is not known to anyone; or it is more than the limit.
     Right,
-    /// The code has no CFI, and what it does to its frame is not recognised. What is left to do.
+    /// The code has no CFI, and what it does to its frame is not recognised; or it has some of what walks do not keep. What
+    /// is left to do.
     Unrecognised,
     /// The process, or what it has mapped, is younger than what the agent takes to learn of it.
     New,
+}
+
+impl Why {
+    pub(crate) const ALL: [Self; 3] = [Self::Right, Self::Unrecognised, Self::New];
+
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Right => "end where they have to",
+            Self::Unrecognised => "in code of which nothing is known",
+            Self::New => "of something new",
+        }
+    }
 }
 
 /// A row to start others from.

@@ -7,7 +7,7 @@ use windlass_schema::StopReason;
 use windlass_schema::maps::MAX_USER_FRAMES;
 
 use super::chain::Part::{self, Any, In, Is, Some, Times};
-use super::chain::{Chain, Of};
+use super::chain::{Chain, MANY, Of};
 use super::row::Program::Built;
 use super::row::{Need, PLAIN, Row, Start, Stop, Why};
 
@@ -53,17 +53,17 @@ const fn right(reason: StopReason, most: f64) -> Stop {
     Stop { reason, most, why: Why::Right }
 }
 
-/// Of processes that begin and end all the time.
+/// Of processes that begin and end all the time. On a machine that is busy with nothing else, each is under one in a hundred;
+/// what is new takes longer where the agent has to wait for a processor.
 const NEW: &[Stop] = &[
-    Stop { reason: StopReason::ProcessUnknown, most: 0.3, why: Why::New },
-    Stop { reason: StopReason::MappingsChanged, most: 0.2, why: Why::New },
-    Stop { reason: StopReason::NoMapping, most: 0.05, why: Why::New },
+    Stop { reason: StopReason::ProcessUnknown, most: 0.25, why: Why::New },
+    Stop { reason: StopReason::MappingsChanged, most: 0.15, why: Why::New },
+    Stop { reason: StopReason::NoMapping, most: 0.03, why: Why::New },
     // The memory of a process goes before its last sample.
     right(StopReason::StackRead, 0.05),
-    // The loader's first instructions, and libc's around `clone3`, have no CFI; a table made without the image's code does not
-    // know them.
-    Stop { reason: StopReason::NoCfi, most: 0.05, why: Why::Unrecognised },
-    // The loader's lazy binding has its CFA in rbx.
+    // Behind the system call of `clone3` parent and child have other frames at the same addresses, and so no CFI.
+    right(StopReason::NoCfi, 0.03),
+    // The loader's lazy binding has its CFA in rbx, which walks do not keep.
     Stop { reason: StopReason::RegisterUnknown, most: 0.01, why: Why::Unrecognised },
 ];
 
@@ -152,10 +152,23 @@ static ROWS: &[Row] = &[
                 MAIN,
             ),
             seldom(&[In(THROWING, 0, 16), Some(&["catcher", "catcher.cold"], 1, 1)], MAIN),
-            // libgcc has put the landing pad in place of its own return address, and not yet left the frames between
-            // (uw_install_context, libgcc/unwind-dw2.c).
-            seldom(&[In(THROWING, 2, 2), Is("catcher"), Some(&["level"], 0, 12), Is("catcher")], MAIN),
+            // The calls' entries in the program's linkage table.
+            seldom(&[Some(THROWING_CALLS, 1, 1), Is("thrower"), Times(&["level"], 12), Is("catcher")], MAIN),
+            seldom(
+                &[
+                    Some(THROWING_CALLS, 1, 1),
+                    Some(&["level.cold"], 0, 1),
+                    Some(&["level"], 0, 12),
+                    Some(&["catcher", "catcher.cold"], 1, 1),
+                ],
+                MAIN,
+            ),
+            // libgcc has put what the landing pad's function saved, and then the landing pad, in place of its own saved registers
+            // and return address, and not yet left the frames between (uw_install_context, libgcc/unwind-dw2.c): until then a
+            // frame is taken for that of another function, and any frame may be missing or there twice.
+            seldom(&[In(&["libgcc_s.so"], 1, 2), Some(INSTALLED, 1, 16)], MAIN),
         ],
+        stops: INSTALLING,
         ..PLAIN
     },
     Row {
@@ -184,6 +197,8 @@ static ROWS: &[Row] = &[
                 MAIN,
             ),
             seldom(&[Is("handler_spin"), Is("handler"), In(LIBC, 1, 1), Some(&["descend"], 0, 40)], MAIN),
+            // The kernel is about to put the registers back.
+            seldom(&[In(LIBC, 1, 1), Some(&["spin"], 0, 1), Some(&["descend"], 0, 40)], MAIN),
         ],
         ..SIGNALS
     },
@@ -197,8 +212,8 @@ static ROWS: &[Row] = &[
                 &[Is("handler_spin"), Is("handler"), In(LIBC, 1, 1), Is("spin"), Times(&["descend"], 40)],
                 MAIN,
             ),
-            // The next signal is let in when the handler is left.
-            seldom(&[Any(HANDLING, 2, 16), Some(&["spin"], 0, 1), Some(&["descend"], 0, 40)], MAIN),
+            // The next signal is let in while the handler is left, as often as there is one.
+            seldom(&[Any(HANDLING, 2, MANY), Some(&["spin"], 0, 1), Some(&["descend"], 0, 40)], MAIN),
             seldom(
                 &[
                     In(LIBC, 0, 4),
@@ -238,12 +253,10 @@ static ROWS: &[Row] = &[
             seldom(&[In(LIBC, 0, 2)], MAIN),
         ],
         stops: &[
-            // Behind the first function is the address of `__start_context`, and no call in front of it.
-            right(StopReason::NoCfi, 0.9),
             // glibc's CFI is not right about `swapcontext` once it is on the other stack.
-            right(StopReason::ZeroReturnAddress, 0.05),
-            right(StopReason::NoMapping, 0.05),
-            right(StopReason::NoAdvance, 0.05),
+            right(StopReason::ZeroReturnAddress, 0.01),
+            right(StopReason::NoMapping, 0.01),
+            right(StopReason::NoAdvance, 0.01),
         ],
         ..PLAIN
     },
@@ -269,7 +282,8 @@ static ROWS: &[Row] = &[
             seldom(&[Is("switch_stacks"), Times(&["descend"], 10), Is("fiber")], &[Is("fiber_start")]),
             seldom(&[Is("switch_stacks")], MAIN),
         ],
-        stops: &[right(StopReason::NoCfi, 0.9)],
+        // A call that does not return at the beginning of a function: nothing tells that this one was not called.
+        stops: &[right(StopReason::NoCfi, 0.7)],
         ..PLAIN
     },
     Row {
@@ -282,7 +296,8 @@ static ROWS: &[Row] = &[
             seldom(&[Is("switch_stacks"), Times(&["descend"], 10), Is("fiber")], &[]),
             seldom(&[Is("switch_stacks")], MAIN),
         ],
-        stops: &[right(StopReason::ZeroReturnAddress, 0.9)],
+        // Zero is no caller, but no promise either that the stack ends.
+        stops: &[right(StopReason::ZeroReturnAddress, 0.7)],
         ..PLAIN
     },
     Row {
@@ -353,7 +368,21 @@ static ROWS: &[Row] = &[
     },
 ];
 
+/// What a program calls to throw, to go on throwing and to catch.
+const THROWING_CALLS: &[&str] =
+    &["__cxa_allocate_exception", "__cxa_throw", "_Unwind_Resume", "__cxa_begin_catch", "__cxa_end_catch"];
+/// Whose frames libgcc leaves for a landing pad.
+const INSTALLED: &[&str] = &["thrower", "level", "level.cold", "catcher", "catcher.cold"];
+/// While libgcc leaves its own frame for that of a landing pad, no CFI says where it is.
+pub(crate) const INSTALLING: &[Stop] = &[
+    right(StopReason::NoMapping, 0.01),
+    right(StopReason::NoAdvance, 0.01),
+    right(StopReason::ZeroReturnAddress, 0.01),
+];
 /// Where an exception is on its way.
 const THROWING: &[&str] = &["libgcc_s.so", "libstdc++.so", "libc.so.6", "ld-linux-x86-64.so.2"];
-const REALIGNED: &[Chain] =
-    &[often(&[Is("spin"), Is("aligned_frame"), Is("variable_frame"), Is("many_arguments")], MAIN)];
+const REALIGNED: &[Chain] = &[
+    often(&[Is("spin"), Is("aligned_frame"), Is("variable_frame"), Is("many_arguments")], MAIN),
+    // `memset` fills the frame.
+    seldom(&[In(LIBC, 0, 1), Is("variable_frame"), Is("many_arguments")], MAIN),
+];

@@ -23,7 +23,7 @@ const FDE_BYTES: usize = 48;
 const PLACES_PER_FDE: usize = 3;
 
 /// Rises when an image gets other rows than before, so that a service that keeps tables makes them again.
-pub const REVISION: u8 = 6;
+pub const REVISION: u8 = 8;
 
 /// A table and how it came about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +111,7 @@ fn collect(image: &Image<'_>, report: &mut Report) -> Collected {
     let mut cies = Vec::new();
     let mut shapes = Shapes::new(bytes / FDE_BYTES);
     let mut all = Vec::with_capacity(bytes / FDE_BYTES);
+    let mut trampolines = Vec::new();
     image.skipped.iter().for_each(|skipped| report.skip(*skipped));
     for (number, (section, data)) in image.frames.iter().zip(&data).enumerate() {
         let Some(data) = data else {
@@ -127,7 +128,9 @@ fn collect(image: &Image<'_>, report: &mut Report) -> Collected {
                 if facts.is_malformed {
                     report.skip(fde.skipped(SkipReason::Instructions));
                 }
-                all.push(Function { start: fde.start, length: fde.length, shape });
+                let function = Function { start: fde.start, length: fde.length, shape };
+                trampolines.extend(facts.is_trampoline.then(|| function.end()));
+                all.push(function);
             }
             Err(skipped) => report.skip(skipped),
         });
@@ -139,9 +142,10 @@ fn collect(image: &Image<'_>, report: &mut Report) -> Collected {
     }
     // Stable: of FDEs at one address, the first of the first section comes first. Linkers leave long sorted runs.
     all.sort_by_key(|function| function.start);
+    trampolines.sort_unstable();
     // What is skipped may cover the rest.
     let uncovered = if report.is_whole() {
-        Uncovered::of(image, all.iter().map(|function| function.start..function.end()))
+        Uncovered::of(image, all.iter().map(|function| function.start..function.end()), &trampolines)
     } else {
         Uncovered::default()
     };

@@ -6,7 +6,8 @@
 //! take the frame pointer, or the last function's rule. Here a rule is stated where the instructions leave no
 //! other, and only in gaps, so that what CFI says stays. What is recognised:
 //!
-//! 1. the process entry: up to its call, there is no caller; what it calls, and what it hands over, are functions
+//! 1. the process entry: up to its call, there is no caller; what it calls, and what it hands over, are functions; of a
+//!    dynamic linker, up to its jump to the program's
 //! 2. linkage tables: [`Code::linkage`]
 //! 3. trampolines of signals: [`Code::trampoline`]
 //! 4. what a coroutine's function returns to: [`Code::coroutine_end`]; it is behind padding, of which no call is a part
@@ -44,6 +45,12 @@ pub(crate) trait Code: Frames {
 
     /// Bytes of a process entry up to its call, if `code` begins with one.
     fn process_entry(code: &[u8]) -> Option<usize>;
+
+    /// Bytes of the entry of a dynamic linker, if `code` begins with one: it has no caller, and leaves for that of the
+    /// program.
+    fn linker_entry(_code: &[u8]) -> Option<usize> {
+        None
+    }
 
     /// The function whose address a process entry, `entry` up to behind its call, at `address`, hands to what it
     /// calls, if it does so: a program's `main`.
@@ -242,16 +249,26 @@ impl<C: Code> Scan<'_, '_, C> {
     fn gap(&mut self, gap: &Range<u64>, bytes: &[u8]) {
         let is_section = self.code.is_section(gap);
         let first_code = self.code.start().unwrap_or(0);
+        // How far there is nothing but padding, while there is.
+        let mut padded_to = Some(0);
         let mut taken_to = 0;
         let mut at = (gap.start.wrapping_neg() % C::ALIGNMENT) as usize;
         while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
             let address = gap.start + at as u64;
+            while let Some(to) = padded_to.filter(|to| *to < at) {
+                padded_to = C::padding(&bytes[to..]).map(|padding| to + padding);
+            }
             let taken = if address == self.starts.process
                 && let Some(length) = C::process_entry(rest)
             {
                 self.add(address..address + length as u64, Rule::End, RecognisedKind::ProcessEntry);
                 let call = length.saturating_sub(C::CALL_BYTES);
                 self.called.extend(C::call(&rest[call..length], address + call as u64));
+                Some(length)
+            } else if address == self.starts.process
+                && let Some(length) = C::linker_entry(rest)
+            {
+                self.add(address..address + length as u64, Rule::End, RecognisedKind::ProcessEntry);
                 Some(length)
             } else if let Some(Linkage { bytes: length, rows }) =
                 C::linkage(rest, address, is_section && at == 0)
@@ -267,7 +284,10 @@ impl<C: Code> Scan<'_, '_, C> {
                 let range = address - before..address + trampoline.bytes as u64;
                 self.add(range, trampoline.rule, RecognisedKind::SignalTrampoline);
                 Some(trampoline.bytes)
-            } else if let Some(length) = self.coroutine_end(bytes, at) {
+            } else if at > 0
+                && padded_to == Some(at)
+                && let Some(length) = C::coroutine_end(rest)
+            {
                 // It is returned to without a call, and looked up one byte before.
                 self.add(address - 1..address + length as u64, Rule::End, RecognisedKind::CoroutineEnd);
                 Some(length)
@@ -277,16 +297,6 @@ impl<C: Code> Scan<'_, '_, C> {
             at += taken.unwrap_or(C::ALIGNMENT as usize);
             taken_to = if taken.is_some() { at } else { taken_to };
         }
-    }
-
-    /// Bytes of what a coroutine's function returns to, at `at` in a gap: the first that is there but for padding.
-    fn coroutine_end(&self, bytes: &[u8], at: usize) -> Option<usize> {
-        let (mut before, code) = bytes.split_at(at);
-        let length = C::coroutine_end(code).filter(|_| at > 0)?;
-        while let Some(padding) = C::padding(before) {
-            before = before.get(padding..)?;
-        }
-        before.is_empty().then_some(length)
     }
 
     fn add(&mut self, range: Range<u64>, rule: Rule, kind: RecognisedKind) {

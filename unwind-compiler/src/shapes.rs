@@ -8,6 +8,7 @@
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 use std::hash::BuildHasher as _;
+use windlass_schema::record::kind;
 use windlass_schema::{Record, UnsupportedReason};
 
 use crate::chains::{Chains, Link, Step};
@@ -41,6 +42,8 @@ pub(crate) struct Facts {
     pub(crate) rank: u8,
     /// Whether some instruction is malformed.
     pub(crate) is_malformed: bool,
+    /// Whether it ends as what signal handlers return to.
+    pub(crate) is_trampoline: bool,
     /// Whether the rows depend on where the function lies.
     is_placed: bool,
 }
@@ -176,7 +179,10 @@ impl<'a> Shapes<'a> {
             }
             rows.facts.is_placed = ran.is_placed;
         }
-        let facts = Facts { rank, ..rows.facts };
+        let facts = rows.facts;
+        let last = self.steps.last();
+        let is_trampoline = last.is_some_and(|last| last.record.kind() == kind::SIGNAL);
+        let facts = Facts { rank, is_trampoline, ..facts };
         self.chains.divide(&self.steps, |link| self.links.push(link));
         self.add(fde.cie, fde.instructions, facts)
     }

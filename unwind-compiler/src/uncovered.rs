@@ -7,12 +7,14 @@
 
 use std::ops::Range;
 
-use windlass_schema::{Architecture, Record, UnsupportedReason};
+use windlass_schema::coroutines::{LIBC, MAKECONTEXT};
+use windlass_schema::{Architecture, Record, Rule, UnsupportedReason};
 
 use crate::code_bytes::CodeBytes;
 use crate::elf::Image;
 use crate::frame_pointers::exceptions;
 use crate::framed_code::framed_code;
+use crate::projection::SIGCONTEXT_OFFSET;
 use crate::recognise::{Known, Recognised, Starts, is_padding, known, recognise};
 use crate::report::RecognisedKind;
 use crate::stretch::Stretch;
@@ -34,20 +36,34 @@ pub(crate) struct Uncovered {
 }
 
 impl Uncovered {
-    /// Of `image`, whose code `covered`, sorted by start, covers. Where there is only padding left, nothing
-    /// else is looked at.
-    pub(crate) fn of(image: &Image<'_>, covered: impl IntoIterator<Item = Range<u64>>) -> Self {
+    /// Of `image`, whose code `covered`, sorted by start, covers; what signal handlers return to ends at `trampolines`, sorted
+    /// too. Where there is only padding left, nothing else is looked at.
+    pub(crate) fn of(
+        image: &Image<'_>,
+        covered: impl IntoIterator<Item = Range<u64>>,
+        trampolines: &[u64],
+    ) -> Self {
         let code = image.code_bytes();
-        let mut gaps = Vec::new();
+        let coroutine_end = coroutine_end(image, &code);
+        let (mut gaps, mut in_padding) = (Vec::new(), Vec::new());
         let mut all_bytes = 0;
         code.gaps(covered, |gap| {
             all_bytes += gap.end - gap.start;
-            if !aligns(&gap) && !is_padding(image.architecture, &code, &gap) {
+            if Some(gap.end) == coroutine_end
+                && code.get(&gap).is_some()
+                && is_padding(image.architecture, &code, &gap)
+            {
+                let kind = RecognisedKind::CoroutineEnd;
+                in_padding.push(Recognised { range: gap.end - 1..gap.end, rule: Rule::End, kind });
+            } else if aligns(&gap) && trampolines.binary_search(&gap.start).is_ok() {
+                in_padding.push(behind_trampoline(gap.start));
+            } else if !aligns(&gap) && !is_padding(image.architecture, &code, &gap) {
                 gaps.push(gap);
             }
         });
         if gaps.is_empty() {
-            return Self::default();
+            let bytes = in_padding.len() as u64;
+            return Self { bytes, recognised: in_padding, ..Self::default() };
         }
         let mut starts = image.starts(&gaps);
         // Of wide code as well: a process may start there, and signal handlers return there.
@@ -63,8 +79,9 @@ impl Uncovered {
         {
             frame_pointers_only.extend(without(&rest(&gaps, &recognised), exceptions.into_iter()));
         }
-        let bytes = bytes_of(&gaps) + framed.bytes;
+        let bytes = bytes_of(&gaps) + framed.bytes + in_padding.len() as u64;
         recognised.extend(framed.recognised);
+        recognised.extend(in_padding);
         recognised.sort_unstable_by_key(|one| one.range.start);
         frame_pointers_only.sort_unstable_by_key(|range| range.start);
         Self { bytes, recognised, frame_pointers_only }
@@ -137,6 +154,24 @@ fn beside(known: &[Recognised], found: Vec<Recognised>) -> Vec<Recognised> {
     }
     all.sort_unstable_by_key(|one| one.range.start);
     all
+}
+
+/// Where the functions of libc's coroutines return to. CFI may cover it, but no call is in front of it, so that it is looked up in the
+/// padding there.
+fn coroutine_end(image: &Image<'_>, code: &CodeBytes<'_>) -> Option<u64> {
+    match image.architecture {
+        Architecture::X86_64 => x86_64::returned_to(code, &image.dynamic_function(LIBC, MAKECONTEXT)?),
+        Architecture::Aarch64 => None,
+    }
+}
+
+/// The padding behind what signal handlers return to: a thread is there while its system call, the last instruction, puts the
+/// registers back, and nowhere else, for that call does not return. Up to then rsp is as in front of it (`rt_sigreturn`,
+/// arch/x86/kernel/signal_64.c), but between two stores of `restore_sigcontext`, one of rsp and one of the address: less than a
+/// nanosecond, of some hundreds that the call takes.
+fn behind_trampoline(end: u64) -> Recognised {
+    let (rule, kind) = (Rule::Signal(SIGCONTEXT_OFFSET), RecognisedKind::SignalTrampoline);
+    Recognised { range: end..end + 1, rule, kind }
 }
 
 /// What compilers align functions to.

@@ -255,3 +255,57 @@ fn wide_code_that_keeps_frame_pointers_has_an_entry_and_trampolines() {
     let bytes: u64 = compiled.report.recognised_bytes.values().sum();
     assert!(bytes >= 16384 * 6, "{:?}", compiled.report);
 }
+
+/// glibc's `makecontext` gives `__start_context` as a return address, which is looked up in the padding in front of it.
+#[test]
+fn coroutines_end_in_padding_in_front_of_cfi() {
+    let source = |name: &str, last: &str| {
+        format!(
+            ".globl {name}\n.type {name}, @function\n{name}: .cfi_startproc\nlea start(%rip), %rdi\nmov %rdi, (%rsi)\nret\n\
+             .cfi_endproc\n.size {name}, . - {name}\n.p2align 4\n.type start, @function\nstart: .cfi_startproc\n\
+             mov %rbx, %rsp\nmov (%rsp), %rdi\ntest %rdi, %rdi\nje 1f\ncall {name}\nmov %rax, %rdi\n\
+             1: call {name}\n{last}\n.cfi_endproc\n.size start, . - start\n"
+        )
+    };
+    for (library, name, last, expect) in [
+        ("libc.so.6", "makecontext", "hlt", Rule::End),
+        ("libc.so.6", "other", "hlt", Rule::NoCfi),
+        ("libc.so.6", "makecontext", "ret", Rule::NoCfi),
+        ("libother.so", "makecontext", "hlt", Rule::NoCfi),
+    ] {
+        let file = format!("coroutines-{library}-{name}-{last}");
+        let soname = format!("-Wl,-soname,{library},--default-symver");
+        let source = source(name, last);
+        let Some(elf) = built_of(&file, &[("s", &source)], "cc", &["-shared", "-nostdlib", &soname]) else {
+            return;
+        };
+        let compiled = compiled(&elf);
+        let start = symbol(&elf, "start").start;
+        let table = Table::parse(&compiled.table).unwrap();
+        assert_eq!(table.rule(ImageAddress::new(start - 1)), expect, "{file}");
+        assert_ne!(table.rule(ImageAddress::new(start - 2)), Rule::End, "{file}");
+        assert_ne!(table.rule(ImageAddress::new(start)), Rule::End, "{file}");
+    }
+}
+
+/// The kernel is about to put the registers back: the system call, the last instruction under CFI, is done, and rsp unchanged.
+#[test]
+fn behind_the_system_call_that_returns_from_a_signal_handler() {
+    let test = "behind_the_system_call_that_returns_from_a_signal_handler";
+    if !cfg!(target_arch = "x86_64") {
+        println!("{test}: skipped, x86-64 only");
+        return;
+    }
+    let source = "#include <signal.h>\nstruct sigaction it; int main() { return sigaction(1, &it, 0); }";
+    let Some(elf) = built_of("restores", &[("c", source)], "cc", &["-static"]) else {
+        println!("{test}: skipped, no cc or no static libc");
+        return;
+    };
+    let table = compiled(&elf).table;
+    let table = Table::parse(&table).unwrap();
+    let restore = symbol(&elf, "__restore_rt").start;
+    let rule = |offset: u64| table.rule(ImageAddress::new(restore + offset));
+    // mov $15, %rax; syscall: nine bytes.
+    assert!(matches!(rule(0), Rule::Signal(_)));
+    assert_eq!((rule(9), rule(10)), (rule(0), Rule::NoCfi));
+}

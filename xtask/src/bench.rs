@@ -10,7 +10,7 @@ use crate::ebpf;
 
 /// The sections there are; each is a benchmark of this crate, which prints its tables as Markdown, with headings
 /// below the section's.
-pub(crate) const NAMES: [&str; 2] = ["agent", "unwind"];
+pub(crate) const NAMES: [&str; 3] = ["agent", "service", "unwind"];
 
 /// Tells the benchmark of the agent where the object is whose programs time the walk.
 const TIMING_OBJECT: &str = "WINDLASS_BENCH_TIMING_OBJECT";
@@ -27,8 +27,10 @@ const PEERS: [&str; 3] = ["framehop", "gimli", "zstd"];
 /// Measures one section and writes it; of chosen tables, as the benchmark calls them, only prints them.
 pub(crate) fn run(name: &str, chosen: &[String]) -> Result<()> {
     let mut bench = cargo(&format!("bench --quiet --locked --package xtask --bench {name}"));
-    if name == "agent" {
+    if ["agent", "service"].contains(&name) {
         run_command(&mut cargo(&format!("build --quiet --release --locked {PROGRAMS}")))?;
+    }
+    if name == "agent" {
         bench.env(TIMING_OBJECT, ebpf::build_timing()?);
     }
     bench.arg("--").args(chosen);

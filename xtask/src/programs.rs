@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
-use crate::checkout::{command, run};
+use crate::checkout::{command, root, run};
 
 /// A program, its Debian package, and what is skipped without it.
 pub(crate) struct Program {
@@ -26,6 +26,9 @@ pub(crate) const TEST_PROGRAMS: &[Program] = &[
     Program { name: "debuginfod-find", package: "debuginfod", used_by: "the debuginfod tests" },
     Program { name: "eu-addr2line", package: "elfutils", used_by: "the debuginfod tests" },
     Program { name: "strip", package: "binutils", used_by: "the debuginfod and symbol tests" },
+    Program { name: "clang", package: "clang", used_by: "the test of uploads of sources" },
+    Program { name: "jq", package: "jq", used_by: "the test of the examples for CI" },
+    Program { name: "script", package: "bsdutils", used_by: "the test of uploads on a terminal" },
     Program { name: "g++", package: "g++", used_by: "the symbol tests" },
     Program { name: "curl", package: "curl", used_by: "the test of README's commands" },
     Program { name: "go", package: "golang-go", used_by: "the test that `go tool pprof` reads a profile" },
@@ -34,6 +37,7 @@ pub(crate) const TEST_PROGRAMS: &[Program] = &[
         package: "python3",
         used_by: "the tests of walks and of the second table reader",
     },
+    Program { name: "pip3", package: "python3-pip", used_by: "the installation of Python's packages" },
     Program { name: "node", package: "nodejs", used_by: "the tests of code that is made at run time" },
     Program { name: "javac", package: "default-jdk-headless", used_by: "the test of Java's stacks" },
     Program { name: "perl", package: "perl", used_by: "the tests of walks" },
@@ -114,4 +118,36 @@ pub(crate) fn ensure(programs: &[Program], required: bool) -> Result<bool> {
         bail!("programs are missing, and nothing may be skipped here");
     }
     Ok(complete)
+}
+
+/// What the tests take from PyPI, each with the hash of its content.
+const PYTHON_PACKAGES: &str = "tests/programs/requirements.txt";
+/// Where the tests look for it.
+const PYTHON_FOLDER: &str = "target/python-packages";
+
+/// Makes sure of the packages for Python, or says what will be skipped; fails where they are `required`.
+pub(crate) fn ensure_python_packages(required: bool) -> Result<()> {
+    let (list, folder) = (root().join(PYTHON_PACKAGES), root().join(PYTHON_FOLDER));
+    let (wanted, installed) = (std::fs::read(&list)?, folder.join("requirements.txt"));
+    if std::fs::read(&installed).is_ok_and(|list| list == wanted) {
+        return Ok(());
+    }
+    // pip would leave what is there.
+    if folder.is_dir() {
+        std::fs::remove_dir_all(&folder)?;
+    }
+    let mut pip = command("pip3");
+    // Nothing is built, and nothing of the machine's own Python changes.
+    pip.args(["install", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes"]);
+    pip.args(["--root-user-action", "ignore", "--disable-pip-version-check"]);
+    let outcome = run(pip.arg("--target").arg(&folder).arg("-r").arg(&list));
+    match outcome {
+        // Written last: what is there is whole.
+        Ok(()) => Ok(std::fs::write(installed, wanted)?),
+        Err(error) if required => Err(error),
+        Err(error) => {
+            println!("{error:#}: without Python's packages, the test of WebAssembly's stacks is skipped");
+            Ok(())
+        }
+    }
 }

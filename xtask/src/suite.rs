@@ -50,7 +50,10 @@ pub(crate) fn run(ci: bool, fast: bool) -> Result<()> {
     let mut report = Report::default();
     let skipped = tempfile::NamedTempFile::new().context("make a file for skipped tests")?;
     if !fast {
-        let ensure = || programs::ensure(programs::TEST_PROGRAMS, ci).map(|_complete| ());
+        let ensure = || {
+            programs::ensure(programs::TEST_PROGRAMS, ci)?;
+            programs::ensure_python_packages(ci)
+        };
         report.step("programs", "cargo xtask test", ensure);
     }
     report.cargo_step("format", "fmt --all --check", &[]);

@@ -27,6 +27,9 @@ pub(crate) unsafe fn is_user(registers: *const bpf_user_pt_regs_t) -> bool {
     unsafe { (*registers).pstate & MODE_MASK == USER_MODE }
 }
 
+/// What the registers that the kernel saved are read to, beside where they belong: nothing.
+pub(crate) type SavedRegisters = ();
+
 /// Fills the registers of user mode, which are those that an event `interrupted` or those that the kernel saved; a reason
 /// if there are none.
 ///
@@ -35,6 +38,7 @@ pub(crate) unsafe fn is_user(registers: *const bpf_user_pt_regs_t) -> bool {
 #[inline(always)]
 pub(crate) unsafe fn user_registers(
     interrupted: *const bpf_user_pt_regs_t,
+    _: *mut SavedRegisters,
     into: &mut Registers,
 ) -> Result<(), StopReason> {
     // SAFETY: the context's registers may be read by their fields; `bpf_task_pt_regs` gives the saved

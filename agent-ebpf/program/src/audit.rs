@@ -87,7 +87,7 @@ pub(crate) fn walked_frame(registers: &Registers) -> WalkedFrame {
 
 /// Sends the walk whose sample is complete in `scratch`.
 #[inline(never)]
-pub(crate) fn send(data: *mut bpf_perf_event_data, scratch: *const Scratch) {
+pub(crate) fn send(data: *mut bpf_perf_event_data, scratch: *mut Scratch) {
     let Some(frames) = frames() else { return };
     let Some(mut entry) = AUDITS.reserve_untyped::<AuditRecord<Registers>>(0) else {
         count(Counter::AuditsLost);
@@ -97,7 +97,9 @@ pub(crate) fn send(data: *mut bpf_perf_event_data, scratch: *const Scratch) {
     // SAFETY: the record has the size that was reserved, any bytes are one, and helpers are given sizes of
     // its fields; the sample and the frames are this CPU's own.
     unsafe {
-        if user_registers(&raw const (*data).regs, &mut (*record).registers).is_err() {
+        if user_registers(&raw const (*data).regs, &raw mut (*scratch).saved, &mut (*record).registers)
+            .is_err()
+        {
             entry.discard(0);
             return;
         }

@@ -29,7 +29,7 @@ use windlass_schema::maps::{
 use windlass_schema::{ProcessAddress, Record, StopReason};
 
 use crate::audit::{self, WalkedFrames};
-use crate::machine::{Registers, is_user, user_registers};
+use crate::machine::{Registers, SavedRegisters, is_user, user_registers};
 
 #[btf_map]
 pub(crate) static PROCESSES: HashMap<
@@ -81,6 +81,7 @@ pub(crate) struct Scratch {
     pub(crate) walk: Walk<Registers>,
     stack: StackWindow,
     pub(crate) sample: SampleBuffer,
+    pub(crate) saved: SavedRegisters,
 }
 
 /// The maps and the current thread's memory; what is of this CPU alone was looked up once.
@@ -215,7 +216,7 @@ unsafe extern "C" fn turn_of_element(
 #[inline(always)]
 fn make_turn(turns: &Turns) -> bool {
     // SAFETY: the values are this CPU's own, and the kernel runs one of these programs on a CPU at a time.
-    let Scratch { walk, stack, sample } = unsafe { &mut *turns.scratch };
+    let Scratch { walk, stack, sample, .. } = unsafe { &mut *turns.scratch };
     let kernel = Kernel { recent: turns.recent, stack };
     if walk.is_at_frame() {
         let frame = walk.frames as usize;
@@ -245,7 +246,8 @@ fn start_walk(data: *mut bpf_perf_event_data, scratch: *mut Scratch, tgid: u32) 
     unsafe {
         (*scratch).walk.restart(tgid);
         (*scratch).sample.header.generation = 0;
-        user_registers(&raw const (*data).regs, &mut (*scratch).walk.registers)?;
+        let saved = &raw mut (*scratch).saved;
+        user_registers(&raw const (*data).regs, saved, &mut (*scratch).walk.registers)?;
     }
     start_from_registers(scratch, tgid)
 }

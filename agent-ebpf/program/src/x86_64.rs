@@ -1,7 +1,5 @@
 //! Where the registers of user mode lie in a perf event's context and in the kernel, on x86-64.
 
-use core::ptr::addr_of_mut;
-
 use aya_ebpf::bindings::{bpf_user_pt_regs_t, pt_regs, task_struct};
 use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_task_pt_regs};
 pub(crate) use windlass_agent_ebpf::x86_64::Registers;
@@ -21,14 +19,19 @@ pub(crate) unsafe fn is_user(registers: *const bpf_user_pt_regs_t) -> bool {
     unsafe { (*registers).cs & 3 == 3 }
 }
 
+/// Where the registers that the kernel saved are read to. BPF's stack of 512 bytes is that of the turns of a walk as well, which need
+/// three quarters of it.
+pub(crate) type SavedRegisters = pt_regs;
+
 /// Fills the registers of user mode, which are those that an event `interrupted` or those that the kernel saved; a reason
 /// if there are none.
 ///
 /// # Safety
-/// `interrupted` points into the context of a perf event's program.
+/// `interrupted` points into the context of a perf event's program; `registers` can be written to.
 #[inline(always)]
 pub(crate) unsafe fn user_registers(
     interrupted: *const bpf_user_pt_regs_t,
+    registers: *mut SavedRegisters,
     into: &mut Registers,
 ) -> Result<(), StopReason> {
     // SAFETY: the context's registers may be read by their fields; `bpf_task_pt_regs` gives the saved
@@ -39,18 +42,16 @@ pub(crate) unsafe fn user_registers(
             return Ok(());
         }
         let saved = bpf_task_pt_regs(bpf_get_current_task_btf() as *mut task_struct) as *const pt_regs;
-        let mut registers: pt_regs = core::mem::zeroed();
-        if bpf_probe_read_kernel(addr_of_mut!(registers).cast(), size_of::<pt_regs>() as u32, saved.cast())
-            != 0
-        {
+        if bpf_probe_read_kernel(registers.cast(), size_of::<SavedRegisters>() as u32, saved.cast()) != 0 {
             return Err(StopReason::RegistersUnavailable);
         }
+        let registers = &*registers;
         // A kernel thread's saved registers are zero; those of a worker that the kernel runs for a process (io_uring) are
         // the process's, but for where it is and its stack (copy_thread in arch/x86/kernel/process.c).
-        if !is_user(&raw const registers) || registers.rip | registers.rsp == 0 {
+        if !is_user(registers) || registers.rip | registers.rsp == 0 {
             return Err(StopReason::KernelThread);
         }
-        copy_registers(&registers, into);
+        copy_registers(registers, into);
     }
     Ok(())
 }

@@ -14,7 +14,8 @@
 //!
 //! In the third case the innermost frame may have its return address in a register (musl's `vfork`, and V8's functions
 //! that move arguments). Those have no prologue. So what looks like a function's end in front of the
-//! innermost address is too much doubt, and so is an instruction that gives rsp another value.
+//! innermost address is too much doubt, and so is an instruction that gives rsp another value, or a frame that is being moved
+//! ([`moved_frame`]).
 //!
 //! In all these cases a prologue that is not a function's first push proves nothing: V8 builds the frame of another function so,
 //! and GCC one that is realigned, whose CFA is not at rbp + 16.
@@ -26,6 +27,14 @@
 //! 5. The innermost frame, where V8's own objects say where the function starts, and it begins in a known way: [`code_object`].
 //! 6. The same, where the third case holds without a prologue: V8's baseline code calls a function that builds the frame.
 //!
+//! In a process with that compiler, memory that is not laid out as its own may be another's: then the fourth case holds where the
+//! third does too, and the sixth not at all.
+//!
+//! Of others:
+//!
+//! 7. Callers in modules that wasmtime compiled, and the innermost frame as in the sixth case: [`wasm_module`].
+//! 8. CPython's trampolines, at each of their instructions: [`trampoline`].
+//!
 //! In an image, code that keeps frame pointers has rows wherever its frame is known; the rest is as doubtful as any.
 //!
 //! Each caller's address has to lie in executable memory, behind a call. A return address that an earlier call left in the
@@ -34,10 +43,14 @@
 use windlass_schema::StopReason;
 use windlass_schema::record::{DWARF_RBP, DWARF_RSP};
 
-use super::hotspot::{AHEAD, TO_ENTRY, TO_HEADER, returns_to_interpreter};
+use super::hotspot::{
+    AHEAD, IN_STUB, LEAVE as LEAVE_INTERPRETED, TO_BARRIER, TO_BARRIER_END, TO_HEADER, returns_to_interpreter,
+};
 use super::registers::Registers;
 use crate::frame_pointer::{Candidate, CodeWithoutTable, FramePointers, Search};
 use crate::memory::StackMemory;
+use signs::Signs;
+use wasm_module::is_wasm_module;
 
 /// The search goes back through the code.
 const IN_CODE: u32 = 1;
@@ -45,6 +58,19 @@ const IN_CODE: u32 = 1;
 const ON_STACK: u32 = 2;
 /// The search goes back to where the function starts.
 const IN_OBJECT: u32 = 3;
+/// The search goes back through the code of a module of wasmtime.
+const IN_MODULE: u32 = 7;
+/// No two are the same.
+const _: () = {
+    let all =
+        [IN_CODE, ON_STACK, IN_OBJECT, IN_MODULE, AHEAD, TO_HEADER, IN_STUB, TO_BARRIER_END, TO_BARRIER];
+    let (mut bits, mut at) = (1 << Search::NONE, 0u32);
+    while (at as usize) < all.len() {
+        bits |= 1u32 << all[at as usize];
+        at += 1;
+    }
+    assert!(bits.count_ones() == at + 1);
+};
 
 /// Seen on the way: bytes that may be of an epilogue, or of padding.
 const DOUBT: u64 = 1;
@@ -144,7 +170,19 @@ fn moves_return_address(code: u64) -> bool {
 /// Whether a JIT compiler made the code whose functions all keep frame pointers.
 #[inline(always)]
 fn is_of_known_compiler(code: &CodeWithoutTable) -> bool {
+    code.keeps_frame_pointers && code.is_of_known_jit
+}
+
+/// Whether that compiler may have made it.
+#[inline(always)]
+fn may_be_of_known_compiler(code: &CodeWithoutTable) -> bool {
     code.keeps_frame_pointers && code.is_jit
+}
+
+/// Whether a JIT compiler made the code that is not the one that is known.
+#[inline(always)]
+fn is_of_other_compiler(code: &CodeWithoutTable) -> bool {
+    code.is_jit && !code.is_of_known_jit
 }
 
 /// Whether a JIT compiler made the code of which nothing more is known.
@@ -215,7 +253,12 @@ impl Registers {
             return self.caller_at(rsp.wrapping_add(8), saved, memory);
         }
         if first == LEAVE {
-            return self.caller_by_frame_pointer(memory);
+            let is_interpreter = code & 0xff_ffff == LEAVE_INTERPRETED;
+            return if is_interpreter {
+                self.caller_of_interpreted(memory)
+            } else {
+                self.caller_by_frame_pointer(memory)
+            };
         }
         if moves_return_address(code) { Err(unproved) } else { Ok(None) }
     }
@@ -231,17 +274,21 @@ impl Registers {
         if search.at <= code.start || self.rip.wrapping_sub(search.at) >= MAX_CODE_BYTES {
             return self.without_prologue(search, code);
         }
+        // What stands at the address itself has not been run yet.
+        let is_first = is_zero(self.rip.wrapping_sub(search.at));
+        if is_first != 0 && self.exact != 0 && self.may_be_in_moved_frame(code, memory)? {
+            return Err(code.unproved);
+        }
         // The first bytes of a mapping are looked at with what is behind them.
         let count = (search.at - code.start).min(8);
         let at = search.at.wrapping_sub(count);
         let Some([bytes, behind]) = memory.words(at) else { return Err(code.unproved) };
-        // What stands at the address itself has not been run yet.
-        let is_first = is_zero(self.rip.wrapping_sub(search.at));
         let behind = behind & is_first.wrapping_sub(1) | is_first * NOT_RUN;
         let signs = Signs::of(bytes, behind, at).first(count);
         search.at = at;
         search.seen |= signs.seen();
-        if is_of_known_compiler(code) && signs.is_behind_padding() {
+        let is_known = search.phase == IN_MODULE || is_of_known_compiler(code);
+        if is_known && signs.is_behind_padding() {
             return self.search_stack(search);
         }
         if signs.prologues == 0 {
@@ -252,9 +299,7 @@ impl Registers {
         }
         match search.seen {
             0 if self.exact == 0 || code.is_jit => self.caller_by_frame_pointer(memory),
-            seen if self.exact != 0 && seen & FUNCTION_END != 0 && !is_of_known_compiler(code) => {
-                Err(code.unproved)
-            }
+            seen if self.exact != 0 && seen & FUNCTION_END != 0 && !is_known => Err(code.unproved),
             _ => self.search_stack(search),
         }
     }
@@ -266,7 +311,8 @@ impl Registers {
         search: &mut Search,
         code: &CodeWithoutTable,
     ) -> Result<Option<Candidate>, StopReason> {
-        if is_of_known_compiler(code) { self.search_stack(search) } else { Err(code.unproved) }
+        let is_known = search.phase == IN_MODULE || is_of_known_compiler(code);
+        if is_known { self.search_stack(search) } else { Err(code.unproved) }
     }
 
     /// Goes on with the words on the stack.
@@ -294,108 +340,6 @@ impl Registers {
     }
 }
 
-/// What eight bytes of code look like, wherever an instruction may begin: a bit for each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Signs {
-    /// `push %rbp; mov %rsp, %rbp` begins.
-    prologues: u64,
-    /// An epilogue's instruction is here, or the last byte of padding.
-    doubts: u64,
-    /// A function's last byte is here.
-    ends: u64,
-    /// The last but one byte of padding in front of an aligned address is here, and both are traps.
-    traps: u64,
-}
-
-impl Signs {
-    /// Of `bytes`, which lie at `address`. `behind` are those that follow.
-    #[inline(always)]
-    fn of(bytes: u64, behind: u64, address: u64) -> Self {
-        const MASK: u64 = 0xffff_ffff;
-        const FIRST: u64 = SET_RBP[0] << 8 | PUSH_RBP;
-        const SECOND: u64 = SET_RBP[1] << 8 | PUSH_RBP;
-        // The byte in front of an aligned address, if there is one among these.
-        let aligned = FUNCTION_ALIGNMENT - 1 - (address & (FUNCTION_ALIGNMENT - 1));
-        let (mut signs, mut bytes, mut behind) =
-            (Self { prologues: 0, doubts: 0, ends: 0, traps: 0 }, bytes, behind);
-        let mut at = 0;
-        while at < 8 {
-            let (byte, next) = (bytes & 0xff, bytes >> 8 & 0xff);
-            let is_last = is_zero(at ^ aligned);
-            signs.prologues |= (is_zero(bytes & MASK ^ FIRST) | is_zero(bytes & MASK ^ SECOND)) << at;
-            // `pop %rbp`, and no displacement from rbp, which that is the last part of: those are multiples of four, and
-            // instructions that are begin with a REX prefix; `mov %rbp, %rsp` and `pop %rbp`; `leave`, but not behind what
-            // has `%ecx, %ecx` for operands.
-            let is_displacement = is_zero(next & 3) & (is_zero(next & 0xf0 ^ 0x40) ^ 1);
-            let epilogue = is_zero(byte ^ POP_RBP) & (is_displacement ^ 1)
-                | is_zero(next ^ POP_RBP) & is_among(byte, [0xe5, 0xec])
-                | is_zero(next ^ LEAVE) & (is_among(byte, [0x31, 0x33, 0x84, 0x85]) ^ 1);
-            // What may never come back, in front of another function: `ud2`, `hlt`, jumps and calls.
-            let is_last_of = |bytes: u64| is_zero((at + bytes - 1) ^ aligned);
-            let leaves = is_last_of(5) & is_among(byte, [0xe8, 0xe9])
-                | is_last_of(6) & is_zero(byte ^ 0xff) & is_among(next, [0x15, 0x25])
-                | is_last_of(2) & (is_zero(byte ^ 0xeb) | is_zero(byte ^ 0x0f) & is_zero(next ^ 0x0b))
-                | is_last & is_zero(byte ^ 0xf4);
-            signs.doubts |= (epilogue | leaves | is_last & is_among(byte, [NOP, 0])) << at;
-            let is_padded = is_among(next, [TRAP, NOP, 0x0f, 0x66, 0x2e]);
-            let end = is_zero(byte ^ RET) & (is_padded | is_last) | is_zero(byte ^ TRAP) & is_last;
-            signs.ends |= end << at;
-            let is_last_but_one = is_zero((at + 1) ^ aligned);
-            signs.traps |= (is_last_but_one & is_zero(byte ^ TRAP) & is_zero(next ^ TRAP)) << at;
-            bytes = bytes >> 8 | behind << 56;
-            behind >>= 8;
-            at += 1;
-        }
-        signs
-    }
-
-    /// Those of the first `count` bytes.
-    #[inline(always)]
-    const fn first(self, count: u64) -> Self {
-        let mask = (1 << count) - 1;
-        Self {
-            prologues: self.prologues & mask,
-            doubts: self.doubts & mask,
-            ends: self.ends & mask,
-            traps: self.traps & mask,
-        }
-    }
-
-    /// A bit for each byte up to the last prologue's first.
-    #[inline(always)]
-    const fn hidden(self) -> u64 {
-        let hidden = self.prologues | self.prologues >> 1;
-        let hidden = hidden | hidden >> 2;
-        hidden | hidden >> 4
-    }
-
-    /// At which byte the last prologue begins, if there is one.
-    #[inline(always)]
-    const fn last_prologue(self) -> u64 {
-        let (mut last, mut at) = (0, 1);
-        while at < 8 {
-            last += is_zero(self.prologues >> at) ^ 1;
-            at += 1;
-        }
-        last
-    }
-
-    /// Whether there is padding behind the last prologue that is between functions for certain. A single trap may be what
-    /// a call that does not return comes back to.
-    #[inline(always)]
-    fn is_behind_padding(self) -> bool {
-        self.traps & !self.hidden() != 0
-    }
-
-    /// What was seen behind the last prologue.
-    #[inline(always)]
-    fn seen(self) -> u64 {
-        let hidden = self.hidden();
-        let is_seen = |signs: u64| is_zero(signs & !hidden) ^ 1;
-        is_seen(self.doubts) * DOUBT | is_seen(self.ends) * FUNCTION_END
-    }
-}
-
 impl FramePointers for Registers {
     #[inline(always)]
     fn look_for_caller<M: StackMemory>(
@@ -415,11 +359,22 @@ impl FramePointers for Registers {
                     if caller.is_some() {
                         return Ok(caller);
                     }
-                    if is_of_known_compiler(code) {
+                }
+                if is_of_other_compiler(code) {
+                    let caller = self.caller_of_trampoline(memory)?;
+                    if caller.is_some() {
+                        return Ok(caller);
+                    }
+                    if is_wasm_module(code, memory) {
+                        return self.caller_in_module(search, code, memory);
+                    }
+                }
+                if self.exact != 0 {
+                    if may_be_of_known_compiler(code) {
                         return self.search_object(search);
                     }
                     if is_of_unknown_compiler(code) {
-                        let caller = self.caller_by_method_end(code.unproved, memory)?;
+                        let caller = self.caller_by_method_end(memory)?;
                         if caller.is_some() {
                             return Ok(caller);
                         }
@@ -430,17 +385,25 @@ impl FramePointers for Registers {
                             return Ok(caller);
                         }
                     }
-                } else if is_of_known_compiler(code) && self.is_in_v8_frame(memory) {
-                    return self.caller_by_frame_pointer(memory);
+                } else if may_be_of_known_compiler(code) && self.is_in_v8_frame(memory) {
+                    // Code of another has its return address below V8's frame.
+                    return if is_of_known_compiler(code) {
+                        self.caller_by_frame_pointer(memory)
+                    } else {
+                        self.search_stack(search)
+                    };
                 }
                 if is_of_unknown_compiler(code) {
-                    return self.search_ahead(search, code.unproved);
+                    return self.search_ahead(search, memory);
                 }
                 self.search_code(search, code.unproved, memory)
             }
             AHEAD => self.look_ahead(search, code, memory),
-            TO_ENTRY | TO_HEADER => self.look_for_method(search, code, memory),
-            IN_CODE => self.look_at_code(search, code, memory),
+            TO_HEADER => self.look_for_header(search, code, memory),
+            IN_STUB => self.look_at_stub(search, code, memory),
+            TO_BARRIER_END => self.look_for_barrier_end(search, memory),
+            TO_BARRIER => self.look_for_barrier(search, code, memory),
+            IN_CODE | IN_MODULE => self.look_at_code(search, code, memory),
             IN_OBJECT => self.look_at_object(search, code, memory),
             _ => self.look_at_stack(search, memory),
         }
@@ -493,5 +456,9 @@ const fn call_bytes(modrm: u64, sib: u64) -> u64 {
 }
 
 mod code_object;
+mod moved_frame;
+mod signs;
 #[cfg(test)]
 mod tests;
+mod trampoline;
+mod wasm_module;

@@ -1,4 +1,4 @@
-//! Where rbp points in code of HotSpot: its interpreter, and how the methods end that its compilers make.
+//! Where the caller is in code of HotSpot: its interpreter, and how the methods end that its compilers make.
 //!
 //! # Why this shape
 //! The interpreter keeps a frame pointer in rbp, but its code is a function only on paper: one piece for each bytecode, jumped
@@ -9,10 +9,7 @@
 //! On the way into a method and back out of it, for some instructions, the return address is in a register; there the
 //! instructions name it.
 //!
-//! A compiled method begins at a multiple of 16, in one of two ways, and everything up to the next header is its code: in
-//! front of each piece of code stands one that has words with addresses, several in a row, which instructions have not. Its
-//! frames may be full of old return addresses, as it leaves free what it does not need yet. So between its beginning and
-//! an address of it no proof by the stack is asked for, but a header in front of its beginning.
+//! Where nothing ahead says so, HotSpot itself does: what it makes has a header in front, [`code_blob`]. Its stubs share one, [`stub`].
 //!
 //! Layout and instructions are those of OpenJDK 17 (`frame_x86.hpp`, `templateInterpreterGenerator_x86.cpp`,
 //! `interp_masm_x86.cpp`, `templateTable_x86.cpp`, `x86_64.ad`). Where others differ, nothing is proved.
@@ -20,6 +17,7 @@
 use windlass_schema::StopReason;
 use windlass_schema::record::{DWARF_RBP, DWARF_RSP};
 
+use self::code_blob::{JUMPS_BEHIND_POP, NOTHING_AHEAD};
 use super::frame_pointer::{byte_before, is_zero};
 use super::registers::Registers;
 use crate::frame_pointer::{Candidate, CodeWithoutTable, Search};
@@ -27,23 +25,14 @@ use crate::memory::StackMemory;
 
 /// The search goes on through the code ahead.
 pub(super) const AHEAD: u32 = 4;
-/// It goes back to the beginning of a compiled method.
-pub(super) const TO_ENTRY: u32 = 5;
-/// It goes back from there to a header.
-pub(super) const TO_HEADER: u32 = 6;
-
-/// Farthest beginning of a method, in bytes.
-const MAX_METHOD_BYTES: u64 = 32 * 1024;
-/// Farthest header in front of it, in bytes: what is in between says where the method refers to others.
-const MAX_HEADER_BYTES: u64 = 4096;
-/// What methods are aligned to, in bytes, and how many of these each turn looks at.
-const METHOD_ALIGNMENT: u64 = 16;
-const BLOCKS: usize = 4;
-const BLOCKS_BYTES: u64 = BLOCKS as u64 * METHOD_ALIGNMENT;
-/// Most bits of an address of user space, and how many the smallest has that stands for one here: instructions have few
-/// words below 2^40.
-const ADDRESS_BITS: u32 = 47;
-const FEWEST_ADDRESS_BITS: u32 = 40;
+/// It goes back to the header in front of the code.
+pub(super) const TO_HEADER: u32 = 5;
+/// It goes back to the beginning of a stub.
+pub(super) const IN_STUB: u32 = 6;
+/// It goes on to the end of a barrier.
+pub(super) const TO_BARRIER_END: u32 = 8;
+/// It goes back to what may begin one.
+pub(super) const TO_BARRIER: u32 = 9;
 
 /// How far ahead of an instruction that is being run it is looked, in bytes: pieces of the interpreter have up to some
 /// hundred up to where they end or go on elsewhere.
@@ -55,6 +44,7 @@ const MAX_BYTES_AHEAD_OF_CALLER: u64 = 128;
 const MAX_BYTES_OF_LOCALS: u64 = 23;
 
 const DWARF_RAX: u8 = 0;
+const DWARF_RBX: u8 = 3;
 const DWARF_R13: u8 = 13;
 
 /// Seen on the way: a byte that may be `ret`.
@@ -91,12 +81,11 @@ const DISPATCH: u64 = 0xda24_ff41;
 const BUILD: u64 = 0xec_8b48_5550;
 /// `pop %rax; lea n(%rsp, %rcx, 8), %r14`, the address of the locals.
 const TAKE_RETURN_ADDRESS: u64 = 0x748d_4c58;
-/// `push %rbp; mov %rsp, %rbp` in its two encodings.
+/// `push %rbp; mov %rsp, %rbp`.
 const PROLOGUE: u64 = 0xec8b_4855;
-const OTHER_PROLOGUE: u64 = 0xe589_4855;
-/// `leave; pop %r13; mov %rbx, %rsp; jmp *%r13`: an interpreted method returns. Its first two instructions, and those
-/// behind each.
-const LEAVE: u64 = 0x5d_41c9;
+/// `leave; pop %r13; mov %rbx, %rsp; jmp *%r13`: an interpreted method returns, with its caller's rsp in rbx. Its first
+/// two instructions, and those behind each.
+pub(super) const LEAVE: u64 = 0x5d_41c9;
 const BEHIND_LEAVE: u64 = 0xe5ff_41e3_8b48_5d41;
 const BEHIND_POP: u64 = BEHIND_LEAVE >> 16;
 const JUMP_BY_R13: u64 = BEHIND_LEAVE >> 40;
@@ -107,7 +96,9 @@ const PUSH_RBP: u64 = 0x55;
 const TAKE_FRAME: u64 = 0xec_8148;
 const TAKE_FRAME_BYTES: u64 = 7;
 const SAVE_RBP: u64 = 0x246c_8948;
+const SAVE_RBP_BYTES: u64 = 5;
 const SET_RBP: u64 = 0xec_8b48;
+const SET_RBP_BYTES: u64 = 3;
 const RAISE_RBP: u64 = 0xc5_8348;
 /// `mov %r10, n(%r15)`, behind `mov n, %r10` of ten bytes and in front of `jmp`: a compiled
 /// method that has to wait does so
@@ -132,12 +123,6 @@ pub(super) fn returns_to_interpreter<M: StackMemory>(address: u64, memory: &M) -
 #[inline(always)]
 const fn saves_rbp(code: u64) -> bool {
     code & LOW_4 == SAVE_RBP && code >> 39 & 1 == 0
-}
-
-/// Whether a word may be an address.
-#[inline(always)]
-const fn is_address(word: u64) -> bool {
-    word >> ADDRESS_BITS == 0 && word >> FEWEST_ADDRESS_BITS != 0
 }
 
 /// What eight bytes of code look like, wherever an instruction may begin: a bit for each.
@@ -201,10 +186,10 @@ impl Signs {
 }
 
 impl Registers {
-    /// The caller where `address` is its return address, in a register.
+    /// The caller where `address` is its return address, in a register, and this its rsp.
     #[inline(always)]
-    fn caller_by_register(&self, address: u64) -> Result<Option<Candidate>, StopReason> {
-        let (stack_pointer, frame_pointer) = (self.general[DWARF_RSP as usize], self.get(DWARF_RBP)?);
+    fn caller_by_register(&self, address: u64, stack_pointer: u64) -> Result<Option<Candidate>, StopReason> {
+        let frame_pointer = self.get(DWARF_RBP)?;
         Ok(Some(Candidate { address, stack_pointer, frame_pointer, is_caller: true }))
     }
 
@@ -212,7 +197,6 @@ impl Registers {
     #[inline(always)]
     pub(super) fn caller_by_method_end<M: StackMemory>(
         &self,
-        unproved: StopReason,
         memory: &M,
     ) -> Result<Option<Candidate>, StopReason> {
         let Some(code) = memory.word(self.rip) else { return Ok(None) };
@@ -228,27 +212,30 @@ impl Registers {
         let is_entry = code & LOW_3 == TOUCH_STACK && code >> 56 == PUSH_RBP
             || code & LOW_3 == TAKE_FRAME
                 && memory.word(self.rip.wrapping_add(TAKE_FRAME_BYTES)).is_some_and(saves_rbp);
-        if is_compare || is_above || is_entry || code == BEHIND_LEAVE || self.waits(code, memory) {
+        if is_compare || is_above || is_entry || self.waits(code, memory) {
             return self.caller_at(rsp, self.get(DWARF_RBP)?, memory);
         }
+        if code == BEHIND_LEAVE {
+            let found = self.caller_at(rsp, self.get(DWARF_RBP)?, memory)?;
+            let stack_pointer = self.get(DWARF_RBX)?;
+            return Ok(found.map(|caller| Candidate { stack_pointer, ..caller }));
+        }
         if let Some(saved) = self.saving_rbp(code, memory) {
-            return self.caller_at(rsp.wrapping_add(saved).wrapping_add(8), self.get(DWARF_RBP)?, memory);
+            let at = rsp.wrapping_add(saved);
+            let is_set = code & LOW_3 == RAISE_RBP;
+            let frame_pointer = if is_set { memory.word(at) } else { Some(self.get(DWARF_RBP)?) };
+            let Some(frame_pointer) = frame_pointer else { return Err(memory.unreadable(at)) };
+            return self.caller_at(at.wrapping_add(8), frame_pointer, memory);
         }
-        let is_raise = code & LOW_3 == RAISE_RBP
-            && memory.word(self.rip.wrapping_sub(3)).is_some_and(|word| word & LOW_3 == SET_RBP);
-        if is_raise {
-            let at = rsp.wrapping_add(code >> 24 & 0x7f);
-            let Some(saved) = memory.word(at) else { return Err(memory.unreadable(at)) };
-            return self.caller_at(at.wrapping_add(8), saved, memory);
-        }
-        // With an exception in hand, a compiled method leaves by a jump behind its `pop`.
-        if code & 0xff == JUMP && byte_before(self.rip, memory) == POP_RBP {
-            return Err(unproved);
+        let left = self.caller_of_left_frame(code, memory)?;
+        if left.is_some() {
+            return Ok(left);
         }
         let is_jump = code & LOW_3 == JUMP_BY_R13
             && memory.word(self.rip.wrapping_sub(3)).is_some_and(|word| word & LOW_6 == BEHIND_POP);
         if is_jump || code & LOW_6 == BEHIND_POP {
-            return self.caller_by_register(self.get(DWARF_R13)?);
+            let stack_pointer = if is_jump { rsp } else { self.get(DWARF_RBX)? };
+            return self.caller_by_register(self.get(DWARF_R13)?, stack_pointer);
         }
         Ok(None)
     }
@@ -274,74 +261,29 @@ impl Registers {
             && begins(looked, LOW_3, COMPARE)
     }
 
-    /// Where from rsp a small method's frame saves rbp, which is still the caller's.
+    /// Where from rsp a small method's frame has saved rbp, or does now, from the `mov` that does up to the `add`.
     #[inline(always)]
     fn saving_rbp<M: StackMemory>(&self, code: u64, memory: &M) -> Option<u64> {
-        if saves_rbp(code) {
-            let taken = memory.word(self.rip.wrapping_sub(TAKE_FRAME_BYTES))?;
-            let (saved, bytes) = (code >> 32 & 0x7f, taken >> 24 & LOW_4);
-            return (taken & LOW_3 == TAKE_FRAME && bytes == saved + 8).then_some(saved);
-        }
-        if code & LOW_3 != SET_RBP || code >> 24 & LOW_3 != RAISE_RBP {
+        let bytes_done = if saves_rbp(code) {
+            0
+        } else if code & LOW_3 == SET_RBP {
+            SAVE_RBP_BYTES
+        } else if code & LOW_3 == RAISE_RBP {
+            SAVE_RBP_BYTES + SET_RBP_BYTES
+        } else {
             return None;
-        }
-        memory.word(self.rip.wrapping_sub(5)).filter(|word| saves_rbp(*word)).map(|word| word >> 32 & 0x7f)
-    }
-
-    /// Looks for the beginning of a compiled method, or for the header in front of it, in the next 64 bytes back.
-    #[inline(always)]
-    pub(super) fn look_for_method<M: StackMemory>(
-        &self,
-        search: &mut Search,
-        code: &CodeWithoutTable,
-        memory: &M,
-    ) -> Result<Option<Candidate>, StopReason> {
-        let is_entered = search.phase == TO_HEADER;
-        let (from, most) =
-            if is_entered { (search.seen, MAX_HEADER_BYTES) } else { (self.rip, MAX_METHOD_BYTES) };
-        let is_near = from.wrapping_sub(search.at) < most && search.at >= code.start;
-        let Some(words) = memory.words::<{ 2 * BLOCKS + 2 }>(search.at).filter(|_| is_near) else {
-            return if is_entered {
-                Err(code.unproved)
-            } else {
-                self.search_code(search, code.unproved, memory)
-            };
         };
-        let mut block = BLOCKS;
-        while block > 0 {
-            block -= 1;
-            let [first, second, third] = [words[2 * block], words[2 * block + 1], words[2 * block + 2]];
-            if is_address(first) && is_address(second) {
-                return if is_entered {
-                    self.caller_by_frame_pointer(memory)
-                } else {
-                    self.search_code(search, code.unproved, memory)
-                };
-            }
-            // Another compiler's function.
-            if first & LOW_4 == PROLOGUE || first & LOW_4 == OTHER_PROLOGUE {
-                return if is_entered {
-                    Err(code.unproved)
-                } else {
-                    self.search_code(search, code.unproved, memory)
-                };
-            }
-            let is_large = first & LOW_3 == TOUCH_STACK && first >> 56 == PUSH_RBP;
-            // The second instruction begins with the first word's last byte.
-            let is_small = first & LOW_3 == TAKE_FRAME && saves_rbp(first >> 56 | second << 8);
-            if !is_entered && (is_large || is_small) {
-                let behind = if is_large { second } else { second >> 32 | third << 32 };
-                if behind & LOW_3 != SET_RBP {
-                    return Err(code.unproved);
-                }
-                let entry = search.at.wrapping_add(block as u64 * METHOD_ALIGNMENT);
-                (search.phase, search.seen) = (TO_HEADER, entry);
-                search.at = entry.wrapping_sub(BLOCKS_BYTES);
-                return Ok(None);
-            }
-        }
-        search.at = search.at.wrapping_sub(BLOCKS_BYTES);
-        Ok(None)
+        let save = self.rip.wrapping_sub(bytes_done);
+        let [taken, saving, behind] = [
+            memory.word(save.wrapping_sub(TAKE_FRAME_BYTES))?,
+            memory.word(save)?,
+            memory.word(save.wrapping_add(SAVE_RBP_BYTES))?,
+        ];
+        let saved = saving >> 32 & 0x7f;
+        let is_taken = taken & LOW_3 == TAKE_FRAME && taken >> 24 & LOW_4 == saved + 8 && saves_rbp(saving);
+        // The same as a `push`, and then `mov`: rbp points at what is saved once it is raised by as much.
+        let is_set = behind & LOW_3 == SET_RBP && behind >> 24 & LOW_4 == RAISE_RBP | saved << 24;
+        (is_taken && (bytes_done == 0 || is_set)).then_some(saved)
     }
 
     /// Looks at the next eight bytes of code. What proves nothing leaves it to the code in front of the address.
@@ -355,7 +297,8 @@ impl Registers {
         let distance = search.at.wrapping_sub(self.rip);
         let most = if self.exact != 0 { MAX_BYTES_AHEAD } else { MAX_BYTES_AHEAD_OF_CALLER };
         let Some([bytes, behind]) = memory.words(search.at).filter(|_| distance < most) else {
-            return self.look_for_entry(search);
+            let seen = if self.exact != 0 { 0 } else { NOTHING_AHEAD };
+            return self.search_header(search, seen);
         };
         let signs = Signs::of(bytes, behind);
         let first = signs.first();
@@ -371,22 +314,26 @@ impl Registers {
                     .word(at.wrapping_sub(MOVE_TO_R10_BYTES))
                     .is_some_and(|word| word & LOW_2 == MOVE_TO_R10);
         if is_own && search.seen & RETURN == 0 {
-            return self.caller_by_frame_pointer(memory);
+            return self.caller_of_interpreted(memory);
         }
         if self.exact == 0 {
-            return self.look_for_entry(search);
+            return self.search_header(search, 0);
         }
         if is_own {
             return self.search_stack(search);
         }
         if signs.builds & first == 0 || search.seen & RETURN != 0 {
-            return self.look_for_entry(search);
+            return self.search_header(search, 0);
         }
         let rsp = self.general[DWARF_RSP as usize];
         if search.seen & POP == 0 {
             let is_near =
                 distance.wrapping_add(first.wrapping_sub(1).count_ones().into()) < MAX_BYTES_OF_LOCALS;
-            return if is_near { self.caller_by_register(self.get(DWARF_RAX)?) } else { Err(code.unproved) };
+            return if is_near {
+                self.caller_by_register(self.get(DWARF_RAX)?, self.get(DWARF_R13)?)
+            } else {
+                Err(code.unproved)
+            };
         }
         // Whoever jumped here from the interpreter left its stack pointer in r13, above the return address.
         if self.get(DWARF_R13)? != rsp.wrapping_add(8) {
@@ -395,28 +342,27 @@ impl Registers {
         self.caller_at(rsp, self.get(DWARF_RBP)?, memory)
     }
 
-    /// Goes on with the beginning of a compiled method, from the block of the address.
-    #[inline(always)]
-    fn look_for_entry(&self, search: &mut Search) -> Result<Option<Candidate>, StopReason> {
-        let block = self.rip & !(METHOD_ALIGNMENT - 1);
-        (search.phase, search.seen) = (TO_ENTRY, 0);
-        search.at = block.wrapping_add(METHOD_ALIGNMENT).wrapping_sub(BLOCKS_BYTES);
-        Ok(None)
-    }
-
     /// Starts with the code ahead.
     #[inline(always)]
-    pub(super) fn search_ahead(
+    pub(super) fn search_ahead<M: StackMemory>(
         &self,
         search: &mut Search,
-        unproved: StopReason,
+        memory: &M,
     ) -> Result<Option<Candidate>, StopReason> {
-        // Not worth a search where it cannot point at a frame.
+        // Not worth a search ahead where rbp cannot point at a frame.
         let rbp = self.get(DWARF_RBP)?;
+        if self.jumps_behind_pop(memory) {
+            return self.search_header(search, JUMPS_BEHIND_POP);
+        }
         if rbp < self.general[DWARF_RSP as usize] || rbp & 7 != 0 {
-            return Err(unproved);
+            return self.search_header(search, 0);
         }
         (search.phase, search.at, search.seen) = (AHEAD, self.rip, 0);
         Ok(None)
     }
 }
+
+mod barrier;
+mod code_blob;
+mod left_frame;
+mod stub;

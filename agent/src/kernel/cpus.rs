@@ -3,7 +3,8 @@
 //! All that are online, and they come and go: virtual machines are given more, and others save power. What runs on a CPU that
 //! nobody watches maps and unmaps unseen, and addresses of its process would be read by mappings that are no more; so the list
 //! is read every few seconds, and when one has come, events up to then count as lost. The kernel ends the events of a
-//! CPU that goes, for good (`perf_event_exit_cpu`, kernel/events/core.c).
+//! CPU that goes, for good (`perf_event_exit_cpu`, kernel/events/core.c); one that went and came back in between, as all
+//! but the first do when a machine sleeps, is told by its events: those of processes end with those of samples.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -25,13 +26,15 @@ pub(super) struct Cpus {
     program: &'static str,
     frequency_hz: u32,
     sampled: BTreeMap<u32, PerfEventLinkId>,
+    /// Whether CPUs were watched before: then events of one that was not are lost.
+    has_watched: bool,
     reviewed: Instant,
 }
 
 impl Cpus {
     /// None yet.
     pub(super) fn new(program: &'static str, frequency_hz: u32) -> Self {
-        Self { program, frequency_hz, sampled: BTreeMap::new(), reviewed: Instant::now() }
+        Self { program, frequency_hz, sampled: BTreeMap::new(), has_watched: false, reviewed: Instant::now() }
     }
 
     /// Samples and watches the CPUs that are online, and no others.
@@ -39,8 +42,11 @@ impl Cpus {
         self.reviewed = Instant::now();
         let online =
             aya::util::online_cpus().map_err(|(path, error)| LoadError::Cpus(format!("{path}: {error}")))?;
-        for (cpu, link) in self.sampled.extract_if(.., |cpu, _| !online.contains(cpu)) {
-            tracing::info!(cpu, "the CPU is not online any more");
+        let ended = sideband.ended();
+        ended.iter().for_each(|cpu| sideband.forget(*cpu));
+        let has_gone = |cpu: &u32, _: &mut _| !online.contains(cpu) || ended.contains(cpu);
+        for (cpu, link) in self.sampled.extract_if(.., has_gone) {
+            tracing::info!(cpu, "the CPU went offline");
             sideband.forget(cpu);
             // It is gone from the kernel with its CPU; what is left is a descriptor.
             let _ = program::program(bpf, self.program)?.detach(link);
@@ -49,9 +55,10 @@ impl Cpus {
         for cpu in &online {
             sideband.watch(*cpu)?;
         }
-        if !self.sampled.is_empty() && online.iter().any(|cpu| !self.sampled.contains_key(cpu)) {
+        if self.has_watched && online.iter().any(|cpu| !self.sampled.contains_key(cpu)) {
             sideband.note_lost();
         }
+        self.has_watched = true;
         for cpu in online {
             if !self.sampled.contains_key(&cpu)
                 && let Some(link) = self.attach(cpu, bpf)?

@@ -21,7 +21,7 @@ use windlass_schema::BuildId;
 
 use crate::backend::{Event, MappedImage};
 use crate::perf_ring::{
-    PerfEventAttr, PerfRing, PerfScope, RingRecord, SIDEBAND_TIME_FROM_END, monotonic_ns,
+    PerfEventAttr, PerfRing, PerfScope, RingRecord, SIDEBAND_TIME_FROM_END, monotonic_ns, raw_ns,
     record as record_kind,
 };
 use crate::proc_maps::{Backing, backing};
@@ -31,6 +31,10 @@ use super::LoadError;
 /// Pages of each CPU's ring: 64 KiB hold some 500 mapping records, a burst of a few hundred
 /// processes starting between two polls.
 const RING_PAGES: usize = 16;
+
+/// By how much an event's time may be behind that of the clock before it is taken for one that has ended, in nanoseconds. They are
+/// of two clocks that both go by the machine's own, `local_clock` and `CLOCK_MONOTONIC_RAW`: no daemon slews them.
+const ENDED_BEHIND_NS: u64 = 100_000_000;
 
 /// `PERF_RECORD_MISC_COMM_EXEC`: the name changed because of an exec.
 const MISC_COMM_EXEC: u16 = 1 << 13;
@@ -52,6 +56,8 @@ const MMAP2_PATH: usize = 64;
 pub(super) struct Sideband {
     rings: Vec<Ring>,
     waiting: TimeOrder,
+    /// Records that the kernel says it had no room for.
+    lost_records: u64,
 }
 
 /// The events of a CPU.
@@ -59,6 +65,45 @@ struct Ring {
     cpu: u32,
     ring: PerfRing,
     end: RingEnd,
+    /// For how long the event was enabled when it was looked at last, and when that was.
+    enabled_ns: u64,
+    looked_ns: u64,
+}
+
+impl Ring {
+    /// Whether the event has ended. The kernel switches off the events of a CPU that goes (`list_del_event` by
+    /// `perf_event_exit_cpu_context`, kernel/events/core.c), and not on when it comes back; `poll(2)` does not say so.
+    fn has_ended(&mut self) -> bool {
+        let passed_ns = raw_ns().saturating_sub(self.looked_ns);
+        let Some(enabled_ns) = self.ring.enabled_ns() else { return true };
+        let counted_ns = enabled_ns.saturating_sub(self.enabled_ns);
+        // After the reading, as the other one is before it: the event counts what lies between, whatever that takes.
+        (self.enabled_ns, self.looked_ns) = (enabled_ns, raw_ns());
+        counted_ns + ENDED_BEHIND_NS < passed_ns
+    }
+
+    /// Takes the records out. Returns how many the kernel says it had no room for.
+    fn drain(&mut self, waiting: &mut TimeOrder) -> u64 {
+        let Self { ring, end, .. } = self;
+        let mut lost_records = 0;
+        let was_full = ring.drain(|record| {
+            let Some(time_ns) = time_of(&record, SIDEBAND_TIME_FROM_END) else { return };
+            lost_records += lost_by(&record);
+            if let Some(since_ns) = end.note(time_ns, record.kind == record_kind::LOST) {
+                waiting.push(since_ns, Event::Lost { until_ns: time_ns });
+            }
+            if record.kind != record_kind::LOST
+                && let Some((time_ns, event)) = event_of(&record, SIDEBAND_TIME_FROM_END)
+            {
+                waiting.push(time_ns, event);
+            }
+        });
+        if was_full {
+            end.lost = true;
+            waiting.push(end.last_ns, Event::Lost { until_ns: monotonic_ns() });
+        }
+        lost_records
+    }
 }
 
 /// How far the records of a ring reach.
@@ -106,7 +151,7 @@ impl TimeOrder {
 impl Sideband {
     /// Of no CPU yet.
     pub(super) fn new() -> Self {
-        Self { rings: Vec::new(), waiting: TimeOrder::default() }
+        Self { rings: Vec::new(), waiting: TimeOrder::default(), lost_records: 0 }
     }
 
     /// Watches a CPU, if that is not so already. One that is not online is left out.
@@ -130,7 +175,8 @@ impl Sideband {
             }
         };
         let now_ns = monotonic_ns();
-        self.rings.push(Ring { cpu, ring, end: RingEnd { last_ns: now_ns, lost: false } });
+        let end = RingEnd { last_ns: now_ns, lost: false };
+        self.rings.push(Ring { cpu, ring, end, enabled_ns: 0, looked_ns: raw_ns() });
         Ok(())
     }
 
@@ -140,9 +186,16 @@ impl Sideband {
         self.waiting.push(now_ns, Event::Lost { until_ns: now_ns });
     }
 
-    /// Watches a CPU no more.
+    /// The CPUs whose events have ended: each went, and may be back.
+    pub(super) fn ended(&mut self) -> Vec<u32> {
+        self.rings.iter_mut().filter_map(|ring| ring.has_ended().then_some(ring.cpu)).collect()
+    }
+
+    /// Watches a CPU no more. What happened there up to now is handed out with the next drain.
     pub(super) fn forget(&mut self, cpu: u32) {
-        self.rings.retain(|ring| ring.cpu != cpu);
+        for mut ring in self.rings.extract_if(.., |ring| ring.cpu == cpu) {
+            self.lost_records += ring.drain(&mut self.waiting);
+        }
     }
 
     pub(super) fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
@@ -156,30 +209,25 @@ impl Sideband {
         for (time_ns, sample) in samples {
             waiting.push(time_ns, sample);
         }
-        for Ring { ring, end, .. } in &mut self.rings {
-            let was_full = ring.drain(|record| {
-                let Some(time_ns) = time_of(&record, SIDEBAND_TIME_FROM_END) else { return };
-                if let Some(since_ns) = end.note(time_ns, record.kind == record_kind::LOST) {
-                    waiting.push(since_ns, Event::Lost { until_ns: time_ns });
-                }
-                if record.kind != record_kind::LOST
-                    && let Some((time_ns, event)) = event_of(&record, SIDEBAND_TIME_FROM_END)
-                {
-                    waiting.push(time_ns, event);
-                }
-            });
-            if was_full {
-                end.lost = true;
-                waiting.push(end.last_ns, Event::Lost { until_ns: monotonic_ns() });
-            }
-        }
+        self.lost_records += self.rings.iter_mut().map(|ring| ring.drain(waiting)).sum::<u64>();
         waiting.release(until_ns, sink);
+    }
+
+    /// Records that were lost since the start, as far as the kernel says how many.
+    pub(super) fn lost_records(&self) -> u64 {
+        self.lost_records
     }
 
     /// Whether there are events left that the next drain hands out.
     pub(super) fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
+}
+
+/// How many records the kernel says with this one that it lost: `PERF_RECORD_LOST` has the event's ID and their number
+/// (perf_event_open(2)).
+fn lost_by(record: &RingRecord<'_>) -> u64 {
+    if record.kind == record_kind::LOST { double_at(record.body, 8).unwrap_or_default() } else { 0 }
 }
 
 /// When a record was made: its time is `time_from_end` bytes before its end.
@@ -245,6 +293,8 @@ mod tests {
     use crate::perf_ring::COPIED_TIME_FROM_END;
 
     const TIME_NS: u64 = 5_000_000_007;
+    /// `PERF_EVENT_IOC_DISABLE`.
+    const IOC_DISABLE: u64 = 0x2401;
 
     #[track_caller]
     fn check(kind: u32, misc: u16, words: &[u32], expect: Option<Event>) {
@@ -363,6 +413,38 @@ mod tests {
         let mut losses = 0;
         sideband.drain(Vec::new(), &mut |event| losses += u32::from(matches!(event, Event::Lost { .. })));
         assert_eq!(losses, 1);
+    }
+
+    /// As the kernel does with the events of a CPU that goes.
+    #[test]
+    fn events_that_were_switched_off_have_ended() {
+        let Some(mut sideband) = watching(&[0]) else { return };
+        let wait = || std::thread::sleep(std::time::Duration::from_nanos(2 * ENDED_BEHIND_NS));
+        wait();
+        assert!(sideband.ended().is_empty());
+        wait();
+        assert!(sideband.ended().is_empty());
+        // SAFETY: the request takes no pointer.
+        let disabled = unsafe { libc::ioctl(sideband.rings[0].ring.descriptor(), IOC_DISABLE, 0) };
+        assert_eq!(disabled, 0);
+        wait();
+        assert_eq!(sideband.ended(), [0]);
+        sideband.forget(0);
+        sideband.watch(0).expect("it could be watched before");
+        wait();
+        assert!(sideband.ended().is_empty());
+    }
+
+    #[test]
+    fn what_happened_on_a_cpu_outlives_its_ring() {
+        let cpus = aya::util::online_cpus().expect("the kernel lists them");
+        let Some(mut sideband) = watching(&cpus) else { return };
+        let mut child = std::process::Command::new("true").spawn().expect("a process");
+        child.wait().expect("it ends");
+        cpus.iter().for_each(|cpu| sideband.forget(*cpu));
+        let mut has_exited = false;
+        sideband.drain(Vec::new(), &mut |event| has_exited |= event == Event::Exited { tgid: child.id() });
+        assert!(has_exited);
     }
 
     #[test]

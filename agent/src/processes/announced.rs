@@ -14,7 +14,9 @@ use windlass_schema::StopReason;
 
 use super::{Process, Processes, REREAD_AFTER_NS};
 use crate::backend::{Backend, MappedImage, Sample};
-use crate::process::{announced_mapping, is_among, is_replaced};
+use crate::process::{
+    ExecutableMapping, announced_mapping, is_among, is_of_same_image, is_replaced, outside,
+};
 
 impl Processes {
     /// Has the process of a sample read if its mappings may have been found wanting.
@@ -45,6 +47,7 @@ impl Processes {
             return;
         }
         self.announced.remove(&tgid);
+        self.readings.forget(tgid);
         if self.known.remove(&tgid).is_some() {
             backend.remove_process(tgid);
         }
@@ -80,7 +83,12 @@ impl Processes {
         {
             return;
         }
-        let replaces = is_replaced(&process.mappings, &range, of_file);
+        let is_over = |known: &&ExecutableMapping| known.start < range.end && range.start < known.end;
+        let goes_on = |known: &ExecutableMapping| {
+            mapping.as_ref().is_some_and(|mapping| is_of_same_image(known, mapping))
+        };
+        let replaces = is_replaced(&process.mappings, &range, of_file)
+            && !process.mappings.iter().filter(is_over).all(goes_on);
         if process.withdrawn || replaces && mapping.is_none() {
             process.withdrawn = true;
             process.stated = None;
@@ -89,7 +97,7 @@ impl Processes {
             self.schedule.want_at_once(tgid, now);
             return;
         }
-        let Some(mapping) = mapping else {
+        let Some(mapping) = &mapping else {
             process.lacks_some = true;
             self.want_scan(tgid, now);
             return;
@@ -98,11 +106,15 @@ impl Processes {
             // Walks by what was there before say nothing of what is there now.
             process.stated = None;
         }
-        let mut mappings = process.mappings.to_vec();
-        // What was where it is now is gone, and what is left of that most likely, too.
-        mappings.retain(|known| known.end <= range.start || range.end <= known.start);
+        // What was where it is now is gone, and what is left of that most likely, too. But a part of an image whose
+        // protection changed (`mprotect_fixup` in mm/mprotect.c tells of it as of a mapping) leaves the rest as it was.
+        let rest = |known: &ExecutableMapping| match goes_on(known) {
+            true => outside(known, &range),
+            false => Vec::from_iter((!is_over(&known)).then(|| known.clone())),
+        };
+        let mut mappings: Vec<_> = process.mappings.iter().flat_map(rest).collect();
         let at = mappings.partition_point(|known| known.start < mapping.start);
-        mappings.insert(at, mapping);
+        mappings.insert(at, mapping.clone());
         // What older walks went by is a part of it, and of the rest they know nothing.
         process.read_ns = process.read_ns.max(time_ns);
         (process.mappings, process.prefetched) = (mappings.into(), false);
@@ -121,6 +133,7 @@ impl Processes {
         // The number may have been another process's.
         self.schedule.forget(tgid);
         self.announced.remove(&tgid);
+        self.readings.forget(tgid);
         if self.known.remove(&tgid).is_some() {
             backend.remove_process(tgid);
         }
@@ -135,7 +148,10 @@ impl Processes {
                 self.schedule.want_at_once(tgid, now);
             }
             Some(parent) => {
-                let child = Process { stated: None, exited: None, leaderless: false, ..parent.clone() };
+                // What the parent was read for since then says nothing of what the child did.
+                let whole_ns = parent.whole_ns.min(time_ns);
+                let child =
+                    Process { stated: None, whole_ns, exited: None, leaderless: false, ..parent.clone() };
                 self.known.insert(tgid, child);
                 self.set(tgid, backend);
             }

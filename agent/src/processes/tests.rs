@@ -1,16 +1,21 @@
 //! Against real processes, and a backend that only remembers.
 
+use std::ops::Range;
 use std::process::{Child, Command};
 
 use super::*;
-use crate::backend::{MappedImage, PlacedMapping};
+use crate::backend::{MappedImage, PlaceError, PlacedMapping};
 use crate::choice::Choice;
+use crate::perf_ring::monotonic_ns;
+use crate::proc_maps::executable_mappings;
 use crate::process::find;
+use crate::tables::{TableOutcome, TableResult};
 use windlass_schema::maps::{EXACT_ADDRESS, Location, no_table};
 use windlass_schema::table_writer::{TableHeader, write_table};
-use windlass_schema::{Architecture, ImageAddress, ProcessAddress, Table, TableFile};
+use windlass_schema::{Architecture, ImageAddress, ProcessAddress, StopReason, Table, TableFile};
 
 mod announced;
+mod noted;
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -98,7 +103,10 @@ impl Drop for Idle {
 }
 
 fn processes(root: u32, now: Instant) -> Processes {
-    Processes::new(Selection::new(Some(root), Choice::default()), now)
+    let mut processes = Processes::new(Selection::new(Some(root), Choice::default()), now);
+    // However busy the machine is.
+    processes.wait_for_readings(Duration::from_secs(600));
+    processes
 }
 
 fn sample(tgid: u32, generation: u32, time_ns: u64) -> Sample {
@@ -114,6 +122,47 @@ fn sample(tgid: u32, generation: u32, time_ns: u64) -> Sample {
         user: vec![0x1000 | EXACT_ADDRESS],
         kernel: Vec::new(),
     }
+}
+
+#[test]
+fn a_reading_that_hangs_holds_up_no_other_and_counts_only_if_nothing_changed() {
+    let (hanging, other, now) = (Idle::start(), Idle::start(), Instant::now());
+    let (mut told, mut processes) = (Told::default(), processes(std::process::id(), now));
+    let held = processes.readings.hang(hanging.id());
+    processes.wait_for_readings(MS);
+    let read = |processes: &mut Processes, told: &mut Told, tgid: u32, now: Instant| {
+        processes.want_scan(tgid, now);
+        let start = Instant::now();
+        while !told.processes.contains_key(&tgid) {
+            assert!(start.elapsed() < Duration::from_secs(60), "{tgid} is not read");
+            processes.scan_due(told, now);
+        }
+    };
+    processes.want_scan(hanging.id(), now);
+    processes.scan_due(&mut told, now);
+    read(&mut processes, &mut told, other.id(), now);
+    assert!(!told.processes.contains_key(&hanging.id()));
+    // It is not read twice at a time.
+    processes.want_scan(hanging.id(), now + 20 * MS);
+    processes.scan_due(&mut told, now + 20 * MS);
+    let counts = processes.reading_counts();
+    assert!(counts.late >= 1 && counts.skipped == 1 && counts.waiting == 1, "{counts:?}");
+
+    // Of what is mapped over what it finds, after it began, it says nothing.
+    let tgid = hanging.id();
+    let maps = std::fs::read(format!("/proc/{tgid}/maps")).expect("it is a child");
+    let start = executable_mappings(&maps)[0].start;
+    let mapped = |time_ns| Event::Mapped { tgid, start, length: 1, of_file: true, image: None, time_ns };
+    let later_ns = monotonic_ns() + 3_600_000_000_000;
+    processes.note(&mapped(later_ns), &mut told, now);
+    drop(held);
+    while processes.reading_counts().waiting > 0 {
+        processes.scan_due(&mut told, now + 20 * MS);
+    }
+    assert!(!told.processes.contains_key(&tgid), "it may have another executable by now");
+    assert!(processes.next_due(now + 20 * MS).is_some(), "it is read again");
+    read(&mut processes, &mut told, tgid, now + 100 * MS);
+    assert!(!told.processes[&tgid].is_empty());
 }
 
 #[test]

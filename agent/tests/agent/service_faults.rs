@@ -120,7 +120,7 @@ fn tables_that_are_not_what_they_should_be_are_not_placed() {
         view.send(Event::Sample(sample(1, StopReason::TablePending, &[own_address() | EXACT_ADDRESS])));
         let unavailable = no_table::location(StopReason::TableUnavailable);
         eventually(lie, || view.mapping(own_pid(), own_address()).unwrap().mapping.image == unavailable);
-        assert!(number(&agent, "tables_unavailable_total") > 0, "{lie}");
+        assert!(number(&agent, "table_failures_total") > 0, "{lie}");
         let summary = stop(agent);
         assert_eq!(summary.tables_loaded, 0, "{lie}");
         assert!(

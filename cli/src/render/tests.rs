@@ -233,7 +233,8 @@ fn embedded(page: &str) -> serde_json::Value {
 }
 
 fn column(graph: &serde_json::Value, table: &str, column: &str) -> Vec<u64> {
-    graph[table][column].as_array().unwrap().iter().map(|value| value.as_u64().unwrap()).collect()
+    let values = graph[table][column].as_array().expect("a column");
+    values.iter().map(|value| value.as_u64().expect("a number")).collect()
 }
 
 /// Checks a page's nodes: parents first, sums that agree with the summary; returns the total by name.
@@ -246,11 +247,11 @@ fn node_totals(graph: &serde_json::Value) -> BTreeMap<String, u64> {
         assert!(parent < node);
         totals[parent] += totals[node];
     }
-    assert_eq!(totals[0], graph["samples"].as_u64().unwrap());
+    assert_eq!(totals[0], graph["samples"].as_u64().expect("the page has it"));
     let names = column(graph, "functions", "name");
     let mut by_name = BTreeMap::new();
     for (function, total) in functions.iter().zip(totals) {
-        let name = graph["strings"][names[*function as usize] as usize].as_str().unwrap();
+        let name = graph["strings"][names[*function as usize] as usize].as_str().expect("the page has it");
         *by_name.entry(name.to_owned()).or_default() += total;
     }
     by_name
@@ -265,8 +266,10 @@ fn page_holds_the_same_numbers() {
     let totals = node_totals(&graph);
     assert_eq!((totals["all"], totals["app"], totals["[no_cfi]"], totals["less"]), (16, 12, 1, 6));
     assert_eq!(totals["sort"], 9 + 6 + 6 + 1, "each node of a recursion is drawn");
-    let name = graph["strings"].as_array().unwrap().iter().position(|text| text == "sort").unwrap() as u64;
-    let sort = column(&graph, "functions", "name").iter().position(|string| *string == name).unwrap();
+    let strings = graph["strings"].as_array().expect("a list");
+    let name = strings.iter().position(|text| text == "sort").expect("a name") as u64;
+    let names = column(&graph, "functions", "name");
+    let sort = names.iter().position(|string| *string == name).expect("a function");
     let counts = ["own", "total", "line"].map(|key| column(&graph, "functions", key)[sort]);
     assert_eq!(counts, [3, 10, 40]);
 }
@@ -387,8 +390,10 @@ fn a_stack_without_bound_is_cut_and_says_so() {
     let profile = StackProfile::from_pprof(&writer.profile);
     assert_eq!(profile.summary().stop_reasons, BTreeMap::from([("frame_limit".to_owned(), 1)]));
     assert_eq!(profile.summary().complete, 0);
-    let (_, stack) =
-        folded(&profile).split_once(";[frame_limit];").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    let (_, stack) = folded(&profile)
+        .split_once(";[frame_limit];")
+        .map(|(a, b)| (a.to_owned(), b.to_owned()))
+        .expect("it ends so");
     assert!(stack.ends_with(";f1;f0 1\n"), "the innermost frames are kept");
 }
 
@@ -438,13 +443,10 @@ fn random_profiles_never_panic() {
         );
         node_totals(&embedded(&html(&stacks, "t")));
         let _ = (table(&stacks, 50, 80), tree(&stacks, 0.0, 50, 80));
-        assert_eq!(
-            folded(&stacks)
-                .lines()
-                .map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
-                .sum::<u64>(),
-            summary.samples
-        );
+        let folded = folded(&stacks);
+        let counts = folded.lines().map(|line| line.rsplit(' ').next().expect("a line ends with one"));
+        let sum: u64 = counts.map(|count| count.parse::<u64>().expect("a number")).sum();
+        assert_eq!(sum, summary.samples);
     }
 }
 
@@ -456,20 +458,23 @@ fn empty(profile: &StackProfile) -> u64 {
 /// Pages to open in a browser: `WINDLASS_PAGES=FOLDER cargo test -p windlass pages_to_look_at`.
 #[test]
 fn pages_to_look_at() {
-    let temporary = tempfile::tempdir().unwrap();
+    let temporary = tempfile::tempdir().expect("a folder of its own");
     let asked_for = std::env::var_os("WINDLASS_PAGES").map(std::path::PathBuf::from);
     let folder = asked_for.as_deref().unwrap_or(temporary.path());
     let profile = StackProfile::from_pprof(&realistic(4000, 11));
-    std::fs::write(folder.join("page.html"), html(&profile, "checkout-7f9c, 30 s at 19 Hz")).unwrap();
     let stacks = if asked_for.is_some() { 60_000 } else { 600 };
     let big = StackProfile::from_pprof(&realistic(stacks, 5));
-    std::fs::write(folder.join("big.html"), html(&big, &format!("{stacks} stacks"))).unwrap();
-    std::fs::write(folder.join("empty.html"), html(&StackProfile::default(), "nothing")).unwrap();
-    std::fs::write(folder.join("hostile.html"), html(&hostile(), &hostile_names()[0])).unwrap();
-    let text = table(&profile, 20, 120) + "\n" + &tree(&profile, 2.0, 6, 120);
-    std::fs::write(folder.join("page.txt"), text).unwrap();
+    for (name, content) in [
+        ("page.html", html(&profile, "checkout-7f9c, 30 s at 19 Hz")),
+        ("big.html", html(&big, &format!("{stacks} stacks"))),
+        ("empty.html", html(&StackProfile::default(), "nothing")),
+        ("hostile.html", html(&hostile(), &hostile_names()[0])),
+        ("page.txt", table(&profile, 20, 120) + "\n" + &tree(&profile, 2.0, 6, 120)),
+    ] {
+        std::fs::write(folder.join(name), content).expect("a folder of its own");
+    }
     for page in ["page.html", "big.html", "empty.html", "hostile.html"] {
-        let text = std::fs::read_to_string(folder.join(page)).unwrap();
+        let text = std::fs::read_to_string(folder.join(page)).expect("a folder of its own");
         assert!(text.trim_end().ends_with("</html>"), "{page} is whole");
     }
 }

@@ -1,22 +1,25 @@
-//! One file of a build: whether it is an ELF file to upload, under which identity and kind, what it
-//! brings and what it lacks.
+//! One file of a build: whether it is an ELF file to upload, under which identity and kind, and what of it
+//! is sent.
 //!
 //! Identity follows the service: the GNU build-ID note, or, for an executable without one, the 16-byte
 //! OpenTelemetry `htlhash` file ID.
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use object::read::elf::{ElfFile32, ElfFile64};
-use object::{Object as _, ObjectKind};
-use sha2::{Digest as _, Sha256};
+use object::{Object as _, ObjectKind, ObjectSection as _};
 use windlass_schema::BuildId;
 use windlass_schema::file_id::htlhash;
-use windlass_schema::http::{ArtefactKind, ArtefactName};
+use windlass_schema::http::{ArtefactKind, ArtefactName, Brings};
 use windlass_symbol_index::Contents;
 
-use super::sources::{self, SourceFile};
+use super::companions::{self, Companion};
+use super::content::Content;
+use super::debug_part::debug_part;
+use super::sources::{SourceReader, Sources};
 use crate::mapped_elf;
 
 /// Where an artefact's build-ID comes from.
@@ -29,24 +32,36 @@ pub(crate) enum Identity {
     Htlhash,
 }
 
-/// An ELF file to upload.
+/// The image that a companion belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Owner {
+    pub(crate) build_id: BuildId,
+    pub(crate) identity: Identity,
+}
+
+/// An artefact of an ELF file, to upload.
 #[derive(Debug)]
 pub(crate) struct ElfFile {
     pub(crate) path: PathBuf,
     pub(crate) build_id: BuildId,
     pub(crate) identity: Identity,
     pub(crate) kind: ArtefactKind,
+    /// Of a `.dwo`, the ID of its unit in hex.
+    pub(crate) unit: Option<String>,
+    /// What the file brings, of which a part may be sent.
     pub(crate) contents: Contents,
-    pub(crate) sha256: String,
-    pub(crate) size_bytes: u64,
+    pub(crate) content: Content,
     /// Files of its line table that exist here; empty unless asked for.
-    pub(crate) sources: Vec<SourceFile>,
+    pub(crate) sources: Sources,
+    /// What may belong to it.
+    pub(crate) companions: Vec<Companion>,
 }
 
 /// What a file turned out to be.
 #[derive(Debug)]
 pub(crate) enum Inspected {
-    Artefact(Box<ElfFile>),
+    /// What is sent of it: one artefact, or with `--only-debug` its debug part and its skeleton.
+    Artefacts(Vec<ElfFile>),
     /// An ELF file that no one would look for.
     Skipped(SkipReason),
     NotElf,
@@ -55,8 +70,10 @@ pub(crate) enum Inspected {
 /// Why an ELF file is not uploaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum SkipReason {
-    /// A `.o` or `.dwo` file: what runs is linked from it, and has its debug information or names it.
+    /// A `.o` file: what runs is linked from it, and has its debug information.
     Relocatable,
+    /// A `.dwo` or `.dwp` file that belongs to nothing that was found.
+    SplitDwarf,
     /// A memory dump.
     Core,
     /// A debug file that nothing ties to what it describes.
@@ -69,6 +86,7 @@ impl SkipReason {
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Relocatable => "relocatable object without a build-ID",
+            Self::SplitDwarf => "split DWARF (.dwo, .dwp) of no program found here",
             Self::Core => "core dump",
             Self::DebugWithoutBuildId => {
                 "debug file without a build-ID note: link with -Wl,--build-id, then split the debug information off"
@@ -78,10 +96,41 @@ impl SkipReason {
     }
 }
 
+/// How files are looked at.
+#[derive(Debug, Default)]
+pub(crate) struct Inspection {
+    /// Reads sources, if they go too.
+    pub(crate) sources: Option<SourceReader>,
+    /// Send debug parts instead of whole programs.
+    pub(crate) only_debug: bool,
+    /// Folders with debug files.
+    pub(crate) debug_dirs: Vec<PathBuf>,
+}
+
 impl ElfFile {
     /// How the service knows this file.
     pub(crate) fn artefact(&self, kind: ArtefactKind) -> ArtefactName {
-        ArtefactName { build_id: self.build_id, kind, path: None, sha256: Some(self.sha256.clone()) }
+        // Of skeletons the first is as good as any.
+        let sha256 = (kind != ArtefactKind::Skeleton).then(|| self.content.sha256.clone());
+        let brings =
+            matches!(kind, ArtefactKind::Executable | ArtefactKind::Debuginfo).then(|| self.brings());
+        ArtefactName { build_id: self.build_id, kind, path: self.unit.clone(), sha256, brings }
+    }
+
+    /// What it has to name code with: what makes the service prefer it.
+    fn brings(&self) -> Brings {
+        match self.contents {
+            Contents { debug_info: true, .. } => Brings::DebugInfo,
+            Contents { line_table: true, .. } => Brings::LineTable,
+            Contents { symtab: true, .. } => Brings::Symtab,
+            Contents { dynsym: true, .. } => Brings::Dynsym,
+            _ => Brings::Nothing,
+        }
+    }
+
+    /// Whose it is.
+    pub(crate) fn owner(&self) -> Owner {
+        Owner { build_id: self.build_id, identity: self.identity }
     }
 
     /// Whether it can answer a debugger's request for debug information.
@@ -94,22 +143,38 @@ impl ElfFile {
         let Contents { debug_info, line_table, symtab, dynsym, .. } = self.contents;
         (debug_info, line_table, symtab, dynsym)
     }
+
+    /// Split DWARF of `owner`: one unit of it, or all.
+    pub(crate) fn split(path: &Path, file: &File, owner: Owner, unit: Option<u64>) -> io::Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            build_id: owner.build_id,
+            identity: owner.identity,
+            kind: if unit.is_some() { ArtefactKind::Dwo } else { ArtefactKind::Dwp },
+            unit: unit.map(|id| format!("{id:016x}")),
+            contents: Contents::default(),
+            content: Content::whole(path, file)?,
+            sources: Sources::default(),
+            companions: Vec::new(),
+        })
+    }
 }
 
 /// Reads and classifies the file at `path`.
-pub(crate) fn inspect(path: &Path, with_sources: bool) -> anyhow::Result<Inspected> {
-    let mut file = File::open(path)?;
+pub(crate) fn inspect(path: &Path, inspection: &Inspection) -> anyhow::Result<Inspected> {
+    let file = File::open(path)?;
     let mut magic = [0; 4];
-    match file.read_exact(&mut magic) {
+    match file.read_exact_at(&mut magic, 0) {
         Ok(()) if magic == object::elf::ELFMAG => {}
         Ok(()) => return Ok(Inspected::NotElf),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Inspected::NotElf),
         Err(error) => return Err(error.into()),
     }
-    let elf = mapped_elf::map_open(&file)?;
+    let elf = mapped_elf::read_or_map(&file)?;
     let (note, object_kind) = header_facts(&elf)?;
     match (object_kind, note) {
         (ObjectKind::Core, _) => return Ok(Inspected::Skipped(SkipReason::Core)),
+        _ if is_split_dwarf(&elf) => return Ok(Inspected::Skipped(SkipReason::SplitDwarf)),
         (ObjectKind::Relocatable, None) => return Ok(Inspected::Skipped(SkipReason::Relocatable)),
         _ => {}
     }
@@ -118,16 +183,62 @@ pub(crate) fn inspect(path: &Path, with_sources: bool) -> anyhow::Result<Inspect
         Ok(kind) => kind,
         Err(reason) => return Ok(Inspected::Skipped(reason)),
     };
-    Ok(Inspected::Artefact(Box::new(ElfFile {
+    let whole = |content, kind| ElfFile {
         path: path.to_owned(),
-        build_id: note.unwrap_or_else(|| htlhash(&elf)),
+        build_id: note.unwrap_or_else(|| htlhash(&elf[..])),
         identity: if note.is_some() { Identity::Gnu } else { Identity::Htlhash },
         kind,
+        unit: None,
         contents,
-        sha256: hex(&Sha256::digest(&elf)),
-        size_bytes: elf.len() as u64,
-        sources: if with_sources { sources::named_by(&elf) } else { Vec::new() },
-    })))
+        content,
+        sources: Sources::default(),
+        companions: Vec::new(),
+    };
+    let mut artefacts = if inspection.only_debug && kind == ArtefactKind::Executable {
+        anyhow::ensure!(
+            note.is_some(),
+            "without a build-ID note nothing ties a split off debug file to it: link with -Wl,--build-id, or upload \
+             it whole"
+        );
+        parts(path, &file, &elf, &contents, whole)?
+    } else {
+        vec![whole(Content::whole(path, &file)?, kind)]
+    };
+    if let Some(first) = artefacts.first_mut() {
+        first.companions = companions::of(path, &elf, note, &inspection.debug_dirs);
+        if let Some(reader) = &inspection.sources {
+            first.sources = reader.named_by(&elf);
+        }
+    }
+    Ok(Inspected::Artefacts(artefacts))
+}
+
+/// What `--only-debug` sends of a program: the debug part, if it has one, and the skeleton, from which the service
+/// makes the unwind table that a debug part has no sections for.
+fn parts(
+    path: &Path,
+    file: &File,
+    elf: &[u8],
+    contents: &Contents,
+    artefact: impl Fn(Content, ArtefactKind) -> ElfFile,
+) -> anyhow::Result<Vec<ElfFile>> {
+    let mut parts = Vec::new();
+    if contents.debug_info || contents.symtab {
+        let content = Content::pieces(path, file, debug_part(elf)?)?;
+        parts.push(artefact(content, ArtefactKind::Debuginfo));
+    }
+    // Made for the instruction sets that agents walk stacks of.
+    if let Ok(skeleton) = windlass_agent::skeleton::skeleton(elf)
+        && contents.unwind
+    {
+        let content = Content::skeleton(path, file, &skeleton)?;
+        parts.push(artefact(content, ArtefactKind::Skeleton));
+    }
+    anyhow::ensure!(
+        !parts.is_empty(),
+        "neither debug information nor unwind sections that could go without the code"
+    );
+    Ok(parts)
 }
 
 /// Files with code are executables, which serve their DWARF too; files without are split off debug files.
@@ -141,6 +252,14 @@ fn kind_of(contents: &Contents, has_note: bool) -> Result<ArtefactKind, SkipReas
     } else {
         Err(SkipReason::DebugWithoutBuildId)
     }
+}
+
+/// Whether it is a `.dwo` or `.dwp` file. (An object file that is compiled with `-gsplit-dwarf=single` has such sections,
+/// which the linker leaves there, beside code.)
+fn is_split_dwarf(elf: &[u8]) -> bool {
+    let Ok(file) = object::File::parse(elf) else { return false };
+    file.section_by_name(".debug_info.dwo").is_some()
+        && !file.sections().any(|section| section.kind() == object::SectionKind::Text && section.size() > 0)
 }
 
 /// The build-ID note and the type in the ELF header.
@@ -158,126 +277,40 @@ fn header_facts(elf: &[u8]) -> anyhow::Result<(Option<BuildId>, ObjectKind)> {
     Ok((note.filter(|note| !note.is_empty()).map(BuildId::new).transpose()?, kind))
 }
 
-/// Lower-case hex.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Something that a file does not bring, and how a build would add it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub(crate) struct Lack {
-    pub(crate) what: &'static str,
-    pub(crate) remedy: &'static str,
-}
-
-/// What `contents` brings, in the words of the report.
-pub(crate) fn brings(contents: &Contents) -> Vec<&'static str> {
-    [
-        (contents.code, "code"),
-        (contents.unwind, "unwind sections"),
-        (contents.debug_info, "DWARF"),
-        (contents.line_table, "lines"),
-        (contents.symtab, ".symtab"),
-        (contents.dynsym, ".dynsym"),
-        (contents.gnu_debugdata, "MiniDebugInfo"),
-    ]
-    .into_iter()
-    .filter_map(|(present, name)| present.then_some(name))
-    .collect()
-}
-
-/// What `file` lacks for unwinding and naming.
-pub(crate) fn lacks(file: &ElfFile) -> Vec<Lack> {
-    let Contents { debug_info, line_table, symtab, unwind, code, .. } = file.contents;
-    let mut lacks = Vec::new();
-    let mut lack = |missing: bool, what, remedy| {
-        if missing {
-            lacks.push(Lack { what, remedy });
-        }
-    };
-    lack(
-        file.identity == Identity::Htlhash,
-        "GNU build-ID",
-        "link with -Wl,--build-id (rustc: -C link-arg=-Wl,--build-id; Go: -ldflags=-B=gobuildid; zig: --build-id=sha1)",
-    );
-    lack(
-        code && !unwind,
-        "unwind sections",
-        "compile with -fasynchronous-unwind-tables (rustc: -C force-unwind-tables=yes)",
-    );
-    lack(!debug_info, "DWARF", "compile with -g (Cargo: debug = true) and upload before strip");
-    lack(debug_info && !line_table, "lines", "compile with -g or at least -gline-tables-only");
-    lack(!debug_info && !symtab, ".symtab", "upload before strip; link without -s");
-    lacks
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    #[track_caller]
+    fn check_kind(contents: Contents, has_note: bool, expect: Result<ArtefactKind, SkipReason>) {
+        assert_eq!(kind_of(&contents, has_note), expect);
+    }
+
     #[test]
-    fn kinds_follow_code_and_debug_information() {
+    fn kinds_follow_the_contents() {
         let code = Contents { code: true, ..Contents::default() };
         let debug = Contents { debug_info: true, ..Contents::default() };
-        assert_eq!(kind_of(&code, true), Ok(ArtefactKind::Executable));
-        assert_eq!(kind_of(&code, false), Ok(ArtefactKind::Executable));
-        assert_eq!(kind_of(&debug, true), Ok(ArtefactKind::Debuginfo));
-        assert_eq!(kind_of(&debug, false), Err(SkipReason::DebugWithoutBuildId));
-        assert_eq!(kind_of(&Contents { dynsym: true, ..Contents::default() }, true), Err(SkipReason::Empty));
-    }
-
-    fn file(contents: Contents, identity: Identity) -> ElfFile {
-        ElfFile {
-            path: "x".into(),
-            build_id: "abcd".parse().unwrap(),
-            identity,
-            kind: ArtefactKind::Executable,
-            contents,
-            sha256: String::new(),
-            size_bytes: 0,
-            sources: Vec::new(),
-        }
-    }
-
-    #[track_caller]
-    fn check_lacks(contents: Contents, identity: Identity, expect: &[&str]) {
-        let lacks: Vec<_> = lacks(&file(contents, identity)).iter().map(|lack| lack.what).collect();
-        assert_eq!(lacks, expect);
+        check_kind(code, false, Ok(ArtefactKind::Executable));
+        check_kind(Contents { code: true, ..debug }, true, Ok(ArtefactKind::Executable));
+        check_kind(debug, true, Ok(ArtefactKind::Debuginfo));
+        check_kind(debug, false, Err(SkipReason::DebugWithoutBuildId));
+        check_kind(Contents::default(), true, Err(SkipReason::Empty));
     }
 
     #[test]
-    fn what_lacks_is_named_once() {
-        let full = Contents {
-            code: true,
-            unwind: true,
-            debug_info: true,
-            line_table: true,
-            symtab: true,
-            ..Contents::default()
+    fn a_program_is_sent_whole_or_in_two_parts_without_its_code() {
+        let path = Path::new("../fixtures/elf/inlined");
+        let kinds = |only_debug| {
+            let inspection = Inspection { only_debug, ..Inspection::default() };
+            let Inspected::Artefacts(files) = inspect(path, &inspection).unwrap() else {
+                panic!("not recognised")
+            };
+            assert!(files.iter().all(|file| file.contents.unwind && file.contents.line_table));
+            assert!(files.iter().all(|file| file.content.sha256.len() == 64));
+            files.iter().map(|file| file.kind).collect::<Vec<_>>()
         };
-        check_lacks(full, Identity::Gnu, &[]);
-        check_lacks(full, Identity::Htlhash, &["GNU build-ID"]);
-        check_lacks(Contents { line_table: false, ..full }, Identity::Gnu, &["lines"]);
-        check_lacks(
-            Contents { code: true, ..Contents::default() },
-            Identity::Gnu,
-            &["unwind sections", "DWARF", ".symtab"],
-        );
-        check_lacks(
-            Contents { debug_info: true, line_table: true, ..Contents::default() },
-            Identity::Gnu,
-            &[],
-        );
-    }
-
-    #[test]
-    fn this_test_is_an_executable_with_lines() {
-        let Inspected::Artefact(file) = inspect(Path::new("/proc/self/exe"), false).unwrap() else {
-            panic!("not recognised");
-        };
-        assert_eq!(file.kind, ArtefactKind::Executable);
-        assert!(file.contents.unwind && file.contents.line_table, "{:?}", file.contents);
-        assert_eq!(file.sha256.len(), 64);
+        assert_eq!(kinds(false), [ArtefactKind::Executable]);
+        assert_eq!(kinds(true), [ArtefactKind::Debuginfo, ArtefactKind::Skeleton]);
     }
 
     #[test]
@@ -286,9 +319,9 @@ mod tests {
         let path = dir.path().join("file");
         for not_elf in ["", "\x7fEL", "#!/bin/sh\n"] {
             std::fs::write(&path, not_elf).unwrap();
-            assert!(matches!(inspect(&path, false), Ok(Inspected::NotElf)), "{not_elf:?}");
+            assert!(matches!(inspect(&path, &Inspection::default()), Ok(Inspected::NotElf)), "{not_elf:?}");
         }
         std::fs::write(&path, "\x7fELF\x02\x01\x01").unwrap();
-        assert!(inspect(&path, false).is_err());
+        assert!(inspect(&path, &Inspection::default()).is_err());
     }
 }

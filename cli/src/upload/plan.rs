@@ -2,8 +2,9 @@
 //! service.
 //!
 //! One build-ID has one executable. Of several files with the same build-ID and kind (stripped and not,
-//! installed and not) the richest goes; and a file with DWARF whose executable the service already has
-//! with other content (the stripped one) goes as its debuginfo.
+//! installed and not) the richest goes. The service prefers what brings more, too; a file that brings as much as what is
+//! there goes as debuginfo, if there is none. A stripped file has nothing to add to one that is
+//! there, so that it being uploaded after `strip` again is no failure.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
@@ -11,8 +12,9 @@ use std::path::PathBuf;
 use windlass_schema::BuildId;
 use windlass_schema::http::{ArtefactKind, ArtefactName, MissingResponse};
 
-use super::elf_file::{ElfFile, Inspected, SkipReason};
-use super::tree::Candidate;
+use super::contents::Image;
+use super::elf_file::{ElfFile, Identity, Inspected, SkipReason};
+use super::gather::Gathered;
 
 /// What becomes of an artefact.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +38,7 @@ pub(crate) struct PlannedFile {
     /// The kind it is sent as.
     pub(crate) kind: ArtefactKind,
     pub(crate) fate: Fate,
-    /// In the order of `file.sources`.
+    /// In the order of the files of `file.sources`.
     pub(crate) sources: Vec<Fate>,
 }
 
@@ -48,19 +50,16 @@ pub(crate) struct Plan {
     pub(crate) unusable: Vec<(PathBuf, String)>,
     /// ELF files in folders that no one would look for.
     pub(crate) skipped: BTreeMap<SkipReason, u64>,
+    /// What the files of each build-ID bring together.
+    pub(crate) images: HashMap<BuildId, Image>,
 }
 
 impl Plan {
-    pub(crate) fn new(inspected: Vec<(Candidate, anyhow::Result<Inspected>)>) -> Self {
+    pub(crate) fn new(gathered: Gathered) -> Self {
         let mut plan = Self::default();
-        for (candidate, result) in inspected {
+        for (candidate, result) in gathered.inspected {
             match result {
-                Ok(Inspected::Artefact(file)) => plan.files.push(PlannedFile {
-                    kind: file.kind,
-                    fate: Fate::Send,
-                    sources: vec![Fate::Send; file.sources.len()],
-                    file: *file,
-                }),
+                Ok(Inspected::Artefacts(files)) => files.into_iter().for_each(|file| plan.add(file)),
                 Ok(Inspected::NotElf) if !candidate.named => {}
                 Ok(Inspected::NotElf) => plan.unusable.push((candidate.path, "not an ELF file".to_owned())),
                 Ok(Inspected::Skipped(reason)) if !candidate.named => {
@@ -72,8 +71,23 @@ impl Plan {
                 Err(error) => plan.unusable.push((candidate.path, format!("{error:#}"))),
             }
         }
+        for (id, image) in &mut plan.images {
+            image.absent_units = gathered.absent_units.contains(id);
+            image.absent_supplementary = gathered.absent_supplementary.contains(id);
+        }
         plan.skip_duplicates();
         plan
+    }
+
+    fn add(&mut self, file: ElfFile) {
+        let image = self.images.entry(file.build_id).or_default();
+        image.add(&file.contents, file.identity == Identity::Gnu);
+        self.files.push(PlannedFile {
+            kind: file.kind,
+            fate: Fate::Send,
+            sources: vec![Fate::Send; file.sources.files.len()],
+            file,
+        });
     }
 
     /// Whether there is nothing to tell of.
@@ -82,20 +96,24 @@ impl Plan {
     }
 
     fn skip_duplicates(&mut self) {
-        let mut best: HashMap<(BuildId, ArtefactKind), usize> = HashMap::new();
+        let key = |planned: &PlannedFile| (planned.file.build_id, planned.kind, planned.file.unit.clone());
+        let mut best: HashMap<(BuildId, ArtefactKind, Option<String>), usize> = HashMap::new();
         for (index, planned) in self.files.iter().enumerate() {
-            let kept = best.entry((planned.file.build_id, planned.kind)).or_insert(index);
+            let kept = best.entry(key(planned)).or_insert(index);
             if planned.file.richness() > self.files[*kept].file.richness() {
                 *kept = index;
             }
         }
         for index in 0..self.files.len() {
             let planned = &self.files[index];
-            let kept = best[&(planned.file.build_id, planned.kind)];
+            let kept = best[&key(planned)];
             if kept != index {
                 let other = &self.files[kept].file;
-                let same =
-                    if other.sha256 == planned.file.sha256 { "the same as" } else { "same build-ID as" };
+                let same = if other.content.sha256 == planned.file.content.sha256 {
+                    "the same as"
+                } else {
+                    "same build-ID as"
+                };
                 let reason = format!("{same} {}, which goes", other.path.display());
                 self.files[index].fate = Fate::Skipped(reason);
             }
@@ -111,7 +129,7 @@ impl Plan {
                 if *kind == ArtefactKind::Executable && file.has_debuginfo() {
                     questions.push(file.artefact(ArtefactKind::Debuginfo));
                 }
-                questions.extend(file.sources.iter().map(|source| source.artefact(file.build_id)));
+                questions.extend(file.sources.files.iter().map(|source| source.artefact(file.build_id)));
             }
         }
         questions
@@ -143,8 +161,12 @@ impl Plan {
                 if !matches!(fate, Fate::Failed(_)) {
                     (planned.kind, planned.fate) = (ArtefactKind::Debuginfo, fate);
                 }
+            } else if other_executable {
+                let reason =
+                    "the service has another executable for this build-ID, to which this one adds nothing";
+                planned.fate = Fate::Skipped(reason.to_owned());
             }
-            for (source, fate) in planned.file.sources.iter().zip(&mut planned.sources) {
+            for (source, fate) in planned.file.sources.files.iter().zip(&mut planned.sources) {
                 *fate = fate_of(&source.artefact(planned.file.build_id));
             }
         }
@@ -154,10 +176,15 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::upload::elf_file::Identity;
+    use crate::upload::content::Content;
+    use crate::upload::gather::InspectedFile;
+    use crate::upload::sources::Sources;
+    use crate::upload::tree::Candidate;
+    use windlass_schema::http::Brings;
     use windlass_symbol_index::Contents;
 
-    fn file(path: &str, id: &str, sha256: &str, debug_info: bool) -> (Candidate, anyhow::Result<Inspected>) {
+    /// A file whose content is `content`.
+    fn file(path: &str, id: &str, content: &str, debug_info: bool) -> InspectedFile {
         let contents = Contents {
             debug_info,
             line_table: debug_info,
@@ -167,30 +194,50 @@ mod tests {
             gnu_debugdata: false,
             code: true,
         };
+        let mut bytes = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut bytes, content.as_bytes()).unwrap();
         let file = ElfFile {
             path: path.into(),
             build_id: id.parse().unwrap(),
             identity: Identity::Gnu,
             kind: ArtefactKind::Executable,
+            unit: None,
             contents,
-            sha256: sha256.to_owned(),
-            size_bytes: 1,
-            sources: Vec::new(),
+            content: Content::whole(bytes.path(), bytes.as_file()).unwrap(),
+            sources: Sources::default(),
+            companions: Vec::new(),
         };
-        (candidate(path, false), Ok(Inspected::Artefact(Box::new(file))))
+        (candidate(path, false), Ok(Inspected::Artefacts(vec![file])))
+    }
+
+    fn plan(inspected: Vec<InspectedFile>) -> Plan {
+        Plan::new(Gathered { inspected, ..Gathered::default() })
     }
 
     fn candidate(path: &str, named: bool) -> Candidate {
         Candidate { path: path.into(), named, error: None }
     }
 
-    fn name(id: &str, kind: ArtefactKind, sha256: &str) -> ArtefactName {
-        ArtefactName { build_id: id.parse().unwrap(), kind, path: None, sha256: Some(sha256.to_owned()) }
+    fn sha256_of(content: &str) -> String {
+        use sha2::Digest as _;
+        crate::upload::content::hex(&sha2::Sha256::digest(content))
+    }
+
+    /// How a file of that content is asked for: `1` is stripped.
+    fn name(id: &str, kind: ArtefactKind, content: &str) -> ArtefactName {
+        let brings = if content == "1" { Brings::Dynsym } else { Brings::DebugInfo };
+        ArtefactName {
+            build_id: id.parse().unwrap(),
+            kind,
+            path: None,
+            sha256: Some(sha256_of(content)),
+            brings: Some(brings),
+        }
     }
 
     #[test]
     fn the_richest_of_one_build_id_goes() {
-        let plan = Plan::new(vec![
+        let plan = plan(vec![
             file("stripped", "abcd", "1", false),
             file("full", "abcd", "2", true),
             file("copy", "abcd", "2", true),
@@ -216,7 +263,7 @@ mod tests {
         let debuginfo = name("abcd", ArtefactKind::Debuginfo, "2");
         let check =
             |missing: &[&ArtefactName], differing: &[&ArtefactName], kind, fate: fn(&Fate) -> bool| {
-                let mut plan = Plan::new(vec![file("full", "abcd", "2", true)]);
+                let mut plan = plan(vec![file("full", "abcd", "2", true)]);
                 plan.decide(&MissingResponse {
                     missing: missing.iter().map(|&name| name.clone()).collect(),
                     differing: differing.iter().map(|&name| name.clone()).collect(),
@@ -235,8 +282,16 @@ mod tests {
     }
 
     #[test]
+    fn a_stripped_file_has_nothing_to_add() {
+        let mut plan = plan(vec![file("stripped", "abcd", "1", false)]);
+        let differing = vec![name("abcd", ArtefactKind::Executable, "1")];
+        plan.decide(&MissingResponse { missing: Vec::new(), differing });
+        assert!(matches!(plan.files[0].fate, Fate::Skipped(_)), "{:?}", plan.files[0].fate);
+    }
+
+    #[test]
     fn what_was_named_is_never_ignored() {
-        let plan = Plan::new(vec![
+        let plan = plan(vec![
             (candidate("notes.txt", true), Ok(Inspected::NotElf)),
             (candidate("tree/notes.txt", false), Ok(Inspected::NotElf)),
             (candidate("x.o", true), Ok(Inspected::Skipped(SkipReason::Relocatable))),

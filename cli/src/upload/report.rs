@@ -1,12 +1,17 @@
 //! What an upload did, for a reader and for a script.
+//!
+//! A reader gets a line for each file that went or failed, and what lacks once for all files that lack it; of a rerun,
+//! where everything is there, a line. A script gets everything.
 
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
 use serde::Serialize;
 use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 
-use super::elf_file::{self, Identity, Lack};
+use super::contents::{self, Image, Lack, Requirement};
+use super::elf_file::Identity;
 use super::plan::{Fate, Plan, PlannedFile};
 use crate::terminal;
 
@@ -19,7 +24,19 @@ pub(crate) struct Report {
     unusable: Vec<Unusable>,
     /// ELF files in folders that were left out, by reason.
     skipped: Vec<Skipped>,
+    /// What `--require` asked for and was not brought.
+    findings: Vec<Finding>,
     summary: Summary,
+}
+
+/// A file that lacks what it must bring.
+#[derive(Debug, Serialize)]
+struct Finding {
+    path: String,
+    build_id: BuildId,
+    requires: Requirement,
+    #[serde(flatten)]
+    lack: Lack,
 }
 
 #[derive(Debug, Serialize)]
@@ -28,15 +45,22 @@ struct FileReport {
     build_id: BuildId,
     identity: Identity,
     kind: ArtefactKind,
+    /// Of a `.dwo`, the unit's ID.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unit: Option<String>,
     sha256: String,
     size_bytes: u64,
     brings: Vec<&'static str>,
+    /// What all files of this build-ID together lack.
     lacks: Vec<Lack>,
     status: Status,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     #[serde(skip_serializing_if = "Counts::is_empty")]
     sources: Counts,
+    /// Sources that do not go, by reason.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    sources_skipped: Vec<Skipped>,
     /// The first source that could not be sent, and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     source_error: Option<String>,
@@ -106,6 +130,14 @@ impl Counts {
         } += 1;
     }
 
+    fn add_all(&mut self, other: &Self) {
+        self.uploaded += other.uploaded;
+        self.present += other.present;
+        self.would_upload += other.would_upload;
+        self.skipped += other.skipped;
+        self.failed += other.failed;
+    }
+
     fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -122,26 +154,36 @@ struct Summary {
 }
 
 impl Report {
-    pub(crate) fn new(plan: Plan, dry_run: bool) -> Self {
+    pub(crate) fn new(plan: Plan, require: &[Requirement], dry_run: bool) -> Self {
         let mut summary = Summary::default();
-        let files: Vec<_> =
-            plan.files.into_iter().map(|planned| FileReport::new(planned, &mut summary)).collect();
+        let images = plan.images;
+        let findings = findings(&plan.files, &images, require);
+        let lacking = images.values().filter(|image| !image.contents.debug_info);
+        summary.without_debug_info = lacking.count() as u64;
+        summary.without_gnu_build_id = images.values().filter(|image| !image.has_note).count() as u64;
+        let files = plan.files.into_iter();
+        let files = files.map(|planned| {
+            let image = images.get(&planned.file.build_id).copied().unwrap_or_default();
+            FileReport::new(planned, &image, &mut summary)
+        });
+        let files: Vec<_> = files.collect();
         summary.files.failed += plan.unusable.len() as u64;
         let unusable = plan.unusable.into_iter();
         let unusable =
             unusable.map(|(path, error)| Unusable { path: path.display().to_string(), error }).collect();
         let skipped = plan.skipped.into_iter();
         let skipped = skipped.map(|(reason, files)| Skipped { reason: reason.as_str(), files }).collect();
-        Self { dry_run, files, unusable, skipped, summary }
+        Self { dry_run, files, unusable, skipped, findings, summary }
     }
 
-    /// 0: all is there; 1: something could not be uploaded; 2: nothing could.
+    /// 0: all is there; 1: something could not be uploaded, or lacks what is required; 2: nothing could.
     pub(crate) fn exit_status(&self) -> u8 {
         let Summary { files: counts, sources, .. } = &self.summary;
-        let done = counts.uploaded + counts.present + counts.would_upload;
+        // What was skipped is there in a better form.
+        let done = counts.uploaded + counts.present + counts.would_upload + counts.skipped;
         if done == 0 {
             crate::FAILED
-        } else if counts.failed + sources.failed > 0 {
+        } else if counts.failed + sources.failed > 0 || !self.findings.is_empty() {
             crate::FINDINGS
         } else {
             crate::DONE
@@ -149,54 +191,113 @@ impl Report {
     }
 }
 
+/// What is lacking of `require`, once for each image, by the first of its files.
+fn findings(
+    files: &[PlannedFile],
+    images: &std::collections::HashMap<BuildId, Image>,
+    require: &[Requirement],
+) -> Vec<Finding> {
+    let mut seen = HashSet::new();
+    let mut findings = Vec::new();
+    for PlannedFile { file, .. } in files {
+        let Some(image) = images.get(&file.build_id).filter(|_| seen.insert(file.build_id)) else { continue };
+        findings.extend(require.iter().filter_map(|&requires| {
+            let lack = image.misses(requires)?;
+            Some(Finding { path: file.path.display().to_string(), build_id: file.build_id, requires, lack })
+        }));
+    }
+    findings
+}
+
 impl FileReport {
-    fn new(planned: PlannedFile, summary: &mut Summary) -> Self {
+    fn new(planned: PlannedFile, image: &Image, summary: &mut Summary) -> Self {
         let PlannedFile { file, kind, fate, sources } = planned;
         let (status, reason) = Status::of(&fate);
-        let lacks = elf_file::lacks(&file);
         summary.files.add(status);
-        summary.without_gnu_build_id += u64::from(file.identity == Identity::Htlhash);
-        summary.without_debug_info += u64::from(!file.contents.debug_info);
         if status == Status::Uploaded {
-            summary.uploaded_bytes += file.size_bytes;
+            summary.uploaded_bytes += file.content.size_bytes;
         }
         let mut counts = Counts::default();
         let mut source_error = None;
-        for (source, fate) in file.sources.iter().zip(&sources) {
+        for (source, fate) in file.sources.files.iter().zip(&sources) {
             let (status, reason) = Status::of(fate);
             counts.add(status);
-            summary.sources.add(status);
             if status == Status::Failed {
                 source_error = source_error.or(reason.map(|reason| format!("{}: {reason}", source.path)));
             }
         }
+        counts.skipped += file.sources.skipped.values().sum::<u64>();
+        summary.sources.add_all(&counts);
+        let skipped = file.sources.skipped.iter();
+        // Parts of an image without what is reported lack nothing themselves.
+        let is_whole = matches!(kind, ArtefactKind::Executable | ArtefactKind::Debuginfo);
         Self {
             path: file.path.display().to_string(),
             build_id: file.build_id,
             identity: file.identity,
             kind,
-            size_bytes: file.size_bytes,
-            brings: elf_file::brings(&file.contents),
-            sha256: file.sha256,
-            lacks,
+            unit: file.unit,
+            size_bytes: file.content.size_bytes,
+            brings: brings(kind, &file.contents),
+            sha256: file.content.sha256,
+            lacks: if is_whole { image.lacks() } else { Vec::new() },
             status,
             reason,
             sources: counts,
+            sources_skipped: skipped
+                .map(|(reason, files)| Skipped { reason: reason.as_str(), files: *files })
+                .collect(),
             source_error,
         }
     }
 }
 
+/// What the artefact brings, which may be a part of what its file does.
+fn brings(kind: ArtefactKind, contents: &windlass_symbol_index::Contents) -> Vec<&'static str> {
+    let mut brings = contents::brings(contents);
+    match kind {
+        ArtefactKind::Debuginfo if contents.code => {
+            brings.retain(|what| ["debug_info", "line_table", "symtab"].contains(what));
+        }
+        ArtefactKind::Skeleton => brings.retain(|what| ["unwind", "symtab", "dynsym"].contains(what)),
+        ArtefactKind::Dwo | ArtefactKind::Dwp => brings.push("split_dwarf"),
+        _ => {}
+    }
+    brings
+}
+
+/// Most files of each status that are named one by one, the last in sight last. JSON has all.
+const SHOWN: [(Status, usize); 5] = [
+    (Status::Present, 5),
+    (Status::Skipped, 5),
+    (Status::WouldUpload, 50),
+    (Status::Uploaded, 50),
+    (Status::Failed, usize::MAX),
+];
+/// Most files named after what they lack.
+const MAX_NAMED: usize = 3;
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for file in &self.files {
-            write!(f, "{file}")?;
+        for (status, most) in SHOWN {
+            let files = || self.files.iter().filter(|file| file.status == status);
+            files().take(most).try_for_each(|file| write!(f, "{file}"))?;
+            let more = files().count().saturating_sub(most);
+            if more > 0 {
+                writeln!(f, "{:<9} {more} more", status.as_str())?;
+            }
+        }
+        for Skipped { reason, files } in &self.skipped {
+            writeln!(f, "{:<9} {}: {reason}", Status::Skipped.as_str(), counted(*files, "file"))?;
         }
         for Unusable { path, error } in &self.unusable {
             writeln!(f, "{:<9} {path}: {error}", Status::Failed.as_str())?;
         }
-        for Skipped { reason, files } in &self.skipped {
-            writeln!(f, "{:<9} {files} files: {reason}", Status::Skipped.as_str())?;
+        self.lacks(f)?;
+        for Finding { path, requires, lack, .. } in &self.findings {
+            let requires = serde_json::to_value(requires).unwrap_or_default();
+            let requires = requires.as_str().unwrap_or_default();
+            writeln!(f, "{:<9} {path} lacks {}: {}", "REQUIRED", contents::in_words(requires), lack.remedy)?;
         }
         writeln!(f, "{}", self.summary)?;
         if self.dry_run {
@@ -204,6 +305,32 @@ impl fmt::Display for Report {
         }
         Ok(())
     }
+}
+
+impl Report {
+    /// What lacks, and how a build would add it, with the first of the files.
+    fn lacks(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut lacking: BTreeMap<Lack, Vec<&str>> = BTreeMap::new();
+        let mut seen = HashSet::new();
+        for file in self.files.iter().filter(|file| file.status != Status::Skipped) {
+            for lack in file.lacks.iter().filter(|lack| seen.insert((file.build_id, lack.what))) {
+                lacking.entry(*lack).or_default().push(&file.path);
+            }
+        }
+        for (Lack { what, remedy }, paths) in lacking {
+            let named = paths[..paths.len().min(MAX_NAMED)].join(", ");
+            let more = paths.len().saturating_sub(MAX_NAMED);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let verb = if paths.len() == 1 { "lacks" } else { "lack" };
+            writeln!(f, "{:<9} {named}{more} {verb} {}", "note", contents::in_words(what))?;
+            writeln!(f, "{:10}{remedy}", "")?;
+        }
+        Ok(())
+    }
+}
+
+fn counted(count: u64, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 impl fmt::Display for FileReport {
@@ -216,16 +343,19 @@ impl fmt::Display for FileReport {
         if *status == Status::Skipped {
             return Ok(());
         }
-        let identity = match self.identity {
-            Identity::Gnu => "build-ID",
-            Identity::Htlhash => "file hash",
-        };
-        writeln!(f, "{:10}{identity} {build_id}; brings {}", "", brings.join(", "))?;
-        for Lack { what, remedy } in &self.lacks {
-            writeln!(f, "{:10}lacks {what}: {remedy}", "")?;
+        if *status != Status::Present {
+            let identity = match self.identity {
+                Identity::Gnu => "build-ID",
+                Identity::Htlhash => "file hash",
+            };
+            let brings: Vec<_> = brings.iter().map(|what| contents::in_words(what)).collect();
+            writeln!(f, "{:10}{identity} {build_id}; brings {}", "", brings.join(", "))?;
         }
         if !self.sources.is_empty() {
             writeln!(f, "{:10}sources: {}", "", self.sources)?;
+        }
+        for Skipped { reason, files } in &self.sources_skipped {
+            writeln!(f, "{:12}{files} {reason}", "")?;
         }
         if let Some(error) = &self.source_error {
             writeln!(f, "{:10}{error}", "")?;
@@ -279,8 +409,12 @@ mod tests {
     fn check(done: u64, failed: u64, expect: u8) {
         let files = Counts { present: done, failed, ..Counts::default() };
         let summary = Summary { files, ..Summary::default() };
-        let report = Report { dry_run: false, files: vec![], unusable: vec![], skipped: vec![], summary };
+        let mut report = Report { summary, ..Report::new(Plan::default(), &[], false) };
         assert_eq!(report.exit_status(), expect);
+        let lack = Lack { what: "symtab", remedy: "keep it" };
+        let (path, build_id) = ("a".to_owned(), "abcd".parse().unwrap());
+        report.findings.push(Finding { path, build_id, requires: Requirement::Symtab, lack });
+        assert_eq!(report.exit_status(), expect.max(1));
     }
 
     #[test]

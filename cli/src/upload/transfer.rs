@@ -1,40 +1,38 @@
 //! Sends what the plan says: several streams at once, compressed while they are read, memory bounded
 //! by a few chunks for each stream.
 //!
-//! A broken connection is tried again from the start of the file; what the service refused is not.
+//! Trouble that may pass is waited for, longer each time. A large file goes in parts, of which those that arrived
+//! are never sent again, not even by the next run: the service knows by the file's hash how far it came. What the service
+//! refused, and what went wrong with the file itself, is not tried again.
 
-use std::fs::File;
-use std::io::{self, Read as _, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::StreamExt as _;
 use indicatif::ProgressBar;
-use tokio::sync::mpsc;
-use windlass_schema::http::ArtefactName;
+use windlass_schema::http::{ArtefactKind, ArtefactName};
 
+use super::body::compressed;
+use super::content::Content;
 use super::plan::{Fate, Plan};
-use crate::server::{Server, ServerError};
+use crate::server::{Appended, Part, Server, ServerError};
 use crate::terminal;
 
-/// Tries of one file, the first included.
-const ATTEMPTS: u32 = 4;
+/// Tries without any progress, the first included: half a minute in which a service starts again.
+const ATTEMPTS: u32 = 7;
 /// Pause before the second try; it doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// zstd level: 12.3 MB of a 31.3 MB libpython in 0.3 s; level 19 saves a quarter more for a hundred times the time.
-const ZSTD_LEVEL: i32 = 3;
-/// Bytes read, and bytes handed to the connection, at a time.
-const CHUNK_BYTES: usize = 128 << 10;
-/// Compressed chunks that wait for the connection.
-const CHUNKS_IN_FLIGHT: usize = 4;
+/// Longest pause.
+const MAX_PAUSE: Duration = Duration::from_secs(10);
+/// Contents of more bytes go in parts of so many, as far as the service allows. Some seconds on a slow line, which
+/// is what a broken connection then costs.
+const PART_BYTES: u64 = if cfg!(test) { 1 << 20 } else { 32 << 20 };
 
 /// One artefact to send, and where its fate is kept.
 struct Item {
     artefact: ArtefactName,
-    path: PathBuf,
-    size_bytes: u64,
+    content: Content,
+    /// Base name for debuggers.
+    name: String,
     file: usize,
     source: Option<usize>,
 }
@@ -42,7 +40,7 @@ struct Item {
 /// Sends everything whose fate is [`Fate::Send`], ELF files first, and settles the fates.
 pub(crate) async fn send(server: &Server, plan: &mut Plan, jobs: usize) {
     let (files, sources) = (elf_items(plan), source_items(plan));
-    let bytes = files.iter().chain(&sources).map(|item| item.size_bytes).sum();
+    let bytes = files.iter().chain(&sources).map(|item| item.content.size_bytes).sum();
     let bar = terminal::byte_bar(bytes, "sending");
     for items in [files, sources] {
         let sent = futures_util::stream::iter(items).map(|item| async {
@@ -64,12 +62,16 @@ pub(crate) async fn send(server: &Server, plan: &mut Plan, jobs: usize) {
 fn elf_items(plan: &Plan) -> Vec<Item> {
     let files = plan.files.iter().enumerate().filter(|(_, planned)| planned.fate == Fate::Send);
     files
-        .map(|(index, planned)| Item {
-            artefact: planned.file.artefact(planned.kind),
-            path: planned.file.path.clone(),
-            size_bytes: planned.file.size_bytes,
-            file: index,
-            source: None,
+        .map(|(index, planned)| {
+            let name = planned.file.path.file_name().unwrap_or_default().to_string_lossy();
+            let is_part = planned.file.kind == ArtefactKind::Debuginfo && planned.file.contents.code;
+            Item {
+                artefact: planned.file.artefact(planned.kind),
+                content: planned.file.content.clone(),
+                name: if is_part { format!("{name}.debug") } else { name.into_owned() },
+                file: index,
+                source: None,
+            }
         })
         .collect()
 }
@@ -77,12 +79,14 @@ fn elf_items(plan: &Plan) -> Vec<Item> {
 fn source_items(plan: &Plan) -> Vec<Item> {
     let mut items = Vec::new();
     for (index, planned) in plan.files.iter().enumerate() {
-        for (source_index, (source, fate)) in planned.file.sources.iter().zip(&planned.sources).enumerate() {
+        for (source_index, (source, fate)) in
+            planned.file.sources.files.iter().zip(&planned.sources).enumerate()
+        {
             if *fate == Fate::Send {
                 items.push(Item {
                     artefact: source.artefact(planned.file.build_id),
-                    path: PathBuf::from(&source.path),
-                    size_bytes: source.size_bytes,
+                    content: source.content.clone(),
+                    name: source.path.rsplit('/').next().unwrap_or_default().to_owned(),
                     file: index,
                     source: Some(source_index),
                 });
@@ -92,24 +96,124 @@ fn source_items(plan: &Plan) -> Vec<Item> {
     items
 }
 
+/// Why one try failed.
+enum Trouble {
+    /// The file.
+    Content(String),
+    Server(ServerError),
+}
+
 async fn send_one(server: &Server, item: &Item, bar: &ProgressBar) -> Fate {
-    let mut pause = FIRST_PAUSE;
     let mut attempt = 1;
+    let mut reached = 0;
     loop {
-        let read_bytes = Arc::new(AtomicU64::new(0));
-        let body = compressed(&item.path, bar.clone(), Arc::clone(&read_bytes));
-        let error = match server.put(&item.artefact, &item.path, body).await {
+        let before = reached;
+        let result = if item.content.size_bytes > PART_BYTES {
+            send_parts(server, item, bar, &mut reached).await
+        } else {
+            send_whole(server, item, bar).await
+        };
+        let error = match result {
             Ok(true) => return Fate::Sent,
             Ok(false) => return Fate::Present,
-            Err(error) => error,
+            Err(Trouble::Content(why)) => return Fate::Failed(why),
+            Err(Trouble::Server(error)) => error,
         };
-        bar.dec(read_bytes.load(Ordering::Relaxed));
+        if reached > before {
+            attempt = 1;
+        }
         if attempt == ATTEMPTS || !error.may_pass() {
             return Fate::Failed(reason(&error));
         }
-        tracing::info!("sending {} again: {error}", item.path.display());
+        let pause = pause(attempt);
+        tracing::info!("sending {} again in {pause:?}: {error}", item.content.path.display());
         tokio::time::sleep(pause).await;
-        (attempt, pause) = (attempt + 1, pause * 2);
+        attempt += 1;
+    }
+}
+
+/// Asks until there is an answer: a service that starts again is waited for, but not one that was never reached.
+pub(crate) async fn insist<T>(ask: impl AsyncFn() -> Result<T, ServerError>) -> Result<T, ServerError> {
+    let mut attempt = 1;
+    loop {
+        match ask().await {
+            Err(error @ ServerError::Status { .. }) if error.may_pass() && attempt < ATTEMPTS => {
+                tracing::info!("asking again: {error}");
+                tokio::time::sleep(pause(attempt)).await;
+                attempt += 1;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Before the next try: doubled each time, and different for each of those that were interrupted together.
+fn pause(attempt: u32) -> Duration {
+    let longest = FIRST_PAUSE.saturating_mul(1 << (attempt - 1).min(16)).min(MAX_PAUSE);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let random = f64::from(now.subsec_micros() % 1000) / 1000.0;
+    longest.mul_f64(0.5 + random / 2.0)
+}
+
+async fn send_whole(server: &Server, item: &Item, bar: &ProgressBar) -> Result<bool, Trouble> {
+    let (body, watch) = compressed(&item.content, 0..item.content.size_bytes, bar).await.split();
+    let sent = server.put(&item.artefact, &item.content.sha256, &item.name, body).await;
+    sent.map_err(|error| watch.failed().map_or(Trouble::Server(error), Trouble::Content))
+}
+
+/// Sends what the service does not have of a large file yet. `reached` is how far it is.
+async fn send_parts(
+    server: &Server,
+    item: &Item,
+    bar: &ProgressBar,
+    reached: &mut u64,
+) -> Result<bool, Trouble> {
+    let whole = item.content.size_bytes;
+    let progress = server.progress(&item.artefact, &item.content.sha256).await.map_err(Trouble::Server)?;
+    let Some(progress) = progress else {
+        return send_whole(server, item, bar).await;
+    };
+    let part_bytes = PART_BYTES.max(progress.min_part).min(progress.max_part).max(1);
+    let mut go_on = |offset: u64| {
+        bar.inc(offset.saturating_sub(*reached));
+        bar.dec(reached.saturating_sub(offset));
+        *reached = offset;
+    };
+    go_on(progress.offset.min(whole));
+    if progress.complete {
+        go_on(whole);
+        return Ok(false);
+    }
+    let mut offset = progress.offset;
+    loop {
+        if offset >= whole {
+            let cause = format!("{offset} of {whole} bytes are there, but not the whole");
+            return Err(Trouble::Server(ServerError::Body { url: server.url().to_owned(), cause }));
+        }
+        let end = whole.min(offset.saturating_add(part_bytes));
+        let (body, watch) = compressed(&item.content, offset..end, bar).await.split();
+        let part = Part { offset, whole, last: end == whole };
+        let sent = server.append(&item.artefact, &item.content.sha256, &item.name, part, body).await;
+        // What the part showed while it was read is shown again as what the service has of it.
+        let trouble = watch.failed();
+        match sent {
+            Ok(Appended::Stored(is_new)) => {
+                go_on(whole);
+                return Ok(is_new);
+            }
+            Ok(Appended::GoOn(next)) if next > offset => {
+                go_on(next.min(whole));
+                offset = next;
+            }
+            Ok(Appended::GoOn(_)) => {
+                let cause = "a part was taken, but the upload did not get further".to_owned();
+                return Err(Trouble::Server(ServerError::Unreachable {
+                    url: server.url().to_owned(),
+                    cause,
+                }));
+            }
+            Err(error) => return Err(trouble.map_or(Trouble::Server(error), Trouble::Content)),
+        }
     }
 }
 
@@ -120,146 +224,5 @@ fn reason(error: &ServerError) -> String {
     }
 }
 
-type Chunk = io::Result<Vec<u8>>;
-
-/// The file's content as zstd, as the connection takes it.
-fn compressed(path: &Path, bar: ProgressBar, read_bytes: Arc<AtomicU64>) -> reqwest::Body {
-    let chunks = compressed_chunks(path.to_owned(), move |bytes| {
-        read_bytes.fetch_add(bytes, Ordering::Relaxed);
-        bar.inc(bytes);
-    });
-    reqwest::Body::wrap_stream(futures_util::stream::unfold(chunks, |mut chunks| async {
-        chunks.recv().await.map(|chunk| (chunk, chunks))
-    }))
-}
-
-/// Made by a blocking thread, a few chunks ahead of who takes them. An error is the last chunk.
-fn compressed_chunks(path: PathBuf, progress: impl Fn(u64) + Send + 'static) -> mpsc::Receiver<Chunk> {
-    let (sender, receiver) = mpsc::channel(CHUNKS_IN_FLIGHT);
-    tokio::task::spawn_blocking(move || {
-        let sink = ChunkSink { sender: sender.clone(), chunk: Vec::with_capacity(CHUNK_BYTES) };
-        if let Err(error) = compress(&path, sink, progress) {
-            // If no one listens any more, the request ended before, with its own error.
-            let _ = sender.blocking_send(Err(error));
-        }
-    });
-    receiver
-}
-
-fn compress(path: &Path, sink: ChunkSink, progress: impl Fn(u64)) -> io::Result<()> {
-    let mut file = File::open(path)?;
-    let mut encoder = zstd::Encoder::new(sink, ZSTD_LEVEL)?;
-    let mut buffer = vec![0; CHUNK_BYTES];
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            return encoder.finish()?.flush();
-        }
-        encoder.write_all(&buffer[..read])?;
-        progress(read as u64);
-    }
-}
-
-/// Gathers bytes into chunks and hands them to the connection, waiting while it is busy.
-struct ChunkSink {
-    sender: mpsc::Sender<Chunk>,
-    chunk: Vec<u8>,
-}
-
-impl Write for ChunkSink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.chunk.extend_from_slice(bytes);
-        if self.chunk.len() >= CHUNK_BYTES {
-            self.flush()?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.chunk.is_empty() {
-            return Ok(());
-        }
-        let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK_BYTES));
-        self.sender.blocking_send(Ok(chunk)).map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn chunks_decompress_to_the_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
-        let content: Vec<u8> =
-            (0..1_000_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
-        std::fs::write(&path, &content).unwrap();
-        let mut chunks = compressed_chunks(path, |_| ());
-        let mut body = Vec::new();
-        while let Some(chunk) = chunks.recv().await {
-            let chunk = chunk.unwrap();
-            assert!(chunk.len() < 4 * CHUNK_BYTES, "{} bytes at once", chunk.len());
-            body.extend(chunk);
-        }
-        assert!(zstd::decode_all(&body[..]).unwrap() == content);
-    }
-
-    #[tokio::test]
-    async fn a_file_that_vanished_ends_the_request_with_an_error() {
-        let mut chunks = compressed_chunks("/nonexistent/file".into(), |_| ());
-        assert_eq!(chunks.recv().await.unwrap().unwrap_err().kind(), io::ErrorKind::NotFound);
-        assert!(chunks.recv().await.is_none());
-    }
-
-    /// A service that gives each connection the next of `answers`: bytes, or nothing and a close. Counts them.
-    async fn scripted(answers: &'static [&'static str]) -> (Server, Arc<AtomicU64>) {
-        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let count = Arc::new(AtomicU64::new(0));
-        let counted = Arc::clone(&count);
-        tokio::spawn(async move {
-            for answer in answers {
-                let (mut connection, _) = listener.accept().await.unwrap();
-                counted.fetch_add(1, Ordering::Relaxed);
-                let mut request = Vec::new();
-                while !answer.is_empty() && !request.ends_with(b"\r\n0\r\n\r\n") {
-                    connection.read_buf(&mut request).await.unwrap();
-                }
-                connection.write_all(answer.as_bytes()).await.unwrap();
-            }
-        });
-        (Server::new(&url, None).unwrap(), count)
-    }
-
-    async fn sent_to(answers: &'static [&'static str]) -> (Fate, u64) {
-        let (server, count) = scripted(answers).await;
-        let artefact = ArtefactName {
-            build_id: "abcd".parse().unwrap(),
-            kind: windlass_schema::http::ArtefactKind::Executable,
-            path: None,
-            sha256: None,
-        };
-        let path = PathBuf::from(file!().strip_prefix("cli/").unwrap());
-        let item = Item { artefact, path, size_bytes: 1, file: 0, source: None };
-        let fate = send_one(&server, &item, &ProgressBar::hidden()).await;
-        (fate, count.load(Ordering::Relaxed))
-    }
-
-    const CREATED: &str = "HTTP/1.1 201 Created\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
-    const REFUSED: &str = "HTTP/1.1 422 Unprocessable Entity\r\nconnection: close\r\ncontent-length: 15\r\n\r\n\
-                           {\"error\":\"bad\"}";
-
-    #[tokio::test]
-    async fn a_broken_connection_is_tried_again() {
-        assert_eq!(sent_to(&["", CREATED]).await, (Fate::Sent, 2));
-    }
-
-    #[tokio::test]
-    async fn a_refusal_is_not_tried_again() {
-        let failed = Fate::Failed("422 Unprocessable Entity: bad".to_owned());
-        assert_eq!(sent_to(&[REFUSED, CREATED]).await, (failed, 1));
-    }
-}
+mod tests;

@@ -1,4 +1,5 @@
-//! Walks the paths to upload: every regular file once, symbolic links only where given by name.
+//! Walks the paths to upload: every regular file once, symbolic links only where given by name. One kind of link is
+//! followed: `.build-id/xx/yyyy.debug`, which leads to a debug file wherever a distribution keeps it.
 
 use std::collections::HashSet;
 use std::fs;
@@ -26,7 +27,8 @@ fn walk(root: &Path) -> impl Iterator<Item = Candidate> {
         Ok(entry) => {
             let named = entry.depth() == 0;
             // A file named through a symbolic link has the link's file type here.
-            let is_file = if named { entry.path().is_file() } else { entry.file_type().is_file() };
+            let follows = named || entry.path_is_symlink() && is_debug_link(entry.path());
+            let is_file = if follows { entry.path().is_file() } else { entry.file_type().is_file() };
             is_file.then(|| Candidate { path: entry.into_path(), named, error: None })
         }
         Err(error) => {
@@ -35,6 +37,12 @@ fn walk(root: &Path) -> impl Iterator<Item = Candidate> {
             Some(Candidate { path, named: true, error: Some(error) })
         }
     })
+}
+
+/// Whether it is called `.build-id/xx/yyyy.debug`.
+fn is_debug_link(path: &Path) -> bool {
+    let tree = path.parent().and_then(Path::parent).and_then(Path::file_name);
+    tree.is_some_and(|name| name == ".build-id") && path.extension().is_some_and(|name| name == "debug")
 }
 
 impl Candidate {
@@ -67,6 +75,21 @@ mod tests {
         assert_eq!(names(&[root.join("bin")]), ["bin/.debug/a.debug", "bin/a"]);
         assert_eq!(names(&[root.join("bin/c")]), ["bin/c"], "a link given by name is followed");
         assert_eq!(names(&[root.join("bin/a"), root.join("bin")]), ["bin/a", "bin/.debug/a.debug"]);
+    }
+
+    #[test]
+    fn links_of_build_ids_lead_to_debug_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("debug/.build-id/ab");
+        fs::create_dir_all(&tree).unwrap();
+        fs::write(dir.path().join("elsewhere"), "d").unwrap();
+        for name in ["cdef.debug", "cdef"] {
+            std::os::unix::fs::symlink("../../../elsewhere", tree.join(name)).unwrap();
+        }
+        std::os::unix::fs::symlink("../../../absent", tree.join("0123.debug")).unwrap();
+        let found = files_under(&[dir.path().join("debug")]);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found[0].path, tree.join("cdef.debug"));
     }
 
     #[test]

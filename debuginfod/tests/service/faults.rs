@@ -74,8 +74,13 @@ async fn damage_found_by_the_check_resets_and_heals_by_upload() {
     assert_eq!(report.findings.len(), 1, "{:?}", report.findings);
     assert!(report.findings[0].contains(&sha256(&build.full)));
     assert_eq!(raw_get(&server, &path, "identity").await, (Vec::new(), Err(ErrorKind::ConnectionReset)));
-    let artefacts =
-        vec![ArtefactName { build_id: build.id, kind: ArtefactKind::Executable, path: None, sha256: None }];
+    let artefacts = vec![ArtefactName {
+        build_id: build.id,
+        kind: ArtefactKind::Executable,
+        path: None,
+        sha256: None,
+        brings: None,
+    }];
     let request = MissingRequest { artefacts: artefacts.clone() };
     let missing = server.client.post(server.url("/api/v1/missing")).json(&request).send().await.unwrap();
     assert_eq!(missing.json::<MissingResponse>().await.unwrap().missing, artefacts);

@@ -2,13 +2,23 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on ends here")]
 
+mod access;
+mod administered;
+mod daemon;
 mod debuginfod;
 mod decoders;
 mod faults;
+mod full_disk;
+mod hostile;
 mod kernel;
+mod killed;
+mod load;
+mod namespaces;
 mod naming;
+mod parts;
 mod perf_map;
 mod server;
 mod tables;
+mod tls;
 mod uploads;
 mod upstream;

@@ -4,9 +4,9 @@ use std::io::Write;
 
 use reqwest::StatusCode;
 use reqwest::header::CONTENT_ENCODING;
-use windlass_debuginfod::start;
+use windlass_debuginfod::{check, start};
 use windlass_schema::http::{
-    ArtefactKind, ArtefactName, MissingRequest, MissingResponse, SHA256_HEADER, Stored,
+    ArtefactKind, ArtefactName, Brings, MissingRequest, MissingResponse, SHA256_HEADER, Stored,
 };
 
 use crate::server::{Server, build, build_with, build_without_note, config, sha256};
@@ -28,6 +28,36 @@ async fn stored_once_then_known_then_defended() {
     let server = server.restart().await;
     let served = server.get(&format!("/buildid/{}/debuginfo", build.id)).await;
     assert_eq!(served.bytes().await.unwrap(), build.debug, "after a restart");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_richer_content_replaces_the_poorer_and_is_not_shadowed() {
+    let server = Server::start().await;
+    let build = build();
+    let (id, kind) = (build.id, ArtefactKind::Executable);
+    let name = format!("{id}/executable");
+    server.expect_put(&name, &build.stripped, StatusCode::CREATED).await;
+    let ask = async |content: &[u8], brings| {
+        let artefact = ArtefactName { build_id: id, kind, path: None, sha256: Some(sha256(content)), brings };
+        let request = MissingRequest { artefacts: vec![artefact] };
+        let response = server.client.post(server.url("/api/v1/missing")).json(&request).send().await;
+        let answer: MissingResponse = response.expect("an answer").json().await.expect("its body");
+        (answer.missing.len(), answer.differing.len())
+    };
+    assert_eq!(ask(&build.full, None).await, (0, 1));
+    assert_eq!(ask(&build.full, Some(Brings::Dynsym)).await, (0, 1));
+    assert_eq!(ask(&build.full, Some(Brings::DebugInfo)).await, (1, 0));
+
+    let text = server.expect_put(&name, &build.full, StatusCode::CREATED).await;
+    let stored: Stored = serde_json::from_str(&text).expect("the body of a stored upload");
+    assert_eq!(stored.replaced, Some(sha256(&build.stripped)));
+    assert_eq!(server.get(&format!("/buildid/{name}")).await.bytes().await.expect("all of it"), build.full);
+    let text = server.expect_put(&name, &build.stripped, StatusCode::CONFLICT).await;
+    assert!(text.contains("brings debug_info, the upload dynamic symbols"), "{text}");
+    assert!(text.contains(&sha256(&build.full)) && text.contains(&sha256(&build.stripped)), "{text}");
+    assert_eq!(server.get(&format!("/buildid/{name}")).await.bytes().await.expect("all of it"), build.full);
+    let report = check(&config(server.folder.path())).await.expect("a check");
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -145,6 +175,7 @@ async fn missing_and_differing() {
         kind,
         path: path.map(str::to_owned),
         sha256: content.map(sha256),
+        brings: None,
     };
     let present = [
         name(ArtefactKind::Executable, None, None),

@@ -6,7 +6,9 @@ use std::sync::LazyLock;
 use proptest::prelude::*;
 use windlass_schema::ImageAddress;
 use windlass_schema::http::Unresolved;
-use windlass_symbol_index::{BuildError, Index, IndexError, Input, build, describe};
+use windlass_symbol_index::{
+    BuildError, Index, IndexError, Input, build, describe, named_sources, split_unit_ids, split_units,
+};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::program::{Workshop, function_addresses};
@@ -167,6 +169,7 @@ proptest! {
             damaged[at] = byte;
         }
         let _ = describe(&damaged);
+        let _ = (named_sources(&damaged), split_units(&damaged), split_unit_ids(&damaged));
         if let Ok(index) = build(Input { debug: Some(&damaged), ..Input::default() }) {
             prop_assert!(Index::parse(&index).is_ok());
             look_around(&index, addresses);

@@ -11,4 +11,5 @@ mod described;
 mod format;
 mod program;
 mod relocatable;
+mod split;
 mod unnamed;

@@ -6,7 +6,7 @@ use super::super::chain::Part::{self, Any, In, Is, Some, Times};
 use super::super::chain::{MANY, Of};
 use super::super::row::Program::{Built, Installed};
 use super::super::row::{Need, PLAIN, Row, Stop, Why};
-use super::{DESCENT, LIBC, MAIN, often, right, seldom};
+use super::{DESCENT, INSTALLING, LIBC, MAIN, often, right, seldom};
 
 /// What `openssl speed` is in beside its own code.
 const CRYPTO: &[Of] = &[Of::Image("libcrypto.so"), Of::Image("libc.so.6"), Of::Image("[vdso]")];
@@ -51,6 +51,8 @@ const PANICS: Row = Row {
             &[Any(STD, 0, MANY), Some(&["level"], 0, 13), Any(STD, 0, MANY), Is("round"), Is("forever")],
             RUST_THREAD,
         ),
+        // As of C++'s exceptions: until libgcc has left its frame, what is around it is another function's.
+        seldom(&[In(&["libgcc_s.so"], 1, 2), Some(&["level", "round"], 1, 14), In(&[""], 0, 1)], &[]),
     ],
     ..PLAIN
 };
@@ -105,11 +107,7 @@ pub(super) static ROWS: &[Row] = &[
         name: "panics",
         exercises: "Rust panics on their way to catch_unwind",
         program: Built("rustc", &["panics.rs"], &["-Cpanic=unwind"]),
-        stops: &[
-            // While libgcc leaves its own frame for that of a landing pad, no CFI says where it is.
-            right(StopReason::NoMapping, 0.01),
-            right(StopReason::NoAdvance, 0.01),
-        ],
+        stops: INSTALLING,
         ..PANICS
     },
     Row {
@@ -148,7 +146,7 @@ pub(super) static ROWS: &[Row] = &[
             seldom(&[Any(RUNTIME, 1, MANY)], &[]),
         ],
         // What `systemstack` was called by is on another stack.
-        stops: &[right(StopReason::UnsupportedRule, 0.05)],
+        stops: &[right(StopReason::UnsupportedRule, 0.03)],
         ..PLAIN
     },
     Row {
@@ -215,9 +213,9 @@ pub(super) static ROWS: &[Row] = &[
             seldom(&[Any(LOADING, 0, MANY), Is("load")], MAIN),
         ],
         stops: &[
-            Stop { reason: StopReason::MappingsChanged, most: 0.4, why: Why::New },
-            Stop { reason: StopReason::ProcessUnknown, most: 0.2, why: Why::New },
-            Stop { reason: StopReason::NoMapping, most: 0.2, why: Why::New },
+            Stop { reason: StopReason::MappingsChanged, most: 0.2, why: Why::New },
+            Stop { reason: StopReason::ProcessUnknown, most: 0.1, why: Why::New },
+            Stop { reason: StopReason::NoMapping, most: 0.1, why: Why::New },
         ],
         ..PLAIN
     },
@@ -225,7 +223,9 @@ pub(super) static ROWS: &[Row] = &[
         name: "python",
         exercises: "the Python interpreter",
         program: Installed("python3"),
+        // Without what a machine has Python load whenever it starts.
         arguments: &[
+            "-S",
             "-c",
             "def f(n): return sum(map(f, range(n))) + 1\nwhile True: f(7); sorted(range(999), key=lambda x: -x)",
         ],

@@ -13,9 +13,9 @@ use super::{DESCENT, LIBC, MAIN, often, seldom};
 const KEEPING: [&str; 3] =
     ["-fno-omit-frame-pointer", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables"];
 
-/// Walks that end where nothing is proved.
+/// Walks that end where nothing is proved. GCC has the frame's address in a register or behind rbp, and says so nowhere.
 const UNPROVED: &[Stop] = &[
-    Stop { reason: StopReason::FramePointer, most: 1.0, why: Why::Unrecognised },
+    Stop { reason: StopReason::FramePointer, most: 0.05, why: Why::Unrecognised },
     Stop { reason: StopReason::NoCfi, most: 1.0, why: Why::Unrecognised },
 ];
 
@@ -67,6 +67,7 @@ pub(super) static ROWS: &[Row] = &[
         needs: &[Need::Cpu("avx2")],
         chains: &[seldom(
             &[
+                In(LIBC, 0, 1),
                 Some(&["spin"], 0, 1),
                 Some(&["aligned_frame"], 0, 1),
                 Some(&["variable_frame"], 0, 1),

@@ -92,6 +92,32 @@ impl<'a> Image<'a> {
         }
     }
 
+    /// The name that the definitions of symbols' versions give this image: that by which others ask for it.
+    fn version_base(&self) -> Option<&'a [u8]> {
+        let (mut versions, strings) = self.sections.gnu_verdef(LE, self.file).ok()??;
+        let (base, mut names) = versions.next().ok()??;
+        let strings = self.sections.strings(LE, self.file, strings).ok()?;
+        let is_base = base.vd_flags.get(LE).contains(elf::VER_FLG_BASE);
+        names.next().ok()?.filter(|_| is_base)?.name(LE, strings).ok()
+    }
+
+    /// The function that the dynamic symbol `name` is of, if this is the library `of` and defines it. Names of symbols are not looked
+    /// at in any other: there are tens of thousands in some.
+    pub(crate) fn dynamic_function(&self, of: &[u8], name: &[u8]) -> Option<Range<u64>> {
+        if self.version_base() != Some(of) {
+            return None;
+        }
+        let symbols = self.sections.symbols(LE, self.file, elf::SHT_DYNSYM).ok()?;
+        let is_it = |symbol: &&Sym64<LittleEndian>| {
+            symbol.st_type() == elf::STT_FUNC
+                && symbol.st_shndx.get(LE) != elf::SHN_UNDEF
+                && symbol.name(LE, symbols.strings()) == Ok(name)
+        };
+        let symbol = symbols.iter().find(is_it)?;
+        let start = symbol.st_value(LE);
+        Some(start..start.checked_add(symbol.st_size(LE))?)
+    }
+
     /// Symbols of functions with a size, and whether other files may refer to them.
     fn symbols(&self, mut add: impl FnMut(u64, u64, bool)) {
         let is_table = |kind| matches!(kind, elf::SHT_SYMTAB | elf::SHT_DYNSYM);

@@ -3,18 +3,13 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use crate::recognise::{Code, Prologue, Starts};
+use windlass_schema::wide_code::{FUNCTION_ALIGNMENT, Frames};
 
-/// Fewest functions to tell by whether code keeps frame pointers.
-const MIN_FUNCTIONS: usize = 64;
-/// For how many functions with a frame pointer one may build a frame without it.
-const FRAME_POINTERS_PER_OTHER: usize = 20;
-/// What compilers align functions to.
-const FUNCTION_ALIGNMENT: u64 = 16;
+use crate::recognise::{Code, Prologue, Starts};
 
 /// Where functions start, if nearly all that build a frame do so with a frame pointer.
 pub(super) fn functions<C: Code>(gap: &Range<u64>, bytes: &[u8], starts: &Starts) -> Option<BTreeSet<u64>> {
-    let (mut kept, mut others) = (0, 0);
+    let mut frames = Frames::default();
     let mut functions = BTreeSet::new();
     let symbols = starts.symbols.range(gap.start..gap.end).map(|(start, _)| *start);
     let first = gap.start.next_multiple_of(FUNCTION_ALIGNMENT);
@@ -31,10 +26,10 @@ pub(super) fn functions<C: Code>(gap: &Range<u64>, bytes: &[u8], starts: &Starts
             continue;
         }
         match C::prologue(code) {
-            Prologue::FramePointer => kept += 1,
-            Prologue::Other => others += 1,
+            Prologue::FramePointer => frames.with_frame_pointer += 1,
+            Prologue::Other => frames.others += 1,
             Prologue::Unknown => {}
         }
     }
-    (kept >= MIN_FUNCTIONS && others * FRAME_POINTERS_PER_OTHER <= kept).then_some(functions)
+    frames.keep_frame_pointers().then_some(functions)
 }

@@ -14,7 +14,7 @@ const WITH_FRAME: [u8; 6] = [0x55, 0x48, 0x89, 0xe5, 0xc9, 0xc3];
 
 /// Code with `function` at [`TRIED`], and functions with a frame wherever else one may be.
 fn gap(function: &[u8]) -> Vec<u8> {
-    let mut code = vec![0xcc; MIN_GAP_BYTES as usize];
+    let mut code = vec![0xcc; *WIDE_BYTES.start() as usize];
     for start in (64..code.len()).step_by(64) {
         code[start..start + WITH_FRAME.len()].copy_from_slice(&WITH_FRAME);
     }
@@ -281,13 +281,13 @@ fn what_is_kept_and_done_has_bounds() {
     long.drain(4..8);
     assert_eq!(rows(&gap(&long[..]), long.len(), &Starts::default()).len(), 4);
     // And a gap of many functions.
-    let code = gap(&WITH_FRAME).repeat(1 + (MAX_GAP_BYTES / MIN_GAP_BYTES) as usize);
+    let code = gap(&WITH_FRAME).repeat(1 + (WIDE_BYTES.end() / WIDE_BYTES.start()) as usize);
     let known = |length: u64| {
         let bytes = CodeBytes::new(vec![(START, &code)]);
         framed_code::<Machine>(&bytes, &(START..START + length), &Starts::default()).is_some()
     };
-    assert!(known(MIN_GAP_BYTES));
-    assert!(!known(MAX_GAP_BYTES + 1));
+    assert!(known(*WIDE_BYTES.start()));
+    assert!(!known(*WIDE_BYTES.end() + 1));
 }
 
 /// Whether a gap is known with that budget, and what is left of it.

@@ -84,7 +84,7 @@ fn rows(table: &[u8], code: Option<&[u8]>) -> (Vec<String>, GoFunctions) {
         };
         rows.push(format!("{:x}..{:x} {rule}", range.start.wrapping_sub(TEXT), range.end - TEXT));
     });
-    (rows, report.unwrap())
+    (rows, report.expect("the table is sound"))
 }
 
 #[track_caller]
@@ -300,7 +300,8 @@ fn depths_that_functions_share_are_not_read_without_end() {
     assert_eq!((report.functions, report.skipped.len()), (400, 0));
     // All at the depths of the first, and those of the others cut out.
     let part = |table: &[u8], number: usize| {
-        usize::try_from(u64::from_le_bytes(table[32 + 8 * number..][..8].try_into().unwrap())).unwrap()
+        usize::try_from(u64::from_le_bytes(table[32 + 8 * number..][..8].try_into().expect("8 bytes")))
+            .expect("an offset in the table")
     };
     let (at, list) = (part(&shared, 3), part(&shared, 4));
     let removed = list - at - 1 - depths.len();
@@ -330,7 +331,8 @@ fn headers_of_no_use() {
     unplaced[24..32].fill(0);
     assert_eq!(parse(&unplaced), GoTableError::NoText);
     let mut at = 0;
-    for_each_row(&image(&unplaced, Some(0x5000), &[]), |range, _| at = range.start).unwrap();
+    for_each_row(&image(&unplaced, Some(0x5000), &[]), |range, _| at = range.start)
+        .expect("a place from elsewhere will do");
     assert_eq!(at, 0x5000);
 }
 

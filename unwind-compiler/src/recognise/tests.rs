@@ -70,6 +70,23 @@ fn x86_64_process_entry_and_what_it_calls() {
     check(X86_64, &[0x50, 0x58, 0xc3], &Starts { process: START, ..symbols(&[(0, 3)]) }, &[]);
 }
 
+/// glibc's dynamic linker calls before it zeroes rbp, and leaves by a jump.
+#[test]
+fn x86_64_entry_of_the_dynamic_linker() {
+    // mov rdi, rsp; call; mov r12, rax; mov r13, rsp; and rsp, -16; xor ebp, ebp; call; mov rsp, r13; jmp r12
+    let mut code = vec![0x48, 0x89, 0xe7, 0xe8, 0xf8, 0x0b, 0, 0, 0x49, 0x89, 0xc4, 0x49, 0x89, 0xe5];
+    code.extend([0x48, 0x83, 0xe4, 0xf0, 0x31, 0xed, 0xe8, 0xf0, 0x9e, 0xfe, 0xff]);
+    code.extend([0x4c, 0x89, 0xec, 0x41, 0xff, 0xe4]);
+    let starts = Starts { process: START, ..Starts::default() };
+    check(X86_64, &code, &starts, &["0..31 process_entry end"]);
+    check(X86_64, &code, &called(200), &[]);
+    // A branch, a return, or a jump by memory: there may be a caller.
+    for other in [[0x74, 0xe4, 0x90], [0x90, 0x90, 0xc3], [0x41, 0xff, 0x20]] {
+        code[28..].copy_from_slice(&other);
+        check(X86_64, &code, &starts, &[]);
+    }
+}
+
 #[test]
 fn x86_64_main_that_the_process_entry_hands_over() {
     // push rbx; call -6; pop rbx; ret: its return is behind a call, and proves nothing.

@@ -3,7 +3,7 @@
 use windlass_schema::{Architecture, Rule};
 
 use super::code::Machine;
-use super::instruction::{Effect, Operand, RBP, RSP, decode};
+use super::instruction::{Effect, MAX_BYTES, Operand, RBP, RSP, decode};
 use super::{plt, stack_switch};
 use crate::projection::SIGCONTEXT_OFFSET;
 use crate::recognise::{Code, Linkage, Prologue, Trampoline};
@@ -41,7 +41,7 @@ impl Code for Machine {
 
     /// nop of one and of several bytes, int3, and what linkers leave zero.
     fn padding(code: &[u8]) -> Option<usize> {
-        let prefixes = code.iter().take_while(|byte| matches!(byte, 0x66 | 0x2e)).count();
+        let prefixes = code.iter().take(MAX_BYTES).take_while(|byte| matches!(byte, 0x66 | 0x2e)).count();
         match code.get(prefixes..)? {
             [0x00 | 0xcc, ..] if prefixes == 0 => Some(1),
             [NOP, ..] | [0x0f, 0x1f, ..] => decode(code).map(|instruction| instruction.bytes),
@@ -62,6 +62,29 @@ impl Code for Machine {
                 Effect::Branch(_) | Effect::Jump(_) | Effect::Return | Effect::Trap => return None,
                 Effect::Call(_) => return is_zeroed.then_some(at),
                 _ => is_zeroed |= ZEROED_FRAME_POINTER.iter().any(|bytes| rest.starts_with(bytes)),
+            }
+        }
+        None
+    }
+
+    /// glibc's hands the stack with the program's arguments to what relocates the linker, and at last jumps to what that
+    /// returned, the program's own entry: `mov %rsp, %rdi; call _dl_start; mov %rax, %r12; ...; call _dl_init; ...; jmp
+    /// *%r12` (sysdeps/x86_64/dl-machine.h, `RTLD_START`). There is no way but the one, and it does not return.
+    fn linker_entry(code: &[u8]) -> Option<usize> {
+        let mut at = if code.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
+        if !code[at..].starts_with(&STACK_POINTER_TO_ARGUMENT) {
+            return None;
+        }
+        let mut calls = 0;
+        for _ in 0..MAX_ENTRY_INSTRUCTIONS {
+            let rest = code.get(at..)?;
+            let instruction = decode(rest)?;
+            at += instruction.bytes;
+            match instruction.effect {
+                Effect::Jump(None) => return (calls > 0 && is_jump_by_register(rest)).then_some(at),
+                Effect::Branch(_) | Effect::Jump(_) | Effect::Return | Effect::Trap => return None,
+                Effect::Call(_) => calls += 1,
+                _ => {}
             }
         }
         None
@@ -158,6 +181,14 @@ impl Code for Machine {
         let next = address.wrapping_add(Self::CALL_BYTES as u64);
         Some(next.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into()))
     }
+}
+
+/// mov %rsp, %rdi
+const STACK_POINTER_TO_ARGUMENT: [u8; 3] = [0x48, 0x89, 0xe7];
+
+/// Whether `code` begins with a jump to where a register points.
+fn is_jump_by_register(code: &[u8]) -> bool {
+    matches!(code, [0xff, 0xe0..=0xe7, ..] | [0x41, 0xff, 0xe0..=0xe7, ..])
 }
 
 /// endbr64

@@ -11,7 +11,7 @@ mod vectors;
 use vectors::{is_of_vectors, vector};
 
 /// Longest instruction in bytes (Intel SDM volume 2, 2.3.11).
-const MAX_BYTES: usize = 15;
+pub(super) const MAX_BYTES: usize = 15;
 
 pub(crate) const RAX: u8 = 0;
 pub(crate) const RBX: u8 = 3;

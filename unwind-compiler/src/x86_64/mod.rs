@@ -7,3 +7,5 @@ mod plt;
 mod shift;
 mod stack_switch;
 mod system_call;
+
+pub(crate) use stack_switch::returned_to;

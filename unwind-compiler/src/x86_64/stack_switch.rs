@@ -5,9 +5,13 @@
 //! caller.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+use windlass_schema::coroutines::MAX_MAKECONTEXT_BYTES;
 
 use super::code::WORD;
 use super::instruction::{Effect, Operand, RBP, RBX, RSP, decode};
+use crate::code_bytes::CodeBytes;
 
 /// Most instructions between a switch of stacks and the return on the other one: six registers are kept.
 const MAX_INSTRUCTIONS_TO_RETURN: usize = 16;
@@ -84,4 +88,21 @@ pub(super) fn coroutine_end(code: &[u8]) -> Option<usize> {
         end = next;
     }
     (calls > 0).then_some(end)
+}
+
+/// Bytes of `lea` of an address relative to rip.
+const RELATIVE_LEA_BYTES: usize = 7;
+
+/// Where a coroutine's function returns to that libc's `makecontext`, with its code at these addresses, puts on a new stack
+/// as a return address. Of the addresses that it takes, the others are of no code, or of other code.
+pub(crate) fn returned_to(code: &CodeBytes<'_>, makecontext: &Range<u64>) -> Option<u64> {
+    let bytes = code.get(makecontext).filter(|bytes| bytes.len() as u64 <= MAX_MAKECONTEXT_BYTES)?;
+    let starts = makecontext.start + RELATIVE_LEA_BYTES as u64..;
+    let mut taken = bytes.windows(RELATIVE_LEA_BYTES).zip(starts).filter_map(|(lea, next)| match *lea {
+        [0x48 | 0x4c, 0x8d, modrm, a, b, c, d] if modrm & 0xc7 == 5 => {
+            Some(next.wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into()))
+        }
+        _ => None,
+    });
+    taken.find(|address| code.from(*address).and_then(coroutine_end).is_some())
 }

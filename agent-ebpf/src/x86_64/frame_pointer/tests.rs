@@ -14,10 +14,14 @@ use crate::walk::Walk;
 mod code_objects;
 mod doubts;
 mod hotspot;
+mod moved_frames;
+mod trampolines;
+mod wasm_modules;
 
 const CODE: u64 = 0x1000;
 const CODE_END: u64 = 0x3000;
-const STACK: u64 = 0x7000;
+/// Above the return address, at word 10, it is a multiple of 16, as psABI has it.
+const STACK: u64 = 0x7008;
 const WORDS: usize = 32;
 
 /// Executable memory and a stack.
@@ -25,6 +29,8 @@ struct Memory {
     code: Vec<u8>,
     stack: [u64; WORDS],
     segment: MappingSegment,
+    /// The first word of the page in front of the code.
+    in_front: Option<u64>,
 }
 
 impl Memory {
@@ -41,7 +47,7 @@ impl Memory {
         segment.starts[0] = CODE;
         let image = no_table::location(StopReason::Jit);
         segment.mappings[0] = Mapping { end: CODE_END, bias: 0, image, generation: 1 };
-        Self { code: bytes, stack: [0; WORDS], segment }
+        Self { code: bytes, stack: [0; WORDS], segment, in_front: None }
     }
 
     /// The same as code that keeps frame pointers.
@@ -62,6 +68,9 @@ impl StackMemory for Memory {
     fn words<const N: usize>(&self, address: u64) -> Option<[u64; N]> {
         let stack: Vec<u8> = self.stack.iter().flat_map(|word| word.to_le_bytes()).collect();
         let (start, bytes) = if address < STACK { (CODE, &self.code) } else { (STACK, &stack) };
+        if address == CODE - 4096 {
+            return self.in_front.map(|word| [word; N]);
+        }
         let at = usize::try_from(address.checked_sub(start)?).ok()?;
         let bytes = bytes.get(at..at + 8 * N)?;
         Some(std::array::from_fn(|word| {
@@ -291,6 +300,7 @@ fn a_search_has_an_end() {
         start: CODE,
         keeps_frame_pointers: false,
         is_jit: true,
+        is_of_known_jit: false,
         unproved: StopReason::Jit,
     };
     assert_eq!(registers.look_for_caller(&mut code, &jit, &memory), Ok(None));
@@ -309,6 +319,7 @@ fn callers_of_the_known_compiler_need_no_search() {
         start: CODE,
         keeps_frame_pointers: true,
         is_jit,
+        is_of_known_jit: is_jit,
         unproved: StopReason::FramePointer,
     };
     let expect =
@@ -369,6 +380,22 @@ fn compiled_code_without_a_prologue_needs_a_clean_stack() {
     assert_eq!(caller(&left, 0x1219, false, word(6), word(9)), expect);
     let unknown = left.with_stack(&[(7, 77)]).keeping(no_table::location(StopReason::Jit));
     assert_eq!(caller(&unknown, 0x1219, true, word(6), word(9)), Err(StopReason::Jit));
+}
+
+/// Another compiler's code has called C code, and keeps no frame: rbp is still V8's, in a frame of a kind.
+#[test]
+fn code_of_another_compiler_beside_the_known_one() {
+    let other: &[u8] = &[0xe8, 0, 0, 0, 0, 0x48, 0x83, 0xc4, 8, 0xc3];
+    let stack = [(5, RETURN), (8, 2), (9, word(20)), (10, RETURN), (20, word(28)), (21, RETURN)];
+    let memory = Memory::new(&[CALL, (0x210, other)]).with_stack(&stack);
+    let memory = memory.keeping(no_table::ANY_JIT_FRAME_POINTERS);
+    for at in [word(4), word(5)] {
+        assert_eq!(caller(&memory, 0x1215, false, at, word(9)), Err(StopReason::FramePointer));
+        assert_eq!(caller(&memory, 0x1215, true, at, word(9)), Err(StopReason::FramePointer));
+    }
+    // What may be V8's own where nothing else can be the caller.
+    assert_eq!(caller(&memory, 0x1215, false, word(6), word(9)), Ok((RETURN, word(11), word(20))));
+    assert_eq!(caller(&memory, 0x1215, true, word(6), word(9)), Err(StopReason::FramePointer));
 }
 
 #[test]

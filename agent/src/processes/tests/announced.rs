@@ -92,6 +92,45 @@ fn images_that_are_known_are_walked_without_a_look_into_proc() {
 }
 
 #[test]
+fn a_part_of_an_image_that_is_protected_otherwise_leaves_the_rest_as_it_was() {
+    const PAGE: u64 = 4096;
+    let (child, now) = (Idle::start(), Instant::now());
+    let (mut told, mut processes) = (Told::default(), processes(child.id(), now));
+    let tgid = child.id();
+    processes.scan_all(&mut told);
+    let mappings = processes.known[&tgid].mappings.clone();
+    let is_wide = |mapping: &&ExecutableMapping| {
+        matches!(mapping.content, Content::Image { .. }) && mapping.end - mapping.start >= 3 * PAGE
+    };
+    let whole = mappings.iter().find(is_wide).expect("libc has more code than that");
+    let generation = told.generation;
+
+    let mut part = whole.clone();
+    (part.start, part.end) = (whole.start + PAGE, whole.start + 2 * PAGE);
+    part.module.file_offset += PAGE;
+    processes.note(&announced(tgid, &[part], monotonic_ns())[0], &mut told, now);
+    processes.scan_due(&mut told, now);
+    let parts: Vec<_> = (processes.known[&tgid].mappings.iter())
+        .filter(|mapping| mapping.module.path == whole.module.path)
+        .map(|part| {
+            let offset = part.module.file_offset - whole.module.file_offset;
+            let image = (part.module.start - whole.module.start, part.module.limit - whole.module.start);
+            assert_eq!(image, (offset, offset + (part.end - part.start)));
+            (part.start - whole.start, part.end - whole.start, offset)
+        })
+        .collect();
+    let bytes = whole.end - whole.start;
+    assert_eq!(parts, [(0, PAGE, 0), (PAGE, 2 * PAGE, PAGE), (2 * PAGE, bytes, 2 * PAGE)]);
+    assert_eq!(told.processes[&tgid].len(), mappings.len() + 2);
+    // Addresses mean what they meant.
+    assert!(processes.mappings_of(&sample(tgid, generation, monotonic_ns())).is_some());
+    // As before, it is one mapping again.
+    processes.note(&announced(tgid, std::slice::from_ref(whole), monotonic_ns())[0], &mut told, now);
+    assert!(crate::process::are_same(&processes.known[&tgid].mappings, &mappings));
+    assert_eq!(processes.next_due(now), None, "nothing is to be read for it");
+}
+
+#[test]
 fn what_events_do_not_tell_is_read() {
     let (child, now) = (Idle::start(), Instant::now());
     let (mut told, mut processes) = (Told::default(), processes(child.id(), now));
@@ -112,6 +151,22 @@ fn what_events_do_not_tell_is_read() {
     // An exec that is older than this reading was known to it.
     processes.note(&Event::Exec { tgid, time_ns: 1 }, &mut told, now);
     assert_eq!(told.processes[&tgid], placed);
+}
+
+#[test]
+fn a_child_that_ran_another_program_before_its_parent_was_read_has_nothing_of_it() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let (tgid, forked) = (child.id(), u32::MAX - 1);
+    let (mut told, mut processes) = (Told::default(), processes(tgid, now));
+    processes.scan_all(&mut told);
+    let time_ns = monotonic_ns();
+    // The parent has what it had, as is seen behind the child's exec, which is told of later.
+    processes.scan_all(&mut told);
+    assert!(processes.known[&tgid].whole_ns > time_ns + 1 && processes.known[&tgid].read_ns < time_ns);
+    processes.note(&Event::Forked { tgid: forked, parent: tgid, time_ns }, &mut told, now);
+    assert_eq!(told.processes[&forked], told.processes[&tgid]);
+    processes.note(&Event::Exec { tgid: forked, time_ns: time_ns + 1 }, &mut told, now);
+    assert!(processes.known[&forked].mappings.is_empty() && !told.processes.contains_key(&forked));
 }
 
 #[test]
