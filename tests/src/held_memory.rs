@@ -44,8 +44,10 @@ impl Drop for Page {
     }
 }
 
-/// What the thread does that goes on: nothing for which memory must be had.
-extern "C" fn spin(_: *mut libc::c_void) -> *mut libc::c_void {
+/// What the thread does that goes on: nothing for which memory must be had, once it said that it runs.
+extern "C" fn spin(runs: *mut libc::c_void) -> *mut libc::c_void {
+    // SAFETY: it points to a byte of a page that stays for as long as the process.
+    unsafe { AtomicBool::from_ptr(runs.cast()) }.store(true, Ordering::SeqCst);
     loop {
         std::hint::spin_loop();
     }
@@ -64,8 +66,9 @@ impl HeldMemory {
         let unread = Page::map(Some(&File::open(files.program())?), libc::PROT_READ, libc::MAP_PRIVATE)?;
         let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
         let shared = Page::map(None, libc::PROT_READ | libc::PROT_WRITE, shared)?;
-        // SAFETY: the page is of zeros, which is false, and is there for as long as the reference.
-        let is_held: &AtomicBool = unsafe { AtomicBool::from_ptr(shared.0.cast()) };
+        // SAFETY: the page is of zeros, which is false, and is there for as long as the references.
+        let [is_held, runs] =
+            [0, 1].map(|byte| unsafe { AtomicBool::from_ptr(shared.0.cast::<bool>().add(byte)) });
         // SAFETY: the child, whose first thread this one is, calls nothing but the C library, whose locks are good after a fork.
         let pid = unsafe { libc::fork() };
         match pid {
@@ -74,7 +77,7 @@ impl HeldMemory {
             0 => unsafe {
                 libc::alarm(SECONDS);
                 let mut thread = 0;
-                libc::pthread_create(&raw mut thread, std::ptr::null(), spin, std::ptr::null_mut());
+                libc::pthread_create(&raw mut thread, std::ptr::null(), spin, runs.as_ptr().cast());
                 while !is_held.load(Ordering::SeqCst) {
                     libc::usleep(1000);
                 }
@@ -84,6 +87,8 @@ impl HeldMemory {
             _ => {}
         }
         let child = Self { pid };
+        // A thread that starts needs memory: its stack is mapped, and its first writes are faults.
+        wait("its thread does not run", || runs.load(Ordering::SeqCst));
         let memory = File::open(format!("/proc/{pid}/mem"))?;
         let address = unread.0 as u64;
         // It comes back when the file system is gone.
