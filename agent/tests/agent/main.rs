@@ -6,6 +6,7 @@ mod fake_backend;
 mod fake_service;
 mod network_faults;
 mod service_faults;
+mod stack_depth;
 mod symbols;
 mod table_refresh;
 
