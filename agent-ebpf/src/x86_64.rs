@@ -1,5 +1,6 @@
 //! The walk on x86-64.
 
+mod code_bytes;
 mod frame_pointer;
 mod hotspot;
 mod registers;

@@ -21,31 +21,33 @@
 
 use windlass_schema::StopReason;
 
-use super::{CodeWithoutTable, DWARF_RBP, DWARF_RSP, PUSH_RBP, SET_RBP, is_zero};
+use super::{CodeWithoutTable, DWARF_RBP, DWARF_RSP, PUSH_RBP, SET_RBP};
 use crate::memory::StackMemory;
 use crate::x86_64::Registers;
+use crate::x86_64::code_bytes::{first, is};
 
 /// How many bytes in front of an address are looked at: one in front of `mov %rsp, %rbp`, its three, and those of three
 /// moves behind it, eight, four and eight where n takes four.
 const BYTES: u64 = 24;
 
-/// Whether the first `run` of these bytes of code have a `mov %rsp, %rbp` that is not behind `push %rbp`. Without a branch,
-/// as [`Signs`](super::Signs).
+/// Whether the first `run` of these bytes of code have a `mov %rsp, %rbp` that is not behind `push %rbp`.
 #[inline(always)]
 const fn sets_rbp_again(code: [u64; 3], run: u64) -> bool {
-    let [mut bytes, mut second, mut third] = code;
-    let (mut is_set, mut at) = (0, 4);
-    // `at` is behind the `mov`.
-    while at <= BYTES {
-        let mov = bytes >> 8 & 0xff_ffff;
-        let sets = is_zero(mov ^ SET_RBP[0]) | is_zero(mov ^ SET_RBP[1]);
-        is_set |= sets & (is_zero(bytes & 0xff ^ PUSH_RBP) ^ 1) & (at <= run) as u64;
-        bytes = bytes >> 8 | second << 56;
-        second = second >> 8 | third << 56;
-        third >>= 8;
-        at += 1;
+    let (mut sets, mut word) = (0, 0);
+    while word < code.len() {
+        let here = code[word];
+        let next = if word + 1 < code.len() { code[word + 1] } else { 0 };
+        // Bytes in front of the three of the `mov`, and these.
+        let [second, third, fourth] =
+            [here >> 8 | next << 56, here >> 16 | next << 48, here >> 24 | next << 40];
+        let [one, other] = SET_RBP;
+        let moves = is(second, one & 0xff)
+            & (is(third, one >> 8 & 0xff) & is(fourth, one >> 16)
+                | is(third, other >> 8 & 0xff) & is(fourth, other >> 16));
+        sets |= moves & !is(here, PUSH_RBP) & first(run.saturating_sub(8 * word as u64 + 3));
+        word += 1;
     }
-    is_set != 0
+    sets != 0
 }
 
 impl Registers {
@@ -63,5 +65,30 @@ impl Registers {
         let run = self.rip.wrapping_sub(code.start).min(BYTES);
         let Some(words) = memory.words(self.rip.wrapping_sub(run)) else { return Err(code.unproved) };
         Ok(sets_rbp_again(words, run))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Against the same written with slices. Bytes are few, so that those of a `mov` come up together.
+        #[test]
+        fn what_sets_rbp_is_found(
+            bytes in prop::collection::vec(prop::sample::select(&[0x55, 0x48, 0x89, 0xe5, 0x8b, 0xec][..]), 24),
+            at in 0..21usize,
+            run in 0..=24usize,
+        ) {
+            let mut bytes = bytes;
+            bytes[at + 1..at + 4].copy_from_slice(&[0x48, 0x8b, 0xec]);
+            let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+            let expect = bytes[..run].windows(4).any(|code| {
+                code[0] != 0x55 && matches!(code[1..], [0x48, 0x89, 0xe5] | [0x48, 0x8b, 0xec])
+            });
+            prop_assert_eq!(sets_rbp_again([word(0), word(8), word(16)], run as u64), expect);
+        }
     }
 }

@@ -441,7 +441,7 @@ proptest! {
             let code = if second { [0x55, 0x48, 0x8b, 0xec] } else { [0x55, 0x48, 0x89, 0xe5] };
             bytes[at..at + 4].copy_from_slice(&code);
         }
-        let bits = |is: &dyn Fn(usize) -> bool| (0..8).filter(|at| is(*at)).fold(0, |bits, at| bits | 1 << at);
+        let bits = |is: &dyn Fn(usize) -> bool| (0..8).filter(|at| is(*at)).fold(0, |bits, at| bits | 0x80 << (8 * at));
         let is_last = |at: usize| (start + at as u64 + 1).is_multiple_of(16);
         let expect = Signs {
             prologues: bits(&|at| {
@@ -474,11 +474,12 @@ proptest! {
         let signs = Signs::of(word(0), word(8), start);
         prop_assert_eq!(signs, expect);
         // Behind the last prologue.
-        let from = (0..8).rev().find(|at| signs.prologues >> at & 1 != 0).map_or(0, |at| at + 1);
+        let from = (0..8).rev().find(|at| signs.prologues >> (8 * at + 7) & 1 != 0).map_or(0, |at| at + 1);
         if from > 0 {
             prop_assert_eq!(signs.last_prologue(), from as u64 - 1);
         }
-        let seen = u64::from(expect.doubts >> from != 0) | u64::from(expect.ends >> from != 0) << 1;
+        let behind = |signs: u64| (from..8).any(|at| signs >> (8 * at) & 0x80 != 0);
+        let seen = u64::from(behind(expect.doubts)) | u64::from(behind(expect.ends)) << 1;
         prop_assert_eq!(signs.seen(), seen);
     }
 }

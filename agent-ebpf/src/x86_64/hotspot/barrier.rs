@@ -21,11 +21,11 @@
 
 use windlass_schema::StopReason;
 
-use super::stub::{each, same};
 use super::{JUMP, LOW_3, TO_BARRIER, TO_BARRIER_END};
 use crate::frame_pointer::{Candidate, CodeWithoutTable, Search};
 use crate::memory::StackMemory;
 use crate::x86_64::Registers;
+use crate::x86_64::code_bytes::{each, first, is};
 
 /// `add $n, %rsp` with n of one byte, below 128, and of four.
 const FREE: u64 = 0xc4_8348;
@@ -175,10 +175,9 @@ impl Registers {
             let second = here >> 8 | behind << 56;
             let third = here >> 16 | behind << 48;
             // Not what has not been run yet.
-            let run = count.saturating_sub(8 * word as u64);
-            let mask = if run < 8 { (1 << (8 * run)) - 1 } else { u64::MAX };
-            let moves = same(here, each(0x48)) & same(second | each(2), each(0x83)) & mask;
-            let (take, free) = (moves & same(third, each(0xec)), moves & same(third, each(0xc4)));
+            let mask = first(count.saturating_sub(8 * word as u64));
+            let moves = is(here, 0x48) & is(second | each(2), 0x83) & mask;
+            let (take, free) = (moves & is(third, 0xec), moves & is(third, 0xc4));
             if take | free != 0 {
                 (takes, frees) = (take, free);
             }

@@ -13,6 +13,7 @@ use super::{IN_STUB, LOW_4, PROLOGUE};
 use crate::frame_pointer::{Candidate, CodeWithoutTable, Search};
 use crate::memory::StackMemory;
 use crate::x86_64::Registers;
+use crate::x86_64::code_bytes::is;
 
 /// What stubs are aligned to, in bytes: each turn looks at as many.
 const ALIGNMENT: u64 = 32;
@@ -26,28 +27,14 @@ const CALLED_JAVA: u64 = 0x83e0_758b_d87d_8b48;
 /// The bytes looked at are the address's own.
 const IS_FIRST: u64 = 1;
 
-/// All bits of each byte but the highest.
-const LOW_BITS: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-
-/// Eight times the byte.
-pub(super) const fn each(byte: u64) -> u64 {
-    byte * 0x0101_0101_0101_0101
-}
-const LEAVE: u64 = each(0xc9);
-const POP_RBP: u64 = each(0x5d);
-const RET: u64 = each(0xc3);
-
-/// The highest bit of each byte that is the same in both.
-#[inline(always)]
-pub(super) const fn same(one: u64, other: u64) -> u64 {
-    let differs = one ^ other;
-    !((differs & LOW_BITS).wrapping_add(LOW_BITS) | differs | LOW_BITS)
-}
+const LEAVE: u64 = 0xc9;
+const POP_RBP: u64 = 0x5d;
+const RET: u64 = 0xc3;
 
 /// The highest bit of each byte of `bytes` that may leave a frame.
 #[inline(always)]
 const fn leaves(bytes: u64) -> u64 {
-    same(bytes, LEAVE) | same(bytes, POP_RBP)
+    is(bytes, LEAVE) | is(bytes, POP_RBP)
 }
 
 impl Registers {
@@ -87,7 +74,7 @@ impl Registers {
         let (mut ends, mut word) = (0, 0);
         while word < 4 {
             let next = words[word] >> 8 | words[word + 1] << 56;
-            ends |= leaves(words[word]) & same(next, RET);
+            ends |= leaves(words[word]) & is(next, RET);
             word += 1;
         }
         // No stub begins within these, so that what ends among the address's own is the one that it is in.
