@@ -6,13 +6,11 @@
 //! # What is certain
 //! 1. At some instructions (the innermost frame's address is that of one) the caller is known: `ret` takes it from rsp,
 //!    a prologue's `push` and an epilogue's `pop` from beside it, and `leave` is run in a frame of rbp.
-//! 2. Behind a prologue with no bytes in between that could be of an epilogue, or of padding or a last call in front of
-//!    another function, and no other prologue ahead, a function is in its body. The innermost frame of an image is not
-//!    believed so: functions need not be aligned there, and may end with any call.
-//! 3. Behind a prologue, with such bytes, it is where no word from rsp up to rbp is a return address: its own lies on the
-//!    stack, at rsp or above.
+//! 2. Behind a prologue, with no other ahead, a function is in its body where no word from rsp up to rbp is a return address: its
+//!    own lies on the stack, at rsp or above. What stands between the prologue and the address may look like nothing but that
+//!    function and yet be the end of one, by a call that does not return or a jump, and the beginning of another without a frame.
 //!
-//! In the third case the innermost frame may have its return address in a register (musl's `vfork`, and V8's functions
+//! There the innermost frame may have its return address in a register (musl's `vfork`, and V8's functions
 //! that move arguments). Those have no prologue. So what looks like a function's end in front of the
 //! innermost address is too much doubt, and so is an instruction that gives rsp another value, or a frame that is being moved
 //! ([`moved_frame`]).
@@ -22,13 +20,15 @@
 //!
 //! Of code of a JIT compiler that keeps frame pointers in all functions more is certain:
 //!
+//! 3. Behind a prologue, with no bytes in between that could be of an epilogue, or of padding or a last call in front of another
+//!    function, a function is in its body.
 //! 4. Callers, where V8's frame is at rbp: with a context or the frame's kind below what is saved
 //!    (src/execution/frame-constants.h).
 //! 5. The innermost frame, where V8's own objects say where the function starts, and it begins in a known way: [`code_object`].
-//! 6. The same, where the third case holds without a prologue: V8's baseline code calls a function that builds the frame.
+//! 6. The same, where the second case holds without a prologue: V8's baseline code calls a function that builds the frame.
 //!
 //! In a process with that compiler, memory that is not laid out as its own may be another's: then the fourth case holds where the
-//! third does too, and the sixth not at all.
+//! second does too, and the third and sixth not at all.
 //!
 //! Of others:
 //!
@@ -298,7 +298,7 @@ impl Registers {
             return Err(code.unproved);
         }
         match search.seen {
-            0 if self.exact == 0 || code.is_jit => self.caller_by_frame_pointer(memory),
+            0 if is_known => self.caller_by_frame_pointer(memory),
             seen if self.exact != 0 && seen & FUNCTION_END != 0 && !is_known => Err(code.unproved),
             _ => self.search_stack(search),
         }

@@ -267,7 +267,8 @@ fn a_frame_pointer_that_leads_nowhere() {
     for (rsp, rbp, reason) in [
         (word(9), word(8), StopReason::Jit),
         (word(8), word(9) + 4, StopReason::Jit),
-        (word(8), 0x10_0000, StopReason::StackRead),
+        // Farther up than is searched.
+        (word(8), 0x10_0000, StopReason::FramePointer),
         // Saved there is 0.
         (word(8), word(12), StopReason::FramePointer),
     ] {

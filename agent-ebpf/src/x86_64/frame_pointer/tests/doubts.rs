@@ -72,6 +72,32 @@ fn the_function_in_front_need_not_end_with_a_return() {
     }
 }
 
+/// The same where functions are not aligned, so that nothing tells the one's end from a call or jump within it.
+#[test]
+fn the_next_function_need_not_be_aligned() {
+    for last in [
+        // call ..; jmp *%rax; jmp ..
+        &[0xe8, 0x20, 0, 0, 0][..],
+        &[0xff, 0xe0],
+        &[0xe9, 0x20, 0, 0, 0],
+    ] {
+        // push %rbp; mov %rsp, %rbp; .. and sub $0x18, %rsp; mov .., %rax; call *%rax; add $0x18, %rsp; ret
+        let function = [&[0x55, 0x48, 0x89, 0xe5][..], last].concat();
+        let next: &[u8] =
+            &[0x48, 0x83, 0xec, 0x18, 0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8, 0xff, 0xd0, 0x48, 0x83];
+        for content in [no_table::location(StopReason::Jit), no_table::ANY_JIT_FRAME_POINTERS] {
+            let memory =
+                Memory::new(&[CALL, (0x241, &function), (0x241 + function.len(), next)]).keeping(content);
+            let memory = memory.with_stack(&[(7, RETURN), (20, word(28)), (21, RETURN)]);
+            let at = CODE + 0x241 + function.len() as u64;
+            for (exact, offset) in [(false, 16), (true, 4), (true, 14)] {
+                let found = caller(&memory, at + offset, exact, word(4), word(20));
+                assert_eq!(found, Err(StopReason::FramePointer), "{last:x?} {offset}");
+            }
+        }
+    }
+}
+
 /// A function that looks at its arguments before it builds a frame, right behind another.
 #[test]
 fn a_prologue_ahead_is_a_doubt() {

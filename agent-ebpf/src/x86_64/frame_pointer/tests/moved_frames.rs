@@ -90,7 +90,8 @@ fn a_frame_pointer_that_is_not_whole() {
     let code: &[u8] = &[
         0x55, 0x48, 0x89, 0xe5, 0x48, 0x89, 0x6c, 0x24, 0x10, 0x48, 0x8b, 0xec, 0x48, 0x83, 0xc5, 0x10, 0x90,
     ];
-    let memory = memory(0x400, code, None).with_stack(&[(7, word(25)), (8, RETURN)]);
-    assert_eq!(caller(&memory, CODE + 0x40c, true, word(7), word(7)), Err(StopReason::Jit));
-    assert_eq!(caller(&memory, CODE + 0x410, true, word(7), word(9)), Ok((RETURN, word(11), word(20))));
+    let is_half = memory(0x400, code, None).with_stack(&[(7, word(25)), (8, RETURN)]);
+    assert_eq!(caller(&is_half, CODE + 0x40c, true, word(7), word(7)), Err(StopReason::Jit));
+    let is_whole = memory(0x400, code, None).with_stack(&[(7, word(25)), (8, 0)]);
+    assert_eq!(caller(&is_whole, CODE + 0x410, true, word(7), word(9)), Ok((RETURN, word(11), word(20))));
 }
