@@ -3,7 +3,7 @@
 //! When process events do not tell what it maps: at exec, at a new mapping, at a sample that found no mapping; but a JIT maps memory a thousand times
 //! a second, and a build starts processes as fast. So a process is read a few milliseconds after the
 //! event, when its dynamic linker is done, each time with twice the pause before the next, and all of
-//! them share a budget.
+//! them share a budget. What scans take beyond their share is a debt of it; those that cannot wait have a reserve meanwhile.
 //!
 //! ```text
 //! exec                       due after SETTLE
@@ -33,13 +33,57 @@ const FREE_WORK: Duration = Duration::from_millis(5);
 const SCANS_PER_SECOND: f64 = 200.0;
 /// Scans that may come at once.
 const BURST: f64 = 50.0;
+/// Scans a second, beside those, of processes that cannot be walked until then: a quarter of a core at most, where each takes
+/// [`FREE_WORK`], and what takes longer counts for several of these.
+const RESERVED_SCANS_PER_SECOND: f64 = 50.0;
+/// Of those, how many may come at once.
+const RESERVED_BURST: f64 = 10.0;
+/// Added to what is waited for a budget: more than numbers are rounded by.
+const ROUNDING: Duration = Duration::from_micros(1);
 
 /// When each process is to be read.
 #[derive(Clone, Debug)]
 pub struct ScanSchedule {
     processes: HashMap<u32, Scan>,
-    budget: f64,
-    budget_at: Instant,
+    budget: Budget,
+    /// For those that cannot be walked meanwhile, while the other has none.
+    reserve: Budget,
+}
+
+/// Scans that may be made, so many a second.
+#[derive(Clone, Debug)]
+struct Budget {
+    /// How many now. Below none is what they took too much.
+    left: f64,
+    now: Instant,
+    per_second: f64,
+    at_once: f64,
+}
+
+impl Budget {
+    fn new(now: Instant, per_second: f64, at_once: f64) -> Self {
+        Self { left: at_once, now, per_second, at_once }
+    }
+
+    fn pass(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.now).as_secs_f64();
+        self.left = (self.left + passed * self.per_second).min(self.at_once);
+        self.now = now;
+    }
+
+    fn take_one(&mut self) -> bool {
+        let has_one = self.left >= 1.0;
+        self.left -= f64::from(u8::from(has_one));
+        has_one
+    }
+
+    /// From when on it has one.
+    fn has_one_from(&self) -> Instant {
+        match self.left >= 1.0 {
+            true => self.now,
+            false => self.now + Duration::from_secs_f64((1.0 - self.left) / self.per_second) + ROUNDING,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +94,8 @@ struct Scan {
     /// What the last one took is made up for from then on.
     rested: Option<Instant>,
     urgent: bool,
+    /// Whether the last one was of the reserve.
+    was_reserved: bool,
 }
 
 impl Scan {
@@ -58,12 +104,17 @@ impl Scan {
     }
 }
 
-const NEVER_SCANNED: Scan = Scan { due: None, last: None, pause: FIRST_PAUSE, rested: None, urgent: false };
+const NEVER_SCANNED: Scan =
+    Scan { due: None, last: None, pause: FIRST_PAUSE, rested: None, urgent: false, was_reserved: false };
 
 impl ScanSchedule {
     /// Nothing is due.
     pub fn new(now: Instant) -> Self {
-        Self { processes: HashMap::new(), budget: BURST, budget_at: now }
+        Self {
+            processes: HashMap::new(),
+            budget: Budget::new(now, SCANS_PER_SECOND, BURST),
+            reserve: Budget::new(now, RESERVED_SCANS_PER_SECOND, RESERVED_BURST),
+        }
     }
 
     /// A process's mappings may have changed, or samples found them wanting.
@@ -91,17 +142,22 @@ impl ScanSchedule {
         if work <= FREE_WORK {
             return;
         }
-        // So that a thousand processes of that kind take a core and no more.
-        self.budget -= work.div_duration_f64(FREE_WORK);
+        let mut budget = &mut self.budget;
         if let Some(scan) = self.processes.get_mut(&tgid) {
             scan.rested = Some(now + work * PAUSE_PER_WORK);
+            if scan.was_reserved {
+                budget = &mut self.reserve;
+            }
         }
+        // So that a thousand processes of that kind take a core, and a quarter for those of the reserve, and no more.
+        budget.left -= work.div_duration_f64(FREE_WORK);
     }
 
     /// A process runs another executable.
     pub fn exec(&mut self, tgid: u32, now: Instant) {
-        let rested = self.processes.get(&tgid).and_then(|scan| scan.rested);
-        self.processes.insert(tgid, Scan { due: Some(now + SETTLE), rested, ..NEVER_SCANNED });
+        let Scan { rested, was_reserved, .. } = *self.processes.get(&tgid).unwrap_or(&NEVER_SCANNED);
+        let due = Some(now + SETTLE);
+        self.processes.insert(tgid, Scan { due, rested, was_reserved, ..NEVER_SCANNED });
     }
 
     /// What was wanted of a process since its exec is known without reading it.
@@ -127,9 +183,8 @@ impl ScanSchedule {
     /// The processes to read now, as many as the budget has: those that cannot be walked meanwhile first,
     /// then those that wait longest.
     pub fn take_due(&mut self, now: Instant) -> Vec<u32> {
-        let passed = now.duration_since(self.budget_at).as_secs_f64();
-        self.budget = (self.budget + passed * SCANS_PER_SECOND).min(BURST);
-        self.budget_at = now;
+        self.budget.pass(now);
+        self.reserve.pass(now);
         let mut due: Vec<(bool, Instant, u32)> = self
             .processes
             .iter()
@@ -138,25 +193,35 @@ impl ScanSchedule {
             })
             .collect();
         due.sort_unstable();
-        due.truncate(self.budget as usize);
-        self.budget -= due.len() as f64;
-        for (_, _, tgid) in &due {
-            if let Some(scan) = self.processes.get_mut(tgid) {
-                let pause = match scan.last {
-                    None => FIRST_PAUSE,
-                    Some(_) if scan.urgent => scan.pause,
-                    Some(_) => (scan.pause * 2).min(LONGEST_PAUSE),
-                };
-                *scan = Scan { due: None, last: Some(now), pause, rested: scan.rested, urgent: false };
+        let mut taken = Vec::new();
+        for (_, _, tgid) in due {
+            let Some(scan) = self.processes.get_mut(&tgid) else { continue };
+            let of_all = self.budget.take_one();
+            if !(of_all || scan.urgent && self.reserve.take_one()) {
+                // Those behind are no more urgent.
+                break;
             }
+            let pause = match scan.last {
+                None => FIRST_PAUSE,
+                Some(_) if scan.urgent => scan.pause,
+                Some(_) => (scan.pause * 2).min(LONGEST_PAUSE),
+            };
+            let (last, rested) = (Some(now), scan.rested);
+            *scan = Scan { due: None, last, pause, rested, urgent: false, was_reserved: !of_all };
+            taken.push(tgid);
         }
-        due.into_iter().map(|(_, _, tgid)| tgid).collect()
+        taken
     }
 
-    /// How long until the next one is due.
+    /// How long until the next one is due and there is a budget for it.
     pub fn next_due(&self, now: Instant) -> Option<Duration> {
-        let due = self.processes.values().filter_map(Scan::due).min()?;
-        Some(due.saturating_duration_since(now))
+        let budget = self.budget.has_one_from();
+        let either = budget.min(self.reserve.has_one_from());
+        let due = self.processes.values().filter_map(|scan| {
+            let has_budget = if scan.urgent { either } else { budget };
+            Some(scan.due()?.max(has_budget))
+        });
+        Some(due.min()?.saturating_duration_since(now))
     }
 }
 
@@ -232,7 +297,7 @@ mod tests {
         let start = Instant::now();
         let mut schedule = ScanSchedule::new(start);
         let mut worked = Duration::ZERO;
-        for elapsed in 0..10_000 {
+        for elapsed in (0..10_000).step_by(10) {
             let now = start + elapsed * MS;
             let tgid = elapsed;
             schedule.want(tgid, now);
@@ -286,5 +351,60 @@ mod tests {
             scanned += schedule.take_due(start + elapsed * MS).len();
         }
         assert!((200..=260).contains(&scanned), "{scanned}");
+    }
+
+    #[test]
+    fn in_debt_nothing_is_due_until_the_budget_has_one() {
+        let start = Instant::now();
+        let mut schedule = ScanSchedule::new(start);
+        schedule.want(7, start);
+        assert_eq!(schedule.take_due(start), [7]);
+        // 50 at once, less one, less 200.
+        schedule.worked(7, 200 * FREE_WORK, start);
+        schedule.want(8, start);
+        let waits = schedule.next_due(start).expect("it is wanted");
+        assert!((760 * MS..761 * MS).contains(&waits), "{waits:?} for 152 at 200 a second");
+        let half = start + waits / 2;
+        assert!(schedule.take_due(half).is_empty());
+        assert!(schedule.next_due(half).expect("it is wanted") > 379 * MS, "not at once");
+        assert!(schedule.take_due(start + waits - MS).is_empty());
+        assert_eq!(schedule.take_due(start + waits), [8]);
+
+        // However many scans there are: whoever wakes up then has one to make.
+        (10..200).for_each(|tgid| schedule.want(tgid, start));
+        let (mut now, mut scans) = (start + waits, 0);
+        while let Some(waits) = schedule.next_due(now) {
+            assert!(waits > Duration::ZERO, "there is none left");
+            now += waits;
+            assert_eq!(schedule.take_due(now).len(), 1);
+            scans += 1;
+        }
+        assert_eq!(scans, 190);
+    }
+
+    #[test]
+    fn what_cannot_wait_has_a_reserve_which_has_an_end() {
+        let start = Instant::now();
+        let mut schedule = ScanSchedule::new(start);
+        schedule.want(7, start);
+        assert_eq!(schedule.take_due(start), [7]);
+        schedule.worked(7, 2000 * FREE_WORK, start);
+        (100..200).for_each(|tgid| schedule.want(tgid, start));
+        (200..300).for_each(|tgid| schedule.want_at_once(tgid, start));
+        assert_eq!(schedule.next_due(start), Some(Duration::ZERO));
+        let at_once = schedule.take_due(start);
+        assert_eq!(at_once.len(), RESERVED_BURST as usize);
+        assert!(at_once.iter().all(|tgid| *tgid >= 200), "{at_once:?}");
+        let waits = schedule.next_due(start).expect("more are wanted");
+        assert!((20 * MS..21 * MS).contains(&waits), "{waits:?} for one at 50 a second");
+        // What takes long is a debt of the reserve, and of no other.
+        schedule.worked(at_once[0], 100 * MS, start);
+        assert!(schedule.take_due(start + waits).is_empty());
+        let waits = schedule.next_due(start).expect("more are wanted");
+        assert!((420 * MS..421 * MS).contains(&waits), "{waits:?} for 21 at 50 a second");
+        assert_eq!(schedule.take_due(start + waits).len(), 1);
+        schedule.retain(&(100..200).collect());
+        let waits = schedule.next_due(start).expect("others are wanted");
+        assert!((9760 * MS..9761 * MS).contains(&waits), "{waits:?} for 1952 at 200 a second");
     }
 }
