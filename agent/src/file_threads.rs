@@ -1,9 +1,10 @@
-//! What keeps a file system that hangs from holding up sampling?
+//! What keeps a file system that hangs, or a process whose memory is held, from holding up sampling?
 //!
 //! Files that other people's processes name lie in file systems of theirs: a hard NFS mount whose server is gone, or a
 //! FUSE mount that never answers, keeps whoever asks in the kernel for as long as it likes. No system call on
-//! files takes a deadline. So threads of their own ask, and whoever wants the answer looks whether it has come: an alarm rings, or
-//! it waits for a while. One thread does, as long as it comes back; for one that does not, another takes its place, up to a limit.
+//! files takes a deadline, nor does one that reads of a process's memory. So threads of their own ask, and whoever wants the answer looks
+//! whether it has come: an alarm rings, or it waits for a while. One thread does, as long as it comes back; for one that does
+//! not, another takes its place, up to a limit. [`crate::visits`] sees to it that some stay below that.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +15,8 @@ use std::time::{Duration, Instant};
 use crate::alarm::Alarm;
 use crate::promptness;
 
-/// Most threads: as many file systems may hang, less one, before everybody waits.
-pub(crate) const MAX_THREADS: usize = 8;
+/// Most threads: as many readings may hang, less one, before everybody waits. One that hangs costs its stack, some 20 KB.
+pub(crate) const MAX_THREADS: usize = 12;
 /// Longest rest after a job.
 const LONGEST_REST: Duration = Duration::from_millis(200);
 /// After how long without an answer the log says so.
@@ -150,7 +151,7 @@ impl<J: Send + 'static, R: Send + 'static> FileThreads<J, R> {
         if self.threads > 0 && since_all(SURELY_HANGS) {
             tracing::warn!(
                 threads = self.threads,
-                "a file system does not answer; others are read on beside it"
+                "a file system does not answer, or a process's memory is held; others are read on beside it"
             );
         }
         drop(jobs);

@@ -8,7 +8,8 @@
 //! - [`backend`]: the boundary to what takes samples: [`kernel`] (BPF) or [`copied`] (no privilege)
 //! - [`processes`]: which processes there are; [`selection`], [`choice`],
 //!   [`scan_schedule`]
-//! - [`process`]: what one maps; `process_reading` on `file_threads`, [`proc_maps`], [`mapped_file`]
+//! - [`process`]: what one maps; `process_reading` on `file_threads` (where they may hang: `visits`, `held_memory`), [`proc_maps`],
+//!   [`mapped_file`]
 //! - [`images`], [`image`] and [`image_file`]: what is mapped; `frame_pointers`: which of it can be walked without a table
 //! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`];
 //!   `table_refresh`: whether it is still the service's
@@ -40,6 +41,7 @@ mod coroutine_code;
 mod eviction;
 mod file_threads;
 mod frame_pointers;
+mod held_memory;
 pub mod image;
 pub mod image_file;
 pub mod images;
@@ -77,5 +79,6 @@ mod table_queue;
 mod table_refresh;
 pub mod tables;
 mod time_namespace;
+mod visits;
 
 pub use agent::{Agent, BackendChoice, Config, StartError, StopError, Summary, WarmUp};

@@ -77,6 +77,7 @@ pub struct Metrics {
     lost_samples: AtomicU64,
     late_readings: AtomicU64,
     skipped_readings: AtomicU64,
+    put_off_readings: AtomicU64,
     waiting_readings: AtomicU64,
     lost_process_events: AtomicU64,
     process_event_losses: AtomicU64,
@@ -106,6 +107,7 @@ impl Default for Metrics {
             lost_samples: AtomicU64::default(),
             late_readings: AtomicU64::default(),
             skipped_readings: AtomicU64::default(),
+            put_off_readings: AtomicU64::default(),
             waiting_readings: AtomicU64::default(),
             lost_process_events: AtomicU64::default(),
             process_event_losses: AtomicU64::default(),
@@ -185,6 +187,7 @@ impl Metrics {
     pub(crate) fn set_readings(&self, counts: ReadingCounts) {
         self.late_readings.store(counts.late, Ordering::Relaxed);
         self.skipped_readings.store(counts.skipped, Ordering::Relaxed);
+        self.put_off_readings.store(counts.put_off, Ordering::Relaxed);
         self.waiting_readings.store(counts.waiting, Ordering::Relaxed);
     }
 
@@ -252,7 +255,10 @@ impl Metrics {
         let help = "Times that a process was not read again because an earlier reading was not done.";
         text.counter("skipped_process_readings", help);
         text.line(&[], &self.skipped_readings);
-        text.gauge("waiting_process_readings", "Processes whose mapped files are being read still.");
+        let help = "Readings of processes that were put off because their memory looks held, as that of several others is.";
+        text.counter("put_off_process_readings", help);
+        text.line(&[], &self.put_off_readings);
+        text.gauge("waiting_process_readings", "Processes that are being read still.");
         text.line(&[], &self.waiting_readings);
         text.counter("tables_loaded", "Unwind tables placed.");
         text.line(&[], &self.tables_loaded);
@@ -420,7 +426,7 @@ mod tests {
         metrics.sample(StopReason::UnsupportedRule, Some(UnsupportedReason::StackSwitch));
         assert_eq!(metrics.set_lost_samples(5), 5);
         assert_eq!(metrics.set_lost_samples(7), 2);
-        metrics.set_readings(ReadingCounts { late: 9, skipped: 8, waiting: 1 });
+        metrics.set_readings(ReadingCounts { late: 9, skipped: 8, put_off: 7, waiting: 1 });
         metrics.set_lost_process_events(11);
         metrics.process_events_lost();
         metrics.table_failed();
@@ -446,6 +452,7 @@ mod tests {
             "windlass_agent_kernel_table_budget_bytes 80000",
             "windlass_agent_late_process_readings_total 9",
             "windlass_agent_skipped_process_readings_total 8",
+            "windlass_agent_put_off_process_readings_total 7",
             "windlass_agent_waiting_process_readings 1",
             "windlass_agent_tables_loaded_total 1",
             "windlass_agent_kernel_tables_evicted_total 3",

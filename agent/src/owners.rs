@@ -7,6 +7,7 @@
 //! What may keep its reader waiting is the environment, under the process's `mmap_lock`: that of a process whose page fault waits for
 //! a server of files is not to be had until that answers. So it is read on a thread of [`crate::file_threads`]. A sample does not wait: it
 //! belongs to an [`Owner`], which has its resource by the time that the batch is shipped, or then the one without the environment.
+//! Where that does not come, the rest of the process is read again all the same, and what was last known of its environment counts.
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -18,14 +19,15 @@ use std::time::{Duration, Instant};
 use crate::cgroup::Cgroup;
 use crate::file_threads::{FileThreads, Manner};
 use crate::processes::EXIT_GRACE;
-use crate::resource::{Facts, Resource, environment, executable};
+use crate::resource::{Facts, Resource, Stated, environment, executable};
+use crate::visits::Visits;
 
 /// How long what was read of a process counts: three small files a minute each cost a host of a thousand sampled
 /// processes a thousandth of a core.
 const REREAD_AFTER: Duration = Duration::from_secs(60);
 /// How long it counts of a process that shows no environment: an exec sets the executable first and the environment
 /// later (`begin_new_exec`, then `create_elf_tables`, in fs/exec.c and fs/binfmt_elf.c). And of one that was not read,
-/// as others hang.
+/// as others hang, or an earlier reading of it does.
 const REREAD_SOON: Duration = Duration::from_secs(1);
 /// How long a batch waits for an environment. One takes some 20 microseconds.
 const LONGEST_READING: Duration = Duration::from_secs(2);
@@ -44,23 +46,55 @@ struct Told {
     /// The process that is read for it. Its forks belong to it as well.
     tgid: u32,
     asked: Instant,
+    facts: Facts,
     /// What it belongs to as long as its environment is not read.
-    otherwise: Resource,
-    /// What it belongs to, and how long that counts.
-    read: OnceLock<(Resource, Duration)>,
+    otherwise: Described,
+    read: OnceLock<Read>,
     /// Whether another program or process has taken its number meanwhile: an environment that comes now may be that one's.
     is_followed: AtomicBool,
 }
 
+/// What is known of a process.
+#[derive(Clone, Debug, Default)]
+struct Described {
+    resource: Resource,
+    /// What of it came from the environment.
+    stated: Stated,
+}
+
+/// What came of reading an environment.
+#[derive(Debug)]
+struct Read {
+    described: Described,
+    counts_for: Duration,
+}
+
+impl Told {
+    /// Nobody else sets it.
+    fn set(&self, described: Described, counts_for: Duration) {
+        let _ = self.read.set(Read { described, counts_for });
+    }
+
+    /// It is not read now.
+    fn put_off(&self) {
+        self.set(self.otherwise.clone(), REREAD_SOON);
+    }
+}
+
 impl Owner {
-    fn new(tgid: u32, otherwise: Resource, asked: Instant) -> Self {
+    fn new(tgid: u32, facts: Facts, stated: Stated, asked: Instant) -> Self {
+        let otherwise = Described { resource: facts.resource(&stated), stated };
         let (read, is_followed) = (OnceLock::new(), AtomicBool::new(false));
-        Self(Arc::new(Told { tgid, asked, otherwise, read, is_followed }))
+        Self(Arc::new(Told { tgid, asked, facts, otherwise, read, is_followed }))
+    }
+
+    fn described(&self) -> &Described {
+        self.0.read.get().map_or(&self.0.otherwise, |read| &read.described)
     }
 
     /// Its resource, as far as it is known now.
     pub fn resource(&self) -> &Resource {
-        self.0.read.get().map_or(&self.0.otherwise, |(resource, _)| resource)
+        &self.described().resource
     }
 
     /// Whether that stays, or is not worth waiting for any more.
@@ -75,10 +109,10 @@ impl Owner {
         }
     }
 
-    /// Whether it is still whom new samples of its process belong to. While it is being read, nothing newer is to be had.
+    /// Whether it is still whom new samples of its process belong to.
     fn counts(&self, now: Instant) -> bool {
-        let read = self.0.read.get();
-        read.is_none_or(|(_, counts_for)| now.saturating_duration_since(self.0.asked) < *counts_for)
+        let counts_for = self.0.read.get().map_or(REREAD_AFTER, |read| read.counts_for);
+        now.saturating_duration_since(self.0.asked) < counts_for
     }
 }
 
@@ -99,9 +133,8 @@ impl Hash for Owner {
 impl From<Resource> for Owner {
     /// One of which all is known.
     fn from(resource: Resource) -> Self {
-        let owner = Self::new(0, Resource::default(), Instant::now());
-        // It is new, so nothing is there.
-        let _ = owner.0.read.set((resource, REREAD_AFTER));
+        let owner = Self::new(0, Facts::default(), Stated::default(), Instant::now());
+        owner.0.set(Described { resource, stated: Stated::default() }, REREAD_AFTER);
         owner
     }
 }
@@ -109,36 +142,42 @@ impl From<Resource> for Owner {
 /// An environment that is to be read.
 struct Wanted {
     tgid: u32,
-    facts: Facts,
     /// Gone when nobody wants it any more.
     told: Weak<Told>,
+    visits: Visits,
 }
 
 impl Wanted {
     fn read(self) {
-        if self.told.strong_count() > 0 {
-            let environment = environment(self.tgid);
-            let executable = executable(self.tgid);
-            self.settle(environment, executable);
+        if self.told.strong_count() == 0 {
+            return;
         }
+        let Some(visit) = self.visits.begin_memory(self.tgid) else {
+            return self.told.upgrade().map_or((), |told| told.put_off());
+        };
+        let environment = environment(self.tgid);
+        drop(visit);
+        let executable = executable(self.tgid);
+        self.settle(environment, executable);
     }
 
     /// `executable` is what runs after the environment was read.
-    fn settle(self, environment: io::Result<Vec<u8>>, executable: Option<String>) {
+    fn settle(&self, environment: io::Result<Vec<u8>>, executable: Option<String>) {
         let Some(told) = self.told.upgrade() else { return };
         let runs_another = told.is_followed.load(Ordering::Acquire)
-            || executable.is_some() && executable != self.facts.executable;
-        let has_ended = executable.is_none() && self.facts.executable.is_some();
-        let read = match environment {
+            || executable.is_some() && executable != told.facts.executable;
+        let has_ended = executable.is_none() && told.facts.executable.is_some();
+        let described = |stated: Stated| Described { resource: told.facts.resource(&stated), stated };
+        match environment {
             // It may be the other's.
-            _ if runs_another => (told.otherwise.clone(), REREAD_SOON),
-            Ok(environment) if !environment.is_empty() => (self.facts.resource(&environment), REREAD_AFTER),
-            _ if has_ended => (told.otherwise.clone(), REREAD_AFTER),
-            Ok(_) if executable.is_some() => (self.facts.resource(&[]), REREAD_SOON),
-            Ok(_) | Err(_) => (self.facts.resource(&[]), REREAD_AFTER),
-        };
-        // Nobody else sets it.
-        let _ = told.read.set(read);
+            _ if runs_another => told.put_off(),
+            Ok(environment) if !environment.is_empty() => {
+                told.set(described(Stated::of(&environment)), REREAD_AFTER);
+            }
+            _ if has_ended => told.set(told.otherwise.clone(), REREAD_AFTER),
+            Ok(_) if executable.is_some() => told.set(described(Stated::default()), REREAD_SOON),
+            Ok(_) | Err(_) => told.set(described(Stated::default()), REREAD_AFTER),
+        }
     }
 }
 
@@ -146,11 +185,14 @@ impl Wanted {
 pub(crate) struct Owners {
     known: HashMap<u32, Known>,
     environments: FileThreads<Wanted, ()>,
+    visits: Visits,
 }
 
 #[derive(Clone)]
 struct Known {
     owner: Owner,
+    /// The last one whose environment was asked for: the owner, unless that one's had not come by then.
+    asked: Owner,
     cgroup: Option<Cgroup>,
     /// Whether that is of the program before the last exec.
     is_former: bool,
@@ -161,7 +203,11 @@ struct Known {
 
 impl Default for Owners {
     fn default() -> Self {
-        Self { known: HashMap::new(), environments: FileThreads::new(MANNER, Wanted::read) }
+        Self {
+            known: HashMap::new(),
+            environments: FileThreads::new(MANNER, Wanted::read),
+            visits: Visits::default(),
+        }
     }
 }
 
@@ -173,7 +219,7 @@ impl Owners {
             if self.environments.waiting() < MAX_WAITING {
                 self.environments.submit(wanted);
             } else {
-                let _ = owner.0.read.set((owner.0.otherwise.clone(), REREAD_SOON));
+                owner.0.put_off();
             }
         }
         owner
@@ -199,17 +245,26 @@ impl Owners {
         if facts.cgroup.is_none() {
             facts.cgroup = known.and_then(|known| known.cgroup.clone());
         }
-        let otherwise = match same_program {
-            Some(known) => known.owner.resource().clone(),
-            None => facts.resource(&[]),
-        };
-        let owner = Owner::new(tgid, otherwise, now);
+        // Another executable is another program, of which no event told yet.
+        let same_program = same_program.filter(|known| known.owner.0.facts.executable == facts.executable);
+        let stated = same_program.map(|known| known.asked.described().stated.clone()).unwrap_or_default();
+        // One that hangs is not read twice at a time. A fork's has not been read, though its parent's may be out.
+        let out = same_program.map(|known| &known.asked);
+        let out = out.filter(|asked| asked.0.tgid == tgid && asked.0.read.get().is_none()).cloned();
         let ended = known.and_then(|known| known.ended);
         let cgroup = facts.cgroup.clone();
-        self.known.insert(tgid, Known { owner: owner.clone(), cgroup, is_former: false, used: now, ended });
-        let wanted = Wanted { tgid, facts, told: Arc::downgrade(&owner.0) };
+        let owner = Owner::new(tgid, facts, stated, now);
+        let is_out = out.is_some();
+        let asked = out.unwrap_or_else(|| owner.clone());
+        self.known
+            .insert(tgid, Known { owner: owner.clone(), asked, cgroup, is_former: false, used: now, ended });
+        let wanted = Wanted { tgid, told: Arc::downgrade(&owner.0), visits: self.visits.clone() };
         if is_gone {
             wanted.settle(Ok(Vec::new()), None);
+            return (owner, None);
+        }
+        if is_out {
+            owner.0.put_off();
             return (owner, None);
         }
         (owner, Some(wanted))
@@ -234,7 +289,7 @@ impl Owners {
             None => self.known.remove(&tgid),
         };
         if let Some(former) = former {
-            former.owner.followed(tgid);
+            former.asked.followed(tgid);
         }
     }
 
@@ -242,7 +297,7 @@ impl Owners {
     pub(crate) fn exec(&mut self, tgid: u32) {
         if let Some(known) = self.known.get_mut(&tgid) {
             known.is_former = true;
-            known.owner.followed(tgid);
+            known.asked.followed(tgid);
         }
     }
 
@@ -258,7 +313,7 @@ impl Owners {
         for (&tgid, known) in &mut self.known {
             known.is_former = true;
             known.cgroup = None;
-            known.owner.followed(tgid);
+            known.asked.followed(tgid);
         }
     }
 
@@ -368,7 +423,9 @@ mod tests {
         assert_eq!((print(&owner).as_str(), owner.is_settled(start)), ("service.name=app", false));
         assert!(owner.is_settled(start + LONGEST_READING));
         // It is not read twice at a time, but for another program.
-        assert_eq!(owners.known(7, start + 2 * REREAD_AFTER), owner);
+        let late = start + REREAD_AFTER;
+        let (same, none) = owners.of_by(7, late, |_| facts("/", Some("app")));
+        assert!(none.is_none() && same.is_settled(late));
         owners.exec(7);
         let other = owners.read(7, start, ("OTEL_SERVICE_NAME=till", facts("/", Some("other"))));
         assert_eq!(print(&other), "service.name=till");
@@ -376,6 +433,44 @@ mod tests {
         wanted.settle(Ok(b"OTEL_SERVICE_NAME=till".to_vec()), Some("app".to_owned()));
         assert_eq!((print(&owner).as_str(), owner.is_settled(start)), ("service.name=app", true));
         assert_eq!(owners.known(7, start), other);
+    }
+
+    #[test]
+    fn a_process_whose_environment_does_not_come_may_move_between_containers() {
+        let (start, minute) = (Instant::now(), REREAD_AFTER);
+        let mut owners = Owners::default();
+        let here = || facts("/", Some("app"));
+        let there = || facts(&format!("/docker/{ID}"), Some("app"));
+        owners.read(7, start, ("OTEL_SERVICE_NAME=shop", here()));
+        let (owner, wanted) = owners.of_by(7, start + minute, |_| here());
+        let wanted = wanted.expect("it is too old");
+        assert_eq!(owners.known(7, start + 2 * minute - REREAD_SOON), owner, "it is waited for");
+        let (moved, none) = owners.of_by(7, start + 2 * minute, |_| there());
+        assert!(none.is_none(), "it is not read twice at a time");
+        let expect = format!("container.id={ID} service.name=shop");
+        assert_eq!((print(&owner).as_str(), print(&moved)), ("service.name=shop", expect));
+        // A fork of it waits for nobody.
+        owners.forked(8, 7, start + 2 * minute);
+        owners.read(8, start + 3 * minute, ("OTEL_SERVICE_NAME=fork", there()));
+        // When it has come it counts, and is read again as any other.
+        wanted.settle(Ok(b"OTEL_SERVICE_NAME=till".to_vec()), Some("app".to_owned()));
+        let (known, wanted) = owners.of_by(7, start + 2 * minute + REREAD_SOON, |_| there());
+        assert_eq!(print(&known), format!("container.id={ID} service.name=till"));
+        assert!(wanted.is_some());
+        // Another program was told nothing of it.
+        let (other, _) = owners.of_by(7, start + 4 * minute, |_| facts("/", Some("other")));
+        assert_eq!(print(&other), "service.name=other");
+    }
+
+    #[test]
+    fn an_environment_that_comes_after_an_exec_says_nothing_whoever_waited_for_it_last() {
+        let (start, minute) = (Instant::now(), REREAD_AFTER);
+        let mut owners = Owners::default();
+        let (owner, wanted) = owners.of_by(7, start, |_| facts("/", Some("app")));
+        owners.of_by(7, start + minute, |_| facts("/", Some("app")));
+        owners.exec(7);
+        wanted.expect("it is read").settle(Ok(b"OTEL_SERVICE_NAME=shop".to_vec()), Some("app".to_owned()));
+        assert_eq!(print(&owner), "service.name=app");
     }
 
     #[test]

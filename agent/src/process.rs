@@ -17,7 +17,8 @@ use crate::images::{Images, unreadable};
 use crate::mapped_file::{ImageSource, shown_path};
 use crate::otlp::{Frame, Module};
 use crate::proc_maps::{Backing, MapsEntry};
-use crate::process_reading::{Found, Visits, find_mappings};
+use crate::process_reading::{Found, find_mappings};
+use crate::visits::Visits;
 
 /// Most mappings that a backend takes of a process.
 pub const MAX_PLACED_MAPPINGS: usize = SEGMENT_MAPPINGS * PROCESS_SEGMENTS;
@@ -58,22 +59,22 @@ pub fn read_mappings(pid: u32, images: &mut Images) -> std::io::Result<Vec<Execu
     Ok(found.into_iter().map(|(entry, found)| mapping(&entry, found, &[], images)).collect())
 }
 
-/// The threads of process `pid` that have not ended.
-pub fn living_threads(pid: u32) -> impl Iterator<Item = u32> {
+/// The threads of process `pid`, and the state of each: the field behind the name in `/proc/PID/task/TID/stat` (proc_pid_stat(5)).
+pub(crate) fn threads(pid: u32) -> impl Iterator<Item = (u32, u8)> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    threads
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(move |tid| is_alive(pid, *tid))
+    threads.filter_map(move |entry| {
+        let tid = entry.file_name().to_str()?.parse().ok()?;
+        let stat = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+        // The name is in parentheses and may hold any others.
+        let name_end = stat.iter().rposition(|byte| *byte == b')')?;
+        Some((tid, *stat.get(name_end + 2)?))
+    })
 }
 
-/// Whether a thread's state, the field behind the name in `/proc/PID/task/TID/stat` (proc_pid_stat(5)), is
-/// neither zombie nor dead.
-fn is_alive(pid: u32, tid: u32) -> bool {
-    let Ok(stat) = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")) else { return false };
-    // The name is in parentheses and may hold any others.
-    let name_end = stat.iter().rposition(|byte| *byte == b')');
-    let state = name_end.and_then(|end| stat.get(end + 2));
-    state.is_some_and(|state| !matches!(state, b'Z' | b'X' | b'x'))
+/// The threads of process `pid` that have not ended: neither zombies nor dead.
+pub fn living_threads(pid: u32) -> impl Iterator<Item = u32> {
+    let living = threads(pid).filter(|(_, state)| !matches!(state, b'Z' | b'X' | b'x'));
+    living.map(|(tid, _)| tid)
 }
 
 /// Whether two lists say the same of the same addresses.

@@ -10,15 +10,15 @@
 //! has taken its time leaves the rest of what is not known to the next one, and says what it took; [`crate::scan_schedule`] has
 //! the next one wait accordingly.
 //!
-//! One file system that hangs would hold up one thread for each process that maps its files, until there is none left. So a
-//! reading leaves out the files of a file system where others have waited for long, or where several wait.
+//! One file system that hangs would hold up one thread for each process that maps its files, until there is none left, and processes
+//! whose memory is held would. [`crate::visits`] tells what a reading leaves out for that, or that it is put off.
 
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use windlass_schema::StopReason;
 
@@ -28,14 +28,10 @@ use crate::mapped_file::{FileKey, ImageSource, SourceError};
 use crate::perf_ring::monotonic_ns;
 use crate::proc_maps::{Backing, MapsEntry, executable_mappings};
 use crate::process::living_threads;
+use crate::visits::Visits;
 
-/// After how long without an answer a file system is left alone: disks under load answer within it.
-const HANGS_AFTER: Duration = Duration::from_secs(2);
 /// How much of a processor one reading may take before it leaves files out: some thousand files of the usual kind.
 const MAX_WORK: Duration = Duration::from_millis(100);
-/// Most readings in one file system at a time: three of them may stop answering at once, and of
-/// [`MAX_THREADS`](crate::file_threads::MAX_THREADS) threads two are left.
-const MAX_IN_FILE_SYSTEM: usize = 2;
 
 /// A reading that is to be made.
 pub(crate) struct Wanted {
@@ -56,7 +52,27 @@ pub(crate) struct Made {
     pub(crate) read_ns: u64,
     /// How long a processor worked at it.
     pub(crate) work: Duration,
-    pub(crate) found: io::Result<Vec<(MapsEntry, Found)>>,
+    pub(crate) found: Result<Vec<(MapsEntry, Found)>, NotRead>,
+}
+
+/// Why a process was not read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotRead {
+    /// Its memory looks held, and others wait for such.
+    #[error("its memory looks held, as that of others is")]
+    PutOff,
+    /// It cannot be read.
+    #[error(transparent)]
+    Failed(#[from] io::Error),
+}
+
+impl From<NotRead> for io::Error {
+    fn from(error: NotRead) -> Self {
+        match error {
+            NotRead::PutOff => Self::new(io::ErrorKind::WouldBlock, error),
+            NotRead::Failed(error) => error,
+        }
+    }
 }
 
 /// What a mapping maps.
@@ -77,7 +93,7 @@ pub(crate) enum Found {
 pub(crate) fn read(wanted: Wanted) -> Made {
     let Wanted { tgid, number, files, visits, is_over } = wanted;
     if is_over.load(Ordering::Relaxed) {
-        let found = Err(io::ErrorKind::Interrupted.into());
+        let found = Err(NotRead::Failed(io::ErrorKind::Interrupted.into()));
         return Made { tgid, number, read_ns: 0, work: Duration::ZERO, found };
     }
     let (read_ns, began) = (monotonic_ns(), thread_time());
@@ -101,7 +117,8 @@ pub(crate) fn find_mappings(
     pid: u32,
     files: &KnownFiles,
     visits: &Visits,
-) -> io::Result<Vec<(MapsEntry, Found)>> {
+) -> Result<Vec<(MapsEntry, Found)>, NotRead> {
+    let visit = visits.begin_memory(pid).ok_or(NotRead::PutOff)?;
     let first = read_maps(pid);
     let (reader, maps) = match first {
         Ok(maps) if !maps.is_empty() => (pid, maps),
@@ -110,10 +127,11 @@ pub(crate) fn find_mappings(
             None => (pid, first?),
         },
     };
-    let until = thread_time() + MAX_WORK;
-    let mut reading = Reading { pid: reader, files, visits, until, new: HashMap::new() };
     let entries = executable_mappings(&maps);
     wait_for_memory(reader, &entries);
+    drop(visit);
+    let until = thread_time() + MAX_WORK;
+    let mut reading = Reading { pid: reader, files, visits, until, new: HashMap::new() };
     Ok(entries
         .into_iter()
         .map(|entry| {
@@ -157,7 +175,7 @@ struct Reading<'a> {
 impl Reading<'_> {
     fn find(&mut self, entry: &MapsEntry) -> Found {
         match &entry.backing {
-            Backing::File { path, .. } => match self.visits.begin(entry.device, path) {
+            Backing::File { path, .. } => match self.visits.begin_file(entry.device, path) {
                 Some(_visit) => self.find_file(entry, path),
                 None => Found::LeftOut,
             },
@@ -205,93 +223,5 @@ pub(crate) fn identified(source: &ImageSource, read: Result<Image, ImageError>) 
             tracing::info!(image = source.shown_name(), %error, "image cannot be used");
             Err(StopReason::TableUnavailable)
         }
-    }
-}
-
-/// Which files readings are at.
-#[derive(Clone, Default)]
-pub(crate) struct Visits(Arc<Mutex<Vec<Visit>>>);
-
-/// A reading at a file.
-struct Visit {
-    number: u64,
-    /// The file system: major and minor number of its device.
-    device: (u32, u32),
-    path: PathBuf,
-    since: Instant,
-    /// Whether it was said that it hangs.
-    is_said: bool,
-}
-
-/// Ends a visit when it is dropped.
-pub(crate) struct VisitEnd<'a> {
-    visits: &'a Visits,
-    number: u64,
-}
-
-impl Drop for VisitEnd<'_> {
-    fn drop(&mut self) {
-        self.visits.lock().retain(|visit| visit.number != self.number);
-    }
-}
-
-impl Visits {
-    fn lock(&self) -> MutexGuard<'_, Vec<Visit>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Begins to ask for a file of a file system, unless that hangs.
-    pub(crate) fn begin(&self, device: (u32, u32), path: &Path) -> Option<VisitEnd<'_>> {
-        let now = Instant::now();
-        let mut visits = self.lock();
-        let others = || visits.iter().filter(|visit| visit.device == device);
-        if others().count() >= MAX_IN_FILE_SYSTEM
-            || others().any(|visit| now.duration_since(visit.since) >= HANGS_AFTER)
-        {
-            return None;
-        }
-        let number = visits.iter().map(|visit| visit.number).max().map_or(0, |last| last + 1);
-        visits.push(Visit { number, device, path: path.to_owned(), since: now, is_said: false });
-        drop(visits);
-        Some(VisitEnd { visits: self, number })
-    }
-
-    /// Says which files have been waited for too long, each once.
-    pub(crate) fn say_hanging(&self, now: Instant) {
-        for visit in self.lock().iter_mut().filter(|visit| !visit.is_said) {
-            if now.duration_since(visit.since) >= HANGS_AFTER {
-                visit.is_said = true;
-                tracing::warn!(
-                    path = %visit.path.display(),
-                    device = format!("{}:{}", visit.device.0, visit.device.1),
-                    "a mapped file's file system does not answer: walks stop at its files, and the process that is being \
-                     read has no mappings until it does"
-                );
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_system_that_hangs_is_left_alone() {
-        let visits = Visits::default();
-        let path = Path::new("/x");
-        let (one, other) = ((8, 1), (8, 2));
-        let first = visits.begin(one, path).expect("nobody is there");
-        let second = visits.begin(one, path).expect("as many as may be");
-        assert!(visits.begin(one, path).is_none(), "too many");
-        assert!(visits.begin(other, path).is_some(), "another one");
-        drop(first);
-        assert!(visits.begin(one, path).is_some(), "its visit is over");
-        visits.lock()[0].since =
-            Instant::now().checked_sub(HANGS_AFTER).expect("the machine runs for longer");
-        assert!(visits.begin(one, path).is_none(), "it does not answer");
-        drop(second);
-        assert!(visits.begin(one, path).is_some(), "it answered");
-        assert!(visits.lock().is_empty());
     }
 }

@@ -29,7 +29,7 @@ use crate::backend::{Backend, Event, Sample};
 use crate::eviction::IN_USE;
 use crate::images::Images;
 use crate::process::{Content, ExecutableMapping, are_same, living_threads, mapping, plan};
-use crate::process_reading::{Found, Made};
+use crate::process_reading::{Found, Made, NotRead};
 use crate::scan_schedule::ScanSchedule;
 use crate::selection::Selection;
 use noted::{Merged, NotedMapping};
@@ -206,7 +206,13 @@ impl Processes {
         self.schedule.worked(tgid, work, now);
         let found = match found {
             Ok(found) => found,
-            Err(error) => {
+            Err(NotRead::PutOff) => {
+                if out.is_some_and(|out| out.exited.is_none()) {
+                    self.want_scan(tgid, now);
+                }
+                return;
+            }
+            Err(NotRead::Failed(error)) => {
                 tracing::debug!(tgid, %error, "mappings cannot be read");
                 Vec::new()
             }

@@ -72,11 +72,8 @@ impl Facts {
         Self { cgroup: cgroup.map(|contents| cgroup::parse(&contents)), executable: executable(tgid) }
     }
 
-    /// The resource of a process with these facts and this environment.
-    pub(crate) fn resource(&self, environment: &[u8]) -> Resource {
-        let stated = variable(environment, b"OTEL_SERVICE_NAME").map(|name| (SERVICE_NAME, name));
-        let listed = variable(environment, b"OTEL_RESOURCE_ATTRIBUTES");
-        let listed: Vec<_> = listed.as_deref().map(stated_attributes).unwrap_or_default();
+    /// The resource of a process with these facts that was told this.
+    pub(crate) fn resource(&self, told: &Stated) -> Resource {
         let cgroup = self.cgroup.as_ref();
         let of_cgroup = |key, value: Option<&String>| value.map(|value| (key, value.clone()));
         let found = [
@@ -85,7 +82,22 @@ impl Facts {
             of_cgroup("container.id", cgroup.and_then(|cgroup| cgroup.container_id.as_ref())),
             of_cgroup("k8s.pod.uid", cgroup.and_then(|cgroup| cgroup.pod_uid.as_ref())),
         ];
-        Resource::new(stated.into_iter().chain(listed).chain(found.into_iter().flatten()))
+        Resource::new(told.0.iter().cloned().chain(found.into_iter().flatten()))
+    }
+}
+
+/// What a process was told in its environment: attributes, of several with one key the first counts.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stated(Vec<(&'static str, String)>);
+
+impl Stated {
+    /// What this environment says.
+    pub(crate) fn of(environment: &[u8]) -> Self {
+        let name = variable(environment, b"OTEL_SERVICE_NAME").map(|name| (SERVICE_NAME, name));
+        let listed = variable(environment, b"OTEL_RESOURCE_ATTRIBUTES");
+        let listed = listed.as_deref().map(stated_attributes).unwrap_or_default();
+        // One that is not fit does not stand in for another.
+        Self(name.into_iter().chain(listed).filter(|(_, value)| is_fit(value)).collect())
     }
 }
 
@@ -150,7 +162,7 @@ mod tests {
     fn check(environment: &str, (cgroup, executable): (&str, Option<&str>), expect: &str) {
         let cgroup = Some(cgroup::parse(&format!("0::{cgroup}")));
         let facts = Facts { cgroup, executable: executable.map(str::to_owned) };
-        let resource = facts.resource(environment.as_bytes());
+        let resource = facts.resource(&Stated::of(environment.as_bytes()));
         let found: Vec<_> = resource.attributes().map(|(key, value)| format!("{key}={value}")).collect();
         assert_eq!(found.join(" "), expect);
     }

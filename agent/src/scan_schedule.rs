@@ -78,9 +78,9 @@ impl Budget {
     }
 
     /// From when on it has one.
-    fn has_one_from(&self) -> Instant {
+    fn has_one_from(&self, now: Instant) -> Instant {
         match self.left >= 1.0 {
-            true => self.now,
+            true => now,
             false => self.now + Duration::from_secs_f64((1.0 - self.left) / self.per_second) + ROUNDING,
         }
     }
@@ -215,8 +215,8 @@ impl ScanSchedule {
 
     /// How long until the next one is due and there is a budget for it.
     pub fn next_due(&self, now: Instant) -> Option<Duration> {
-        let budget = self.budget.has_one_from();
-        let either = budget.min(self.reserve.has_one_from());
+        let budget = self.budget.has_one_from(now);
+        let either = budget.min(self.reserve.has_one_from(now));
         let due = self.processes.values().filter_map(|scan| {
             let has_budget = if scan.urgent { either } else { budget };
             Some(scan.due()?.max(has_budget))

@@ -4,12 +4,12 @@
 //! it asks through `/proc/PID/mem` for a page of a file whose file system does not answer, and such a reader waits for the page with the
 //! lock in its hand (`get_user_pages_remote` without `locked` in mm/gup.c: its faults may not be tried again). Then the process
 //! maps something and waits for that reader, and all who come later wait behind it (`rwsem` is fair: Documentation/locking/
-//! rwsem). Another thread of the process goes on, and is sampled.
+//! rwsem). Another thread of the process goes on, and is sampled; it rests most of the time, so that there may be many.
 
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::silent_files::SilentFiles;
@@ -17,6 +17,10 @@ use crate::silent_files::SilentFiles;
 const PAGE_BYTES: usize = 4096;
 /// When it ends by itself, should a test be killed before it ends it.
 const SECONDS: u32 = 300;
+/// How often its thread turns before it rests: half a millisecond or so.
+const TURNS: u32 = 10_000;
+/// How long it rests, in microseconds.
+const REST_US: u32 = 20_000;
 /// Longest wait for it to be held.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -29,10 +33,21 @@ pub struct HeldMemory {
 struct Page(*mut libc::c_void);
 
 impl Page {
-    fn map(file: Option<&File>, protection: i32, flags: i32) -> std::io::Result<Self> {
-        let descriptor = file.map_or(-1, |file| file.as_raw_fd());
+    /// A page of a file, by its number.
+    fn map_file(file: &File, number: u64) -> std::io::Result<Self> {
+        let offset = number as libc::off_t * PAGE_BYTES as libc::off_t;
+        Self::map(libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), offset)
+    }
+
+    /// A page of zeros, which a process that is forked sees as well.
+    fn map_shared() -> std::io::Result<Self> {
+        Self::map(libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0)
+    }
+
+    fn map(protection: i32, flags: i32, descriptor: i32, offset: libc::off_t) -> std::io::Result<Self> {
         // SAFETY: the kernel chooses where, so nothing that is there is replaced.
-        let page = unsafe { libc::mmap(std::ptr::null_mut(), PAGE_BYTES, protection, flags, descriptor, 0) };
+        let page =
+            unsafe { libc::mmap(std::ptr::null_mut(), PAGE_BYTES, protection, flags, descriptor, offset) };
         if page == libc::MAP_FAILED { Err(std::io::Error::last_os_error()) } else { Ok(Self(page)) }
     }
 }
@@ -44,17 +59,29 @@ impl Drop for Page {
     }
 }
 
-/// What the thread does that goes on: nothing for which memory must be had, once it said that it runs.
-extern "C" fn spin(runs: *mut libc::c_void) -> *mut libc::c_void {
-    // SAFETY: it points to a byte of a page that stays for as long as the process.
-    unsafe { AtomicBool::from_ptr(runs.cast()) }.store(true, Ordering::SeqCst);
+/// What both processes see.
+#[repr(C)]
+struct Shared {
+    /// Whether a reader has the lock, so that the process may wait for it.
+    is_held: AtomicBool,
+    /// How often its thread has rested.
+    rests: AtomicU32,
+}
+
+/// What the thread does that goes on: nothing for which memory must be had, after the first time.
+extern "C" fn turn(shared: *mut libc::c_void) -> *mut libc::c_void {
+    // SAFETY: it is the page that is there for as long as the process.
+    let shared = unsafe { &*shared.cast::<Shared>() };
     loop {
-        std::hint::spin_loop();
+        (0..TURNS).for_each(|_| std::hint::spin_loop());
+        // SAFETY: a number alone is passed.
+        unsafe { libc::usleep(REST_US) };
+        shared.rests.fetch_add(1, Ordering::SeqCst);
     }
 }
 
 impl HeldMemory {
-    /// Starts one, whose memory is held by way of `files`, in which no page was read yet, and none will be.
+    /// Starts one, whose memory is held by way of `files`: by a page of the program that was not read yet, each its own.
     ///
     /// # Errors
     /// When the kernel refuses to start it.
@@ -63,12 +90,12 @@ impl HeldMemory {
     /// When its memory can still be read after a minute.
     pub fn start(files: &SilentFiles) -> std::io::Result<Self> {
         files.leave_reads_unanswered();
-        let unread = Page::map(Some(&File::open(files.program())?), libc::PROT_READ, libc::MAP_PRIVATE)?;
-        let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        let shared = Page::map(None, libc::PROT_READ | libc::PROT_WRITE, shared)?;
-        // SAFETY: the page is of zeros, which is false, and is there for as long as the references.
-        let [is_held, runs] =
-            [0, 1].map(|byte| unsafe { AtomicBool::from_ptr(shared.0.cast::<bool>().add(byte)) });
+        // Each that was asked for before is one that got no answer.
+        let silences = files.silences();
+        let unread = Page::map_file(&File::open(files.program())?, silences)?;
+        let page = Page::map_shared()?;
+        // SAFETY: the page is of zeros, of which it may be made, and is there for as long as the reference.
+        let shared: &Shared = unsafe { &*page.0.cast() };
         // SAFETY: the child, whose first thread this one is, calls nothing but the C library, whose locks are good after a fork.
         let pid = unsafe { libc::fork() };
         match pid {
@@ -77,24 +104,24 @@ impl HeldMemory {
             0 => unsafe {
                 libc::alarm(SECONDS);
                 let mut thread = 0;
-                libc::pthread_create(&raw mut thread, std::ptr::null(), spin, runs.as_ptr().cast());
-                while !is_held.load(Ordering::SeqCst) {
+                libc::pthread_create(&raw mut thread, std::ptr::null(), turn, page.0);
+                while !shared.is_held.load(Ordering::SeqCst) {
                     libc::usleep(1000);
                 }
-                let _ = Page::map(None, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+                let _ = Page::map_shared();
                 libc::_exit(0)
             },
             _ => {}
         }
         let child = Self { pid };
         // A thread that starts needs memory: its stack is mapped, and its first writes are faults.
-        wait("its thread does not run", || runs.load(Ordering::SeqCst));
+        wait("its thread does not run", || shared.rests.load(Ordering::SeqCst) > 0);
         let memory = File::open(format!("/proc/{pid}/mem"))?;
         let address = unread.0 as u64;
         // It comes back when the file system is gone.
         std::thread::spawn(move || memory.read_at(&mut [0], address));
-        wait("nobody reads", || files.silences() > 0);
-        is_held.store(true, Ordering::SeqCst);
+        wait("nobody reads", || files.silences() > silences);
+        shared.is_held.store(true, Ordering::SeqCst);
         wait("it does not wait", || child.is_waiting());
         Ok(child)
     }

@@ -14,7 +14,8 @@ use super::noted::{Noted, NotedMapping};
 use crate::alarm::Alarm;
 use crate::file_threads::{FileThreads, Manner};
 use crate::images::KnownFiles;
-use crate::process_reading::{Made, Visits, Wanted, read};
+use crate::process_reading::{Made, NotRead, Wanted, read};
+use crate::visits::Visits;
 
 /// How long sampling waits for readings. Most take a hundredth of it, the kernel's buffers have room for more,
 /// and a process that is new has its mappings in time.
@@ -63,6 +64,8 @@ pub struct ReadingCounts {
     pub late: u64,
     /// Those that were due and not begun, as an earlier one was not there.
     pub skipped: u64,
+    /// Those that were put off, as the process's memory looks held.
+    pub put_off: u64,
     /// Those of the late ones that are still not there.
     pub waiting: u64,
 }
@@ -121,6 +124,7 @@ impl Readings {
     fn claim(&mut self, made: Made) -> (Made, Option<Out>) {
         let is_of_it = self.out.get(&made.tgid).is_some_and(|out| out.number == made.number);
         let out = if is_of_it { self.out.remove(&made.tgid) } else { None };
+        self.counts.put_off += u64::from(matches!(made.found, Err(NotRead::PutOff)));
         (made, out)
     }
 
@@ -183,6 +187,18 @@ impl Readings {
 
 #[cfg(test)]
 impl Readings {
+    /// Has readings put off, or made again.
+    pub(super) fn put_off(&mut self, are_put_off: bool) {
+        let put_off = |Wanted { tgid, number, .. }| Made {
+            tgid,
+            number,
+            read_ns: 0,
+            work: Duration::ZERO,
+            found: Err(NotRead::PutOff),
+        };
+        self.threads = FileThreads::new(MANNER, if are_put_off { put_off } else { read });
+    }
+
     /// Has the next reading of process `tgid` hang until what this returns is dropped.
     pub(super) fn hang(&mut self, tgid: u32) -> std::sync::mpsc::Sender<()> {
         use std::sync::{Mutex, mpsc};

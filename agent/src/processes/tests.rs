@@ -166,6 +166,33 @@ fn a_reading_that_hangs_holds_up_no_other_and_counts_only_if_nothing_changed() {
 }
 
 #[test]
+fn a_process_that_is_put_off_is_read_later_and_keeps_what_it_had() {
+    let (child, now) = (Idle::start(), Instant::now());
+    let (tgid, mut told, mut processes) = (child.id(), Told::default(), processes(child.id(), now));
+    let scan = |processes: &mut Processes, told: &mut Told, at: Duration| {
+        processes.scan_due(told, now + at);
+        processes.next_due(now + at)
+    };
+    processes.readings.put_off(true);
+    processes.want_scan(tgid, now);
+    assert_eq!(scan(&mut processes, &mut told, Duration::ZERO), Some(10 * MS), "it is wanted again");
+    assert_eq!(scan(&mut processes, &mut told, 10 * MS), Some(20 * MS), "ever more seldom");
+    assert!(told.processes.is_empty());
+    assert_eq!(processes.reading_counts().put_off, 2);
+    processes.readings.put_off(false);
+    assert_eq!(scan(&mut processes, &mut told, 30 * MS), None);
+    assert!(!told.processes[&tgid].is_empty());
+    processes.readings.put_off(true);
+    processes.want_scan(tgid, now + 1000 * MS);
+    scan(&mut processes, &mut told, 1000 * MS).expect("it is wanted again");
+    assert!(!told.processes[&tgid].is_empty());
+    // Of one that ended meanwhile nothing is wanted.
+    processes.scan(tgid);
+    processes.note(&Event::Exited { tgid }, &mut told, now + 1000 * MS);
+    assert_eq!(scan(&mut processes, &mut told, 9000 * MS), None);
+}
+
+#[test]
 fn a_mapping_over_another_withdraws_the_process_until_it_is_read() {
     let (child, now) = (Idle::start(), Instant::now());
     let tgid = child.id();
