@@ -5,7 +5,10 @@
 //!                    8 starts   7 probes                               8 probes
 //! ```
 //! Probes stay inside one map value each and compare by the sign of a difference: the BPF verifier
-//! follows both sides of every branch, so a loop without branches is verified in a line.
+//! follows both sides of every branch, so a loop without branches is verified in a line. What is greater is taken off;
+//! to add what is not would be the same, and a branch: BPF has no instruction for what LLVM makes of that.
+
+use core::hint::black_box;
 
 use windlass_schema::maps::{
     ChunkPage, DIRECTORY_SEGMENT_PAGES, DIRECTORY_SEGMENT_SHIFT, DIRECTORY_SEGMENTS, ImageHeader, Location,
@@ -25,9 +28,9 @@ const fn below(a: u64, b: u64) -> u64 {
 /// The number of the segment that would hold `address`, if the process has one.
 #[inline(always)]
 pub fn segment_of(process: &ProcessEntry, address: u64) -> Option<u32> {
-    let mut after = 0;
+    let mut after = process.first.len() as u64;
     for first in &process.first {
-        after += 1 - below(address, *first);
+        after -= below(address, *first);
     }
     if after == 0 { None } else { Some(after as u32 - 1) }
 }
@@ -35,14 +38,17 @@ pub fn segment_of(process: &ProcessEntry, address: u64) -> Option<u32> {
 /// The slot of the last mapping that starts at or before `address`.
 #[inline(always)]
 pub fn slot_of(segment: &MappingSegment, address: u64) -> Option<usize> {
-    let mut after = 0;
-    let mut step = SEGMENT_SLOTS / 2;
-    while step != 0 {
-        let start = segment.starts[(after + step - 1) & (SEGMENT_SLOTS - 1)];
-        after += step & (below(address, start) as usize).wrapping_sub(1);
-        step >>= 1;
+    // All bits are set, and each probe clears its own or leaves it. The compiler would leave out the mask; but the verifier of
+    // Linux 6.1 knows nothing of what `|` and `^` make of two values that it does not know.
+    let mask = black_box(SEGMENT_SLOTS - 1);
+    let mut after = SEGMENT_SLOTS - 1;
+    let mut shift = SEGMENT_SLOTS.ilog2();
+    while shift != 0 {
+        shift -= 1;
+        let start = segment.starts[(after ^ 1 << shift) & mask & (SEGMENT_SLOTS - 1)];
+        after ^= (below(address, start) as usize) << shift;
     }
-    if after == 0 { None } else { Some((after - 1) & (SEGMENT_SLOTS - 1)) }
+    if after == 0 { None } else { Some((after - 1) & mask & (SEGMENT_SLOTS - 1)) }
 }
 
 /// Reads the header of the image at `location`.

@@ -355,15 +355,17 @@ pub fn search<P: PageBytes>(page: &P, offset: u32) -> Option<Hit> {
     };
     let mut after = start;
     // The largest multiple of the window such that every low byte before it is at most `low`, found bit by bit.
-    // Arithmetic instead of branches: the BPF verifier walks each side of a branch.
+    // Arithmetic instead of branches: the BPF verifier walks each side of a branch. All bits are there at first, and
+    // those that are too many are taken off; to add the others instead is what LLVM makes a branch of.
     if end.wrapping_sub(start) > WINDOW {
         let mut step = 8 * WINDOW;
+        after = after.wrapping_add(2 * step - WINDOW);
         while step >= WINDOW {
-            let candidate = after.wrapping_add(step);
+            let candidate = after.wrapping_sub(step - WINDOW);
             let byte = u32::from(page.byte(layout.low_bytes_at.wrapping_add(candidate).wrapping_sub(1)));
             // The sign bit of a difference is the comparison.
-            let beyond = end.wrapping_sub(candidate) >> 31 | low.wrapping_sub(byte) >> 31;
-            after += step & beyond.wrapping_sub(1);
+            let beyond = (end.wrapping_sub(candidate) | low.wrapping_sub(byte)) >> 31;
+            after = after.wrapping_sub(beyond << step.trailing_zeros());
             step >>= 1;
         }
     }
