@@ -20,7 +20,7 @@ pub(crate) unsafe fn is_user(registers: *const bpf_user_pt_regs_t) -> bool {
 }
 
 /// Where the registers that the kernel saved are read to. BPF's stack of 512 bytes is that of the turns of a walk as well, which need
-/// three quarters of it.
+/// four fifths of it.
 pub(crate) type SavedRegisters = pt_regs;
 
 /// Fills the registers of user mode, which are those that an event `interrupted` or those that the kernel saved; a reason

@@ -1,7 +1,7 @@
 //! Which of eight bytes of code are a certain one? All asked at once.
 //!
-//! A loop over bytes is verified anew for each, and each of its branches doubles what the verifier follows. Sums and masks over a word
-//! are a line to it, and take no longer than two of the bytes.
+//! The verifier goes through a loop over bytes once for each, and along both sides of each branch in it. Sums and masks over a word
+//! are a line to it.
 
 /// All bits of each byte but the highest.
 const LOW_BITS: u64 = each(0x7f);

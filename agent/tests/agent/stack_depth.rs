@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! windlass_sample    64 bytes ->  64 ┐
-//! turn              376 bytes -> 384 ┴ 448
+//! turn              408 bytes -> 416 ┴ 480
 //! ```
 //!
 //! Three registers that an inlined `bpf_loop` keeps are put below that when all is counted, and so they do not count.
