@@ -12,6 +12,10 @@ pub const DEFAULT_PORT: u16 = 8002;
 /// (browsers, 4 GiB), and what one upload may take of the temporary folder.
 pub const DEFAULT_MAX_UPLOAD_BYTES: u64 = 8 << 30;
 
+/// What copies of served contents may take of the temporary folder by default, in bytes: a distribution's most wanted few
+/// hundred.
+pub const DEFAULT_MAX_COPIES_BYTES: u64 = 4 << 30;
+
 /// How long the audit log goes back by default, in days: a quarter.
 pub const DEFAULT_AUDIT_DAYS: u64 = 90;
 
@@ -44,6 +48,8 @@ pub struct Config {
     pub tls: Option<TlsFiles>,
     /// Largest artefact accepted, in decoded bytes.
     pub max_upload_bytes: u64,
+    /// What copies of served contents may take of the temporary folder, in bytes. A content of more than half of that is not copied.
+    pub max_copies_bytes: u64,
 }
 
 impl Config {
@@ -62,6 +68,7 @@ impl Config {
             audit_days: DEFAULT_AUDIT_DAYS,
             tls: None,
             max_upload_bytes: DEFAULT_MAX_UPLOAD_BYTES,
+            max_copies_bytes: DEFAULT_MAX_COPIES_BYTES,
         }
     }
 }

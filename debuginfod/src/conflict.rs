@@ -51,6 +51,11 @@ pub(crate) fn depends_on_facts(kind: ArtefactKind) -> bool {
     matches!(kind, ArtefactKind::Executable | ArtefactKind::Debuginfo)
 }
 
+/// Whether nothing that is offered can take the place of sound content with these facts.
+pub(crate) fn is_final(kind: ArtefactKind, stored: &Facts) -> bool {
+    !depends_on_facts(kind) || stored.brings() == Brings::DebugInfo
+}
+
 /// Applies the rule of the module.
 pub(crate) fn settle(kind: ArtefactKind, stored: &Facts, offered: &Facts) -> Settled {
     match kind {
@@ -112,8 +117,17 @@ mod tests {
                         }),
                     };
                     assert_eq!(settle(kind, &facts(poor), &facts(rich)), expect, "{poor:?} {rich:?}");
+                    assert!(expect != Settled::Replaces || !is_final(kind, &facts(poor)), "{poor:?}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn whoever_has_debug_information_is_final() {
+        for kind in [ArtefactKind::Executable, ArtefactKind::Debuginfo] {
+            assert!(is_final(kind, &facts(&[".debug_info"])));
+            assert!(!is_final(kind, &facts(&[".symtab"])));
         }
     }
 
@@ -134,6 +148,7 @@ mod tests {
         }
         for kind in [ArtefactKind::Source, ArtefactKind::PerfMap, ArtefactKind::Dwp, ArtefactKind::Dwo] {
             assert_eq!(settle(kind, &poor, &rich), Settled::Refused(Stays::First(kind)));
+            assert!(is_final(kind, &poor));
         }
     }
 

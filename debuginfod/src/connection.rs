@@ -3,7 +3,7 @@
 //! axum's own loop closes a connection whose body failed like any other, with a FIN; a debuginfod
 //! client takes the short body for "does not exist" and remembers that for ten minutes. Here a connection
 //! that fails is reset, which the same client retries and forgets. Idle and excess connections have limits,
-//! which that loop lacks. With TLS it is the same.
+//! which that loop lacks. With TLS it is the same, but that the kernel sends no files: see module `sendfile`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::sendfile::Outlet;
 use crate::tls::Tls;
 
 /// Connections served at once; further ones wait in the listen queue. Each costs two file descriptors and
@@ -102,26 +103,38 @@ async fn serve_tls(tls: &Tls, stream: TcpStream, peer: SocketAddr, router: Route
 
 /// What a connection is made of.
 trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Whether what is written goes to the network as it is.
+    const IS_PLAIN: bool;
+
     /// At the bottom.
     fn tcp(&self) -> &TcpStream;
 }
 
 impl Transport for TcpStream {
+    const IS_PLAIN: bool = true;
+
     fn tcp(&self) -> &TcpStream {
         self
     }
 }
 
 impl Transport for TlsStream<TcpStream> {
+    const IS_PLAIN: bool = false;
+
     fn tcp(&self) -> &TcpStream {
         self.get_ref().0
     }
 }
 
-async fn serve(stream: impl Transport, peer: SocketAddr, router: Router, shutdown: Shutdown) {
+async fn serve<T: Transport>(stream: T, peer: SocketAddr, router: Router, shutdown: Shutdown) {
     let router = TowerToHyperService::new(router);
+    let stream = Resetting::new(stream);
+    let outlet = stream.outlet.clone();
     let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(Peer(peer));
+        if T::IS_PLAIN {
+            request.extensions_mut().insert(outlet.clone());
+        }
         router.call(request)
     });
     let mut connection = std::pin::pin!(
@@ -129,7 +142,7 @@ async fn serve(stream: impl Transport, peer: SocketAddr, router: Router, shutdow
             .timer(TokioTimer::new())
             .max_buf_size(BUFFER_BYTES)
             .header_read_timeout(HEAD_TIMEOUT)
-            .serve_connection(Resetting::new(stream), service)
+            .serve_connection(stream, service)
     );
     let mut draining = false;
     loop {
@@ -152,12 +165,13 @@ async fn serve(stream: impl Transport, peer: SocketAddr, router: Router, shutdow
 /// A stream that is reset when dropped, unless it was shut down in good order.
 struct Resetting<T: Transport> {
     io: TokioIo<T>,
+    outlet: Outlet,
     in_order: bool,
 }
 
 impl<T: Transport> Resetting<T> {
     fn new(stream: T) -> Self {
-        Self { io: TokioIo::new(stream), in_order: false }
+        Self { io: TokioIo::new(stream), outlet: Outlet::default(), in_order: false }
     }
 }
 
@@ -189,8 +203,8 @@ mod delegate {
     }
 
     impl<T: Transport> Write for Resetting<T> {
-        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-            Pin::new(&mut self.io).poll_write(cx, buf)
+        fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
         }
 
         fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -203,7 +217,7 @@ mod delegate {
         }
 
         fn is_write_vectored(&self) -> bool {
-            self.io.is_write_vectored()
+            T::IS_PLAIN || self.io.is_write_vectored()
         }
 
         fn poll_write_vectored(
@@ -211,7 +225,10 @@ mod delegate {
             cx: &mut Context<'_>,
             bufs: &[io::IoSlice<'_>],
         ) -> Poll<io::Result<usize>> {
-            Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+            match T::IS_PLAIN {
+                true => self.outlet.poll_write(self.io.inner().tcp(), cx, bufs),
+                false => Pin::new(&mut self.io).poll_write_vectored(cx, bufs),
+            }
         }
     }
 }

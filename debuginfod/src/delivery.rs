@@ -2,7 +2,8 @@
 //!
 //! elfutils' server sends whole files only, without ETag, Range or HEAD, and Fedora compresses each answer
 //! anew in a proxy. Here a strong ETag is the content's hash, a range reads its frames only, and
-//! a client that accepts zstd is sent the stored bytes. The first piece is read before the head is
+//! a client that accepts zstd is sent the stored bytes. What is asked for often comes from a checked copy (see module `copies`);
+//! of anything else the first piece is read before the head is
 //! sent, so most trouble shows while nothing has been promised yet. The ETag of the zstd form ends in `-zstd`,
 //! since a strong validator names bytes, and both are accepted back.
 
@@ -11,16 +12,19 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use axum::body::Body;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 
-use crate::blob::{Blob, BlobError};
+use crate::blob::{Blob, BlobError, Form};
+use crate::copies::Source;
 use crate::error::ServiceError;
+use crate::sendfile::Outlet;
 use crate::service::App;
 
-/// What never changes under its URL: a build-ID names one build.
+/// What never changes under its URL: nothing can be in front of it, and nothing replace it.
 pub(crate) const IMMUTABLE: &str = "public, max-age=31536000, immutable";
 /// What may be replaced by something better: revalidated each time, which costs a 304.
 pub(crate) const REVALIDATE: &str = "public, no-cache";
@@ -47,13 +51,9 @@ pub(crate) struct Delivery {
 }
 
 impl Delivery {
-    /// Answers a GET or HEAD with these headers.
-    pub(crate) async fn answer(
-        self,
-        app: &Arc<App>,
-        method: &Method,
-        request: &HeaderMap,
-    ) -> Result<Response, ServiceError> {
+    /// Answers a GET or HEAD.
+    pub(crate) async fn answer(self, app: &Arc<App>, parts: &Parts) -> Result<Response, ServiceError> {
+        let request = &parts.headers;
         let part = self.part.clone().unwrap_or(0..self.blob.size);
         let size = part.end - part.start;
         let tag = match &self.part {
@@ -74,7 +74,7 @@ impl Delivery {
             headers.insert(header::ETAG, quoted(&format!("{tag}-zstd")));
             headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("zstd"));
             headers.insert(header::CONTENT_LENGTH, self.blob.stored_size.into());
-            let body = body(app, method, self.blob, app.blobs.stream_stored(self.blob)).await?;
+            let body = body(app, parts, self.blob, Form::Stored, 0..self.blob.stored_size).await?;
             return Ok((headers, body).into_response());
         }
         headers.insert(header::ETAG, quoted(&tag));
@@ -94,7 +94,7 @@ impl Delivery {
         };
         headers.insert(header::CONTENT_LENGTH, (wanted.end - wanted.start).into());
         let wanted = part.start + wanted.start..part.start + wanted.end;
-        let body = body(app, method, self.blob, app.blobs.stream(self.blob, wanted)).await?;
+        let body = body(app, parts, self.blob, Form::Content, wanted).await?;
         Ok((status, headers, body).into_response())
     }
 
@@ -128,25 +128,55 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name).and_then(|value| value.to_str().ok())
 }
 
-/// A failure of the first piece is an error; a later one an error of the body, which becomes a reset of the
-/// connection.
+/// `range` of a form of `blob`; of the stored form, the whole.
 async fn body(
     app: &Arc<App>,
-    method: &Method,
+    request: &Parts,
+    blob: Blob,
+    form: Form,
+    range: Range<u64>,
+) -> Result<Body, ServiceError> {
+    if request.method == Method::HEAD {
+        return Ok(Body::empty());
+    }
+    let outlet = request.extensions.get::<Outlet>();
+    match app.copies.source(&app.blobs, blob, form, &range).await {
+        Ok(Some(Source::Memory(bytes))) => Ok(Body::from(bytes)),
+        Ok(Some(Source::Copy(copy))) => match outlet {
+            Some(outlet) => {
+                outlet.announce(&copy);
+                Ok(Body::from(copy.mapped(range)))
+            }
+            None => streamed(app, blob, copy.pieces(range)).await,
+        },
+        Ok(None) if form == Form::Stored => streamed(app, blob, app.blobs.stream_stored(blob)).await,
+        Ok(None) => streamed(app, blob, app.blobs.stream(blob, range)).await,
+        Err(error) => {
+            report(app, blob, &error);
+            Err(error.into())
+        }
+    }
+}
+
+fn report(app: &Arc<App>, blob: Blob, error: &BlobError) {
+    tracing::error!("delivering {}: {error}", blob.hash);
+    app.metrics.count("error_count", "libc", "delivery");
+    if matches!(error, BlobError::Damaged { .. }) {
+        app.report_damage(blob.hash);
+    }
+}
+
+/// A failure of the first piece is an error; a later one an error of the body, which becomes a reset of the
+/// connection.
+async fn streamed(
+    app: &Arc<App>,
     blob: Blob,
     pieces: impl Stream<Item = Result<Bytes, BlobError>> + Send + 'static,
 ) -> Result<Body, ServiceError> {
-    if method == Method::HEAD {
-        return Ok(Body::empty());
-    }
     let reporter = Arc::clone(app);
     let mut pieces = Box::pin(pieces.inspect(move |piece| {
         if let Err(error) = piece {
-            tracing::error!("delivering {}: {error}", blob.hash);
-            reporter.metrics.count("error_count", "libc", "delivery");
-            if matches!(error, BlobError::Damaged { .. }) {
-                reporter.report_damage(blob.hash);
-            }
+            report(&reporter, blob, error);
         }
     }));
     let first = pieces.next().await.transpose()?;

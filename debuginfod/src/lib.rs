@@ -10,7 +10,8 @@
 //! - `intake`, `upload`, `unfinished`, `missing`: how contents come in; `memory`: how much of it decoded requests may take
 //! - `storing`, [`elf`], [`conflict`]: how they are checked and become durable, and which of two stays
 //! - [`content`], [`content_hash`], [`seekable`], [`blob`], [`catalog`]: how they are kept
-//! - `protocol`, `metadata`, `delivery`: how debuginfod clients are served; `upstream`: what others have
+//! - `protocol`, `metadata`, `delivery`: how debuginfod clients are served; `copies`, `sendfile`, `recent`: fast; `upstream`: what
+//!   others have
 //! - `derive`, `flight`: what is made from contents, once; `unwind`, `symbols`, `symbolize`: what for
 //! - [`profiles`]: stacks of addresses in, named profiles out
 //! - `status`, `metrics`, [`check`](mod@check), [`administration`]: operations
@@ -36,6 +37,7 @@ pub mod conflict;
 mod connection;
 pub mod content;
 pub mod content_hash;
+mod copies;
 mod delivery;
 mod derive;
 pub mod elf;
@@ -49,8 +51,10 @@ mod missing;
 pub mod namespace;
 pub mod profiles;
 mod protocol;
+mod recent;
 mod routes;
 pub mod seekable;
+mod sendfile;
 pub mod service;
 mod status;
 mod storing;

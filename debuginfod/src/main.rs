@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use commands::token::TokenCommand;
 use tracing_subscriber::EnvFilter;
-use windlass_debuginfod::config::{DEFAULT_AUDIT_DAYS, DEFAULT_MAX_UPLOAD_BYTES};
+use windlass_debuginfod::config::{DEFAULT_AUDIT_DAYS, DEFAULT_MAX_COPIES_BYTES, DEFAULT_MAX_UPLOAD_BYTES};
 use windlass_debuginfod::namespace::RELEASE;
 use windlass_debuginfod::tls::TlsFiles;
 use windlass_debuginfod::{Config, Service, check, start};
@@ -54,6 +54,9 @@ enum Command {
         /// Largest artefact accepted, in decoded bytes
         #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_UPLOAD_BYTES)]
         max_upload_bytes: u64,
+        /// What copies of served contents may take of the data folder's disk, 0 for none
+        #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_COPIES_BYTES)]
+        max_copies_bytes: u64,
     },
     /// Make, list and revoke access tokens
     #[command(subcommand)]
@@ -153,8 +156,9 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Serve { store, listen, upstreams, access, max_upload_bytes } => {
-            let config = Config { listen, upstreams, max_upload_bytes, ..store.config() };
+        Command::Serve { store, listen, upstreams, access, max_upload_bytes, max_copies_bytes } => {
+            raise_open_files();
+            let config = Config { listen, upstreams, max_upload_bytes, max_copies_bytes, ..store.config() };
             let config = access.apply(config)?;
             let has_tls = config.tls.is_some();
             let service = start(config).await?;
@@ -200,6 +204,16 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
             }
             Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
+    }
+}
+
+/// Lets this process have as many open files as it may: connections and copies each take one, and the usual limit is 1,024. That
+/// is there for programs that use select(2), which this one does not.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!("raising the limit of open files: {error}");
     }
 }
 

@@ -17,6 +17,7 @@ use windlass_schema::http::ArtefactKind;
 
 use crate::blob::BlobError;
 use crate::catalog::Artefact;
+use crate::conflict::is_final;
 use crate::connection::Peer;
 use crate::delivery::{Delivery, IMMUTABLE, REVALIDATE};
 use crate::elf::Section;
@@ -174,7 +175,7 @@ async fn handle(app: &Arc<App>, request: &Parts) -> Result<Response, Failure> {
     {
         return Err(Refusal::TooLarge(limit).into());
     }
-    Ok(delivery.answer(app, &request.method, &request.headers).await?)
+    Ok(delivery.answer(app, request).await?)
 }
 
 fn max_size(headers: &HeaderMap) -> Option<u64> {
@@ -234,16 +235,17 @@ fn file(app: &App, artefact: Artefact, asked: ArtefactKind) -> Result<Delivery, 
         let hash = artefact.blob.hash;
         return Err(ServiceError::Blob(BlobError::Damaged { hash, why }).into());
     }
-    // An executable that has names but no DWARF answers for the debuginfo until that arrives.
-    let stopgap = artefact.kind != asked && !artefact.facts.dwarf;
-    let final_one = !stopgap && app.namespaces.is_first(&artefact.namespace);
+    // An executable with names answers for the debuginfo until that arrives.
+    let is_stopgap = artefact.kind != asked;
+    let is_first = app.namespaces.is_first(&artefact.namespace);
+    let final_one = !is_stopgap && is_first && is_final(artefact.kind, &artefact.facts);
     Ok(Delivery {
         blob: artefact.blob,
         part: None,
         modified_s: artefact.modified_s,
         file_name: artefact.file_name,
         content_type: "application/octet-stream",
-        // Another may go in front of it at any time.
+        // Another may go in front of it, or take its place, at any time.
         cache_control: if final_one { IMMUTABLE } else { REVALIDATE },
     })
 }
@@ -260,7 +262,8 @@ async fn section(app: &Arc<App>, request: &Parts, id: BuildId, name: &str) -> Re
         let holds = |section: &&Section| section.name == name && !section.nobits;
         if let Some(section) = artefact.facts.sections.iter().find(holds) {
             let part = section.offset..section.offset + section.size;
-            return Ok(Delivery { part: Some(part), ..file(app, artefact, kind)? });
+            // That of the debuginfo goes in front of any other.
+            return Ok(Delivery { part: Some(part), ..file(app, artefact, ArtefactKind::Debuginfo)? });
         }
     }
     Err(Refusal::NotFound.into())

@@ -18,6 +18,7 @@ use crate::catalog::{Artefact, Catalog, CatalogError, SqliteCatalog};
 use crate::config::Config;
 use crate::connection::{Shutdown, accept};
 use crate::content_hash::ContentHash;
+use crate::copies::Copies;
 use crate::derive::Derivations;
 use crate::error::ServiceError;
 use crate::intake::Receiving;
@@ -88,6 +89,7 @@ pub enum StartError {
 pub struct App {
     catalog: Arc<dyn Catalog>,
     pub(crate) blobs: BlobStore,
+    pub(crate) copies: Copies,
     pub(crate) access: Access,
     pub(crate) namespaces: Namespaces,
     pub(crate) audit: Audit,
@@ -128,6 +130,7 @@ impl App {
         Ok(Self {
             catalog,
             blobs: BlobStore::open(&storage, scratch, expected).await?,
+            copies: Copies::new(config.max_copies_bytes),
             access: Access::new(config, has_tokens),
             namespaces: Namespaces::new(&config.namespaces)?,
             audit: Audit::new(config.audit_days),

@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Path, State};
-use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::extract::{Path, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use windlass_schema::BuildId;
 use windlass_schema::http::{ArtefactKind, UNWIND_TYPE, UNWIND_WIRE_TYPE};
@@ -30,35 +31,30 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(crate) async fn table(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
-    method: Method,
-    headers: HeaderMap,
+    request: Request,
 ) -> Result<Response, ServiceError> {
+    let (request, _) = request.into_parts();
     let id: BuildId = id.parse()?;
     let source = source(&app, id).await?.ok_or_else(|| {
         ServiceError::NotFound(format!(
             "neither executable, skeleton nor debuginfo with unwind sections stored for {id}"
         ))
     })?;
-    match deliver(&app, source.clone(), &method, &headers).await {
+    match deliver(&app, source.clone(), &request).await {
         // The stored table went bad after it was checked: it is disposable, so make it again.
         Err(ServiceError::Blob(BlobError::Damaged { hash, .. })) => {
             app.mark_damaged(hash).await?;
-            deliver(&app, source, &method, &headers).await
+            deliver(&app, source, &request).await
         }
         answer => answer,
     }
 }
 
-async fn deliver(
-    app: &Arc<App>,
-    source: Artefact,
-    method: &Method,
-    headers: &HeaderMap,
-) -> Result<Response, ServiceError> {
+async fn deliver(app: &Arc<App>, source: Artefact, request: &Parts) -> Result<Response, ServiceError> {
     let (modified_s, file_name) = (source.modified_s, source.file_name.clone());
     let inputs = Inputs { image: Some(source), ..Inputs::default() };
     let table = u32::from(REVISION) << 16 | u32::from(VERSION);
-    let (kind, version, content_type) = if accepts_wire(headers) {
+    let (kind, version, content_type) = if accepts_wire(&request.headers) {
         (DerivedKind::UnwindWire, u32::from(WIRE_VERSION) << 24 | table, UNWIND_WIRE_TYPE)
     } else {
         (DerivedKind::Unwind, table, UNWIND_TYPE)
@@ -73,7 +69,7 @@ async fn deliver(
     };
     let delivery =
         Delivery { blob, part: None, modified_s, file_name, content_type, cache_control: REVALIDATE };
-    let mut answer = delivery.answer(app, method, headers).await?;
+    let mut answer = delivery.answer(app, request).await?;
     answer.headers_mut().append(header::VARY, header::HeaderValue::from_static("accept"));
     Ok(answer)
 }

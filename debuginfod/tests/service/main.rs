@@ -4,6 +4,7 @@
 
 mod access;
 mod administered;
+mod copies;
 mod daemon;
 mod debuginfod;
 mod decoders;

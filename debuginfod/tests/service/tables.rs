@@ -95,11 +95,13 @@ async fn made_again_from_a_better_file_or_after_damage() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 0x40;
     std::fs::write(&file, bytes).unwrap();
-    let server = server.restart().await;
+    let Server { folder, service, .. } = server;
+    service.stop().await;
+    let server = Server::start_in(folder, |config| config.max_copies_bytes = 0).await;
     assert_eq!(table(&server).await.bytes().await.unwrap(), first);
     assert_eq!(server.counter(MADE).await, 1, "not trusted, made anew");
 
-    // And while the service runs and trusts it already.
+    // And while the service runs and trusts it already, without a copy of it.
     std::fs::write(&file, b"gone").unwrap();
     assert_eq!(table(&server).await.bytes().await.unwrap(), first);
     assert_eq!(server.counter(MADE).await, 2);

@@ -9,7 +9,7 @@ use crate::administered::{Program, administer, eventually};
 use crate::server::{client, run};
 
 /// Writes a certificate that nobody issued but its own holder, and its key. Returns it.
-fn certify(folder: &Path) -> Vec<u8> {
+pub(crate) fn certify(folder: &Path) -> Vec<u8> {
     run(Command::new("openssl").current_dir(folder).args([
         "req",
         "-x509",
@@ -33,10 +33,10 @@ fn certify(folder: &Path) -> Vec<u8> {
 }
 
 /// A client that trusts this certificate and no other.
-fn trusting(pem: &[u8]) -> Client {
+pub(crate) fn trusting(pem: &[u8]) -> Client {
     let _ = client(); // installs the provider
     let certificate = Certificate::from_pem(pem).expect("a certificate");
-    Client::builder().no_proxy().tls_certs_only([certificate]).build().expect("a client")
+    Client::builder().no_zstd().no_gzip().no_proxy().tls_certs_only([certificate]).build().expect("a client")
 }
 
 #[tokio::test(flavor = "multi_thread")]
