@@ -8,6 +8,7 @@
 
 mod artefact;
 mod audit;
+mod change;
 #[cfg(test)]
 mod conformance;
 mod content;
@@ -19,6 +20,7 @@ mod unfinished;
 
 pub use artefact::{Artefact, Artefacts, MetadataQuery, Put, canonical_path};
 pub use audit::{Action, AuditEntry, AuditLog, AuditRecord, STORED, Subject, UnknownAction, Writer};
+pub use change::{ChangeList, Changed, Changes};
 pub use content::{Contents, Recorded};
 pub use derived::{DerivedArtefacts, DerivedKey, DerivedKind};
 pub use profile::{ProfileBatch, ProfileBatches};
@@ -55,7 +57,16 @@ pub enum CatalogError {
 
 /// A database of what is stored. Each method is one transaction; what it wrote is durable on return.
 pub trait Catalog:
-    Artefacts + AuditLog + Contents + DerivedArtefacts + ProfileBatches + Tokens + UnfinishedUploads + Send + Sync
+    Artefacts
+    + AuditLog
+    + ChangeList
+    + Contents
+    + DerivedArtefacts
+    + ProfileBatches
+    + Tokens
+    + UnfinishedUploads
+    + Send
+    + Sync
 {
     /// What the database finds wrong with itself.
     fn integrity(&self) -> Result<Vec<String>, CatalogError>;

@@ -10,7 +10,7 @@
 //! - `intake`, `upload`, `unfinished`, `missing`: how contents come in; `memory`: how much of it decoded requests may take
 //! - `storing`, [`elf`], [`conflict`]: how they are checked and become durable, and which of two stays
 //! - [`content`], [`content_hash`], [`seekable`], [`blob`], [`catalog`]: how they are kept
-//! - `protocol`, `metadata`, `delivery`: how debuginfod clients are served; `copies`, `sendfile`, `recent`: fast; `upstream`: what
+//! - `protocol`, `metadata`, `delivery`: how debuginfod clients are served; `rows`, `copies`, `sendfile`, `recent`: fast; `upstream`: what
 //!   others have
 //! - `derive`, `flight`: what is made from contents, once; `unwind`, `symbols`, `symbolize`: what for
 //! - [`profiles`]: stacks of addresses in, named profiles out
@@ -53,6 +53,7 @@ pub mod profiles;
 mod protocol;
 mod recent;
 mod routes;
+mod rows;
 pub mod seekable;
 mod sendfile;
 pub mod service;

@@ -162,10 +162,10 @@ async fn handle(app: &Arc<App>, request: &Parts) -> Result<Response, Failure> {
     // Legal in the protocol, but no linker writes a single byte and no client sends more than 64.
     let id: BuildId = id.parse().map_err(|_| Refusal::NotFound)?;
     let delivery = match wanted {
-        Wanted::File(kind) => file(app, find_file(app, request, id, kind).await?, kind)?,
+        Wanted::File(kind) => file(app, &*find_file(app, request, id, kind).await?, kind)?,
         Wanted::Source(path) => {
             let source = app.artefact(id, ArtefactKind::Source, &path).await?;
-            file(app, source.ok_or(Refusal::NotFound)?, ArtefactKind::Source)?
+            file(app, &*source.ok_or(Refusal::NotFound)?, ArtefactKind::Source)?
         }
         Wanted::Section(name) => section(app, request, id, &name).await?,
     };
@@ -188,7 +188,7 @@ async fn find_file(
     request: &Parts,
     id: BuildId,
     kind: ArtefactKind,
-) -> Result<Artefact, Failure> {
+) -> Result<Arc<Artefact>, Failure> {
     let stored = match (app.artefact(id, kind, "").await?, kind) {
         (None, ArtefactKind::Debuginfo) => {
             let executable = app.artefact(id, ArtefactKind::Executable, "").await?;
@@ -229,7 +229,7 @@ fn caller(request: &Parts) -> Result<Caller, Refusal> {
     Ok(Caller { user_agent, forwarded_for })
 }
 
-fn file(app: &App, artefact: Artefact, asked: ArtefactKind) -> Result<Delivery, Failure> {
+fn file(app: &App, artefact: &Artefact, asked: ArtefactKind) -> Result<Delivery, Failure> {
     if artefact.damaged {
         let why = "recorded as damaged, upload it again".to_owned();
         let hash = artefact.blob.hash;
@@ -243,7 +243,7 @@ fn file(app: &App, artefact: Artefact, asked: ArtefactKind) -> Result<Delivery, 
         blob: artefact.blob,
         part: None,
         modified_s: artefact.modified_s,
-        file_name: artefact.file_name,
+        file_name: artefact.file_name.clone(),
         content_type: "application/octet-stream",
         // Another may go in front of it, or take its place, at any time.
         cache_control: if final_one { IMMUTABLE } else { REVALIDATE },
@@ -263,7 +263,7 @@ async fn section(app: &Arc<App>, request: &Parts, id: BuildId, name: &str) -> Re
         if let Some(section) = artefact.facts.sections.iter().find(holds) {
             let part = section.offset..section.offset + section.size;
             // That of the debuginfo goes in front of any other.
-            return Ok(Delivery { part: Some(part), ..file(app, artefact, ArtefactKind::Debuginfo)? });
+            return Ok(Delivery { part: Some(part), ..file(app, &artefact, ArtefactKind::Debuginfo)? });
         }
     }
     Err(Refusal::NotFound.into())

@@ -37,6 +37,11 @@ impl<K: Eq + Hash, V: Clone> Recent<K, V> {
         Some(value)
     }
 
+    /// Whether there is a value that meets `condition`, without using it.
+    pub(crate) fn holds(&self, key: &K, condition: impl FnOnce(&V) -> bool) -> bool {
+        self.young.get(key).or_else(|| self.old.get(key)).is_some_and(|(_, value)| condition(value))
+    }
+
     /// Keeps a value in place of any other of its key. One that is heavier than [`Recent::most`] is not kept.
     pub(crate) fn insert(&mut self, key: K, weight: u64, value: V) {
         self.remove(&key);
@@ -51,11 +56,17 @@ impl<K: Eq + Hash, V: Clone> Recent<K, V> {
         self.young.insert(key, (weight, value));
     }
 
-    fn remove(&mut self, key: &K) {
+    /// Forgets a value.
+    pub(crate) fn remove(&mut self, key: &K) {
         if let Some((weight, _)) = self.young.remove(key) {
             self.weight -= weight;
         }
         self.old.remove(key);
+    }
+
+    /// Forgets all.
+    pub(crate) fn clear(&mut self) {
+        *self = Self::new(2 * self.most);
     }
 }
 
@@ -84,6 +95,7 @@ mod tests {
         }
         recent.insert(1, 2, "second");
         assert_eq!(recent.get(&1), Some("second"));
+        assert!(recent.holds(&3, |value| *value == "first"));
         for key in [1, 2, 3] {
             recent.remove(&key);
             assert_eq!(recent.get(&key), None);
@@ -97,5 +109,7 @@ mod tests {
         recent.insert(1, 4, ());
         recent.insert(2, 5, ());
         assert_eq!((recent.get(&1), recent.get(&2)), (Some(()), None));
+        recent.clear();
+        assert_eq!(recent.get(&1), None);
     }
 }

@@ -26,6 +26,7 @@ use crate::memory::MemoryBudget;
 use crate::metrics::Metrics;
 use crate::namespace::{NamespaceError, Namespaces};
 use crate::routes;
+use crate::rows::Rows;
 use crate::symbols::Indexes;
 use crate::tls::{Tls, TlsError};
 use crate::upstream::{Upstreams, UpstreamsError};
@@ -88,6 +89,7 @@ pub enum StartError {
 /// What requests share.
 pub struct App {
     catalog: Arc<dyn Catalog>,
+    pub(crate) rows: Rows,
     pub(crate) blobs: BlobStore,
     pub(crate) copies: Copies,
     pub(crate) access: Access,
@@ -129,6 +131,7 @@ impl App {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             catalog,
+            rows: Rows::default(),
             blobs: BlobStore::open(&storage, scratch, expected).await?,
             copies: Copies::new(config.max_copies_bytes),
             access: Access::new(config, has_tokens),
@@ -156,16 +159,14 @@ impl App {
         Ok(tokio::task::spawn_blocking(move || call(&*catalog)).await??)
     }
 
-    /// The artefact of this name that is trusted most.
+    /// The artefact of this name that is trusted most, as of at most [`crate::rows::BELIEVED`] ago.
     pub(crate) async fn artefact(
         &self,
         id: BuildId,
         kind: ArtefactKind,
         path: &str,
-    ) -> Result<Option<Artefact>, ServiceError> {
-        let asked = path.to_owned();
-        let versions = self.catalog(move |catalog| catalog.versions(id, kind, &asked)).await?;
-        Ok(self.namespaces.most_trusted(versions, path))
+    ) -> Result<Option<Arc<Artefact>>, ServiceError> {
+        self.rows.find(self, id, kind, path).await
     }
 
     /// The artefact of this kind, if its content can be read.
@@ -174,14 +175,22 @@ impl App {
         id: BuildId,
         kind: ArtefactKind,
     ) -> Result<Option<Artefact>, ServiceError> {
-        Ok(self.artefact(id, kind, "").await?.filter(|artefact| !artefact.damaged))
+        let found = self.artefact(id, kind, "").await?.filter(|artefact| !artefact.damaged);
+        Ok(found.map(Arc::unwrap_or_clone))
+    }
+
+    /// Forgets what is known of an image, whose artefacts have changed: what it has, and what upstreams lack.
+    pub(crate) fn forget(&self, id: BuildId) {
+        self.rows.forget(id);
+        self.upstreams.forget(id);
     }
 
     /// Records that a content cannot be read, so that the next upload or derivation of it is stored again.
     pub(crate) async fn mark_damaged(&self, hash: ContentHash) -> Result<(), ServiceError> {
-        self.catalog(move |catalog| catalog.mark_damaged(hash)).await?;
+        let marked = self.catalog(move |catalog| catalog.mark_damaged(hash)).await;
+        self.rows.mistrust();
         self.derivations.forget();
-        Ok(())
+        marked
     }
 
     /// [`App::mark_damaged`] in the background.

@@ -172,8 +172,9 @@ pub(crate) async fn store(
             None => catalog.put_artefact(&row, &by),
             Some(poorer) => catalog.replace_artefact(&row, poorer, &by),
         });
-        let put = put.await?;
-        app.upstreams.forget(name.build_id);
+        let put = put.await;
+        app.forget(name.build_id);
+        let put = put?;
         match put {
             Put::Stored => {
                 audit::stored(app, &artefact, &writer);

@@ -14,6 +14,7 @@ use crate::namespace::Namespace;
 
 pub(crate) mod artefact;
 pub(crate) mod audit;
+pub(crate) mod change;
 pub(crate) mod content;
 pub(crate) mod derived;
 pub(crate) mod profile;
@@ -31,6 +32,7 @@ macro_rules! conformance_suite {
                 a_source_is_found_by_its_resolved_path metadata_is_asked_by_file_pattern_and_build_id;
             audit: what_is_stored_is_in_the_log_and_nothing_else the_log_comes_in_pages_latest_first
                 the_log_ends_by_age_and_by_number;
+            change: every_change_is_listed_for_everyone a_list_that_was_not_read_in_time_has_an_end;
             content: damage_lasts_until_the_content_is_stored_again contents_come_in_pages;
             derived: better_inputs_are_another_key;
             profile: batches_are_found_by_time_and_counted_once;

@@ -15,6 +15,7 @@ use group_commit::Writer;
 
 mod artefact;
 mod audit;
+mod change;
 mod content;
 mod derived;
 mod group_commit;
