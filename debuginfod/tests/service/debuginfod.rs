@@ -185,6 +185,32 @@ async fn sections_from_the_file_that_has_their_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_section_is_that_of_the_debuginfo_as_soon_as_there_is_one() {
+    let server = Server::start().await;
+    let build = build();
+    let section = async |name: &str| {
+        let answer = server.get(&format!("/buildid/{}/section/{name}", build.id)).await;
+        let caching = answer.headers()[CACHE_CONTROL].to_str().unwrap().to_owned();
+        (
+            answer.status().as_u16(),
+            caching,
+            answer.headers().get(ETAG).cloned(),
+            answer.bytes().await.unwrap(),
+        )
+    };
+    assert_eq!(section(".comment").await.0, 404);
+    server.expect_put(&format!("{}/executable", build.id), &build.full, StatusCode::CREATED).await;
+    let (status, caching, first, bytes) = section(".comment").await;
+    assert_eq!((status, caching.as_str()), (200, "public, no-cache"), "known to be there at once");
+    server.expect_put(&format!("{}/debuginfo", build.id), &build.debug, StatusCode::CREATED).await;
+    let (_, caching, second, again) = section(".comment").await;
+    assert!(caching.ends_with("immutable"), "{caching}");
+    assert_ne!(first, second, "another file's");
+    assert_eq!(bytes, again);
+    assert_eq!(section(".text").await.1, "public, no-cache", "the debuginfo has no bytes of it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn sources_only_as_uploaded() {
     let server = stocked().await;
     let id = build().id;
