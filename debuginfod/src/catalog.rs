@@ -14,6 +14,7 @@ mod conformance;
 mod content;
 mod derived;
 mod profile;
+mod provenance;
 mod sqlite;
 mod token;
 mod unfinished;
@@ -24,6 +25,7 @@ pub use change::{ChangeList, Changed, Changes};
 pub use content::{Contents, Recorded};
 pub use derived::{DerivedArtefacts, DerivedKey, DerivedKind};
 pub use profile::{ProfileBatch, ProfileBatches};
+pub use provenance::{Provenance, Provenances};
 pub use sqlite::SqliteCatalog;
 pub use token::Tokens;
 pub use unfinished::{Appended, Part, UnfinishedUploads, UploadName};
@@ -63,6 +65,7 @@ pub trait Catalog:
     + Contents
     + DerivedArtefacts
     + ProfileBatches
+    + Provenances
     + Tokens
     + UnfinishedUploads
     + Send

@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::namespace::RELEASE;
 use crate::tls::TlsFiles;
@@ -11,6 +12,10 @@ pub const DEFAULT_PORT: u16 = 8002;
 /// Largest artefact accepted by default, in decoded bytes: 8 GiB, above the largest debuginfo seen in public
 /// (browsers, 4 GiB), and what one upload may take of the temporary folder.
 pub const DEFAULT_MAX_UPLOAD_BYTES: u64 = 8 << 30;
+
+/// How long an upstream may take to begin its answer, and be silent amid it, by default, in seconds: with two retries well under a
+/// debuginfod client's 90.
+pub const DEFAULT_UPSTREAM_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What copies of served contents may take of the temporary folder by default, in bytes: a distribution's most wanted few
 /// hundred.
@@ -33,6 +38,8 @@ pub struct Config {
     pub catalog: Option<String>,
     /// debuginfod servers to ask for what is not stored here.
     pub upstreams: Vec<String>,
+    /// How long each may take to begin its answer, and be silent amid it.
+    pub upstream_deadline: Duration,
     /// Token that is good for everything, beside those of the catalog. Unless `listen` is a loopback address, there must be
     /// one of either.
     pub token: Option<String>,
@@ -61,6 +68,7 @@ impl Config {
             storage: None,
             catalog: None,
             upstreams: Vec::new(),
+            upstream_deadline: DEFAULT_UPSTREAM_DEADLINE,
             token: None,
             private: false,
             namespaces: vec![RELEASE.to_owned()],

@@ -4,12 +4,15 @@ use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use commands::token::TokenCommand;
 use tracing_subscriber::EnvFilter;
-use windlass_debuginfod::config::{DEFAULT_AUDIT_DAYS, DEFAULT_MAX_COPIES_BYTES, DEFAULT_MAX_UPLOAD_BYTES};
+use windlass_debuginfod::config::{
+    DEFAULT_AUDIT_DAYS, DEFAULT_MAX_COPIES_BYTES, DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_UPSTREAM_DEADLINE,
+};
 use windlass_debuginfod::namespace::RELEASE;
 use windlass_debuginfod::tls::TlsFiles;
 use windlass_debuginfod::{Config, Service, check, start};
@@ -49,6 +52,9 @@ enum Command {
         /// debuginfod server to ask for what is not stored here; may be repeated
         #[arg(long = "upstream", value_name = "URL")]
         upstreams: Vec<String>,
+        /// How long an upstream may take to begin its answer, in milliseconds
+        #[arg(long, value_name = "MS", default_value_t = DEFAULT_UPSTREAM_DEADLINE.as_millis() as u64)]
+        upstream_deadline_ms: u64,
         #[command(flatten)]
         access: AccessArguments,
         /// Largest artefact accepted, in decoded bytes
@@ -156,9 +162,20 @@ async fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Serve { store, listen, upstreams, access, max_upload_bytes, max_copies_bytes } => {
+        Command::Serve {
+            store,
+            listen,
+            upstreams,
+            upstream_deadline_ms,
+            access,
+            max_upload_bytes,
+            max_copies_bytes,
+        } => {
             raise_open_files();
-            let config = Config { listen, upstreams, max_upload_bytes, max_copies_bytes, ..store.config() };
+            let upstream_deadline = Duration::from_millis(upstream_deadline_ms);
+            let store = store.config();
+            let config =
+                Config { listen, upstreams, upstream_deadline, max_upload_bytes, max_copies_bytes, ..store };
             let config = access.apply(config)?;
             let has_tls = config.tls.is_some();
             let service = start(config).await?;

@@ -18,6 +18,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
     let read = Router::new()
         .route("/metrics", get(status::metrics))
         .route("/api/v1/buildid/{id}/unwind", get(unwind::table))
+        .route("/api/v1/buildid/{id}/provenance", get(status::provenance))
+        .route("/api/v1/upstreams", get(status::upstreams))
         .route("/api/v1/symbolize", post(symbolize::symbolize))
         .route("/api/v1/profiles", get(profiles::merged))
         .route("/api/{*rest}", any(status::unknown))

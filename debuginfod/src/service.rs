@@ -137,7 +137,7 @@ impl App {
             access: Access::new(config, has_tokens),
             namespaces: Namespaces::new(&config.namespaces)?,
             audit: Audit::new(config.audit_days),
-            upstreams: Upstreams::new(&config.upstreams)?,
+            upstreams: Upstreams::new(&config.upstreams, config.upstream_deadline)?,
             derivations: Derivations::default(),
             indexes: Indexes::default(),
             metrics: Metrics::default(),

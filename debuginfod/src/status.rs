@@ -1,13 +1,17 @@
-//! Is the service there, and what has it done?
+//! Is the service there, and what have it and its upstreams done?
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::Json;
+use axum::extract::{Path, State};
 use axum::http::{HeaderName, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
+use windlass_schema::BuildId;
 
+use crate::catalog::Provenance;
 use crate::error::ServiceError;
 use crate::service::App;
+use crate::upstream::Record;
 
 /// The process runs.
 pub(crate) async fn health() -> &'static str {
@@ -29,6 +33,20 @@ pub(crate) async fn ready(State(app): State<Arc<App>>) -> Response {
 /// Prometheus counters.
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> ([(HeaderName, &'static str); 1], String) {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.text())
+}
+
+/// What each upstream server did.
+pub(crate) async fn upstreams(State(app): State<Arc<App>>) -> Json<Vec<Record>> {
+    Json(app.upstreams.report())
+}
+
+/// Which upstream servers the contents of an image came from.
+pub(crate) async fn provenance(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Json<Vec<Provenance>>, ServiceError> {
+    let id: BuildId = id.parse()?;
+    Ok(Json(app.catalog(move |catalog| catalog.provenances(id)).await?))
 }
 
 /// An interface that does not exist.

@@ -18,6 +18,7 @@ pub(crate) mod change;
 pub(crate) mod content;
 pub(crate) mod derived;
 pub(crate) mod profile;
+pub(crate) mod provenance;
 pub(crate) mod token;
 pub(crate) mod unfinished;
 
@@ -36,6 +37,7 @@ macro_rules! conformance_suite {
             content: damage_lasts_until_the_content_is_stored_again contents_come_in_pages;
             derived: better_inputs_are_another_key;
             profile: batches_are_found_by_time_and_counted_once;
+            provenance: the_first_server_that_a_content_came_from_counts;
             token: a_token_is_found_by_its_secret a_revoked_token_stays_on_record_with_its_name
                 a_use_is_recorded_once_in_a_while;
             unfinished: parts_follow_one_another uploads_age_by_their_last_part;

@@ -20,6 +20,7 @@ mod content;
 mod derived;
 mod group_commit;
 mod profile;
+mod provenance;
 mod schema;
 mod token;
 mod unfinished;

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use reqwest::StatusCode;
 
@@ -33,6 +34,50 @@ fn scripted(answer: &'static str) -> Scripted {
         }
     });
     Scripted { url, requests, last }
+}
+
+/// What becomes of a file on its way.
+#[derive(Clone, Copy)]
+enum Fate {
+    /// It comes after a while.
+    Late,
+    /// Half of it comes, and then nothing.
+    Stalls,
+    /// Half of it comes, and then the end.
+    Cut,
+}
+
+/// A server that sends this file to everyone, in its way, and the number of times that it began to.
+fn sending(content: &'static [u8], fate: Fate) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let begun = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&begun);
+    std::thread::spawn(move || {
+        let mut stalled = Vec::new();
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            if matches!(fate, Fate::Late) {
+                std::thread::sleep(Duration::from_millis(300));
+            }
+            counter.fetch_add(1, Ordering::SeqCst);
+            let size = content.len();
+            let sent = if matches!(fate, Fate::Late) { size } else { size / 2 };
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n");
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&content[..sent]));
+            if matches!(fate, Fate::Stalls) {
+                stalled.push(stream);
+            }
+        }
+    });
+    (url, begun)
+}
+
+/// A server that takes connections and says nothing.
+fn silent() -> (String, TcpListener) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    (format!("http://{}", listener.local_addr().unwrap()), listener)
 }
 
 const NOT_FOUND: &str = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
@@ -152,4 +197,99 @@ async fn hops_are_passed_on_and_limited() {
         "not found, --forwared-ttl-limit reached and will not query the upstream servers"
     );
     assert_eq!(lacking.requests.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_upstream_costs_hits_nothing_and_misses_no_more_than_the_deadline() {
+    let (url, listener) = silent();
+    let patient = Server::start_with(|config| {
+        config.upstreams = vec![url.clone()];
+        config.upstream_deadline = Duration::from_secs(3600);
+    })
+    .await;
+    let build = build();
+    patient.expect_put(&format!("{}/executable", build.id), &build.stripped, StatusCode::CREATED).await;
+    let path = format!("/buildid/{}/debuginfo", build.id);
+    let miss = tokio::spawn(patient.client.get(patient.url(&path)).send());
+    let (held, _) = tokio::task::spawn_blocking(move || listener.accept().map(|it| (it, listener)))
+        .await
+        .unwrap()
+        .map(|((stream, _), listener)| (stream, listener))
+        .unwrap();
+    let hit = patient.get(&format!("/buildid/{}/executable", build.id)).await;
+    assert_eq!(hit.bytes().await.unwrap(), build.stripped);
+    assert!(!miss.is_finished(), "it is held, not answered");
+    miss.abort();
+    drop(held);
+
+    let (url, listener) = silent();
+    let server = Server::start_with(|config| {
+        config.upstreams = vec![url];
+        config.upstream_deadline = Duration::from_millis(300);
+    })
+    .await;
+    // As a client does that takes a reset for what may pass: three times.
+    for _ in 0..3 {
+        let error = server.client.get(server.url(&path)).send().await.expect_err("no status at all");
+        assert!(error.is_request(), "{error:?}");
+    }
+    listener.set_nonblocking(true).unwrap();
+    let mut asked = 0;
+    while let Ok((mut stream, _)) = listener.accept() {
+        asked += usize::from(stream.read(&mut [0; 4096]).unwrap() > 0);
+    }
+    assert_eq!(asked, 1, "it was silent just now");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_server_sends_what_the_first_does_not_end() {
+    for fate in [Fate::Stalls, Fate::Cut] {
+        let (first, second) = (sending(&build().debug, fate), sending(&build().debug, Fate::Late));
+        let urls = [&first, &second].map(|(url, _)| url.clone());
+        let server = Server::start_with(|config| {
+            config.upstreams = urls.to_vec();
+            config.upstream_deadline = Duration::from_secs(3600);
+        })
+        .await;
+        let path = format!("/buildid/{}/debuginfo", build().id);
+        assert_eq!(server.get(&path).await.bytes().await.unwrap(), build().debug);
+        assert_eq!([&first, &second].map(|(_, begun)| begun.load(Ordering::SeqCst)), [1, 1]);
+        let came = server.get(&format!("/api/v1/buildid/{}/provenance", build().id)).await;
+        let came: serde_json::Value = serde_json::from_slice(&came.bytes().await.unwrap()).unwrap();
+        assert_eq!(came[0]["upstream"], second.0.as_str(), "{came}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_it_came_from_is_kept_and_shown() {
+    let origin = Server::start().await;
+    let build = build();
+    origin.expect_put(&format!("{}/debuginfo", build.id), &build.debug, StatusCode::CREATED).await;
+    let (lacking, ill) = (scripted(NOT_FOUND), scripted(ILL));
+    let server = behind(&[&ill.url, &lacking.url, &origin.service.url()]).await;
+    let json = async |server: &Server, path: &str| -> serde_json::Value {
+        serde_json::from_slice(&server.get(path).await.bytes().await.unwrap()).unwrap()
+    };
+    let path = format!("/api/v1/buildid/{}/provenance", build.id);
+    assert_eq!(json(&server, &path).await, serde_json::json!([]));
+    assert_eq!(server.get(&format!("/buildid/{}/debuginfo", build.id)).await.status(), 200);
+    server.expect_put(&format!("{}/executable", build.id), &build.stripped, StatusCode::CREATED).await;
+
+    // All have answered when nobody has it.
+    assert!(server.client.get(server.url("/buildid/abcd/debuginfo")).send().await.is_err());
+    let upstreams = json(&server, "/api/v1/upstreams").await;
+    let counts = |number: usize| ["url", "files", "lacking"].map(|key| upstreams[number][key].clone());
+    assert_eq!(upstreams[0]["left_alone"], false);
+    assert_eq!(upstreams[0]["last_failure"], "status 502 Bad Gateway");
+    let expect: [serde_json::Value; 3] = [origin.service.url().into(), 1.into(), 1.into()];
+    assert_eq!(counts(2), expect);
+
+    let server = server.restart().await;
+    let came = json(&server, &path).await;
+    let entries = came.as_array().unwrap();
+    assert_eq!(entries.len(), 1, "what was uploaded came from nowhere else: {came}");
+    assert_eq!(entries[0]["kind"], "debuginfo");
+    assert_eq!(entries[0]["sha256"], crate::server::sha256(&build.debug).as_str());
+    assert_eq!(entries[0]["upstream"], origin.service.url().as_str());
+    assert!(entries[0]["fetched_s"].as_u64().unwrap() > 1_700_000_000);
 }

@@ -11,8 +11,17 @@ use crate::catalog::CatalogError;
 pub(super) const SCHEMA_VERSION: i64 = STEPS.len() as i64;
 
 /// Statements that lead to version 1, from there to version 2, and so on. Each keeps what is stored.
-const STEPS: &[&[&str]] =
-    &[&[TABLES], &[NAMESPACES, TOKENS, AUDIT_LOG, super::unfinished::TABLES, super::change::TABLES]];
+const STEPS: &[&[&str]] = &[
+    &[TABLES],
+    &[
+        NAMESPACES,
+        TOKENS,
+        AUDIT_LOG,
+        super::unfinished::TABLES,
+        super::change::TABLES,
+        super::provenance::TABLES,
+    ],
+];
 
 const TABLES: &str = "
 CREATE TABLE blob (
