@@ -270,10 +270,12 @@ fn client_address(access: &Access, request: &Parts) -> String {
 }
 
 async fn admit(app: &Arc<App>, need: Need, request: &Parts) -> Result<Option<Identity>, ServiceError> {
+    if !app.access.private && need == Need::Read {
+        return Ok(None);
+    }
     let peer = client_address(&app.access, request);
     if !app.access.private {
         match need {
-            Need::Read => return Ok(None),
             Need::Compare if !request.headers.contains_key(header::AUTHORIZATION) => {
                 // Who may upload without a token compares as an uploader, everyone else as a reader.
                 let reader = Identity {
@@ -285,7 +287,7 @@ async fn admit(app: &Arc<App>, need: Need, request: &Parts) -> Result<Option<Ide
                     false => Ok(Some(Identity { scopes: vec![Scope::Admin], ..reader })),
                 };
             }
-            Need::Compare | Need::Upload | Need::Admin => {}
+            Need::Read | Need::Compare | Need::Upload | Need::Admin => {}
         }
     }
     let identity = identify(app, &request.headers, peer).await?;
