@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt, stream};
 use memmap2::Mmap;
+use rustix::process::{Resource, getrlimit};
 
 use crate::blob::{Blob, BlobError, BlobStore, Form, map_private};
 use crate::content_hash::ContentHash;
@@ -33,7 +34,8 @@ const SMALL_BYTES: u64 = 16 * 1024;
 const SMALL_BUDGET_BYTES: u64 = 32 << 20;
 /// What each takes beside its bytes: its key and its place, some hundred.
 const SMALL_OVERHEAD_BYTES: u64 = 200;
-/// Copies at most: each is an open file and a mapping, of which Linux gives a process 65,530.
+/// Copies at most: each is a mapping, of which Linux gives a process 65,530, and an open file, of which it may have half of those
+/// that this process is granted.
 const MAX_COPIES: u64 = 16_384;
 /// Large contents that were asked for once; at the limit all are forgotten.
 const MAX_ASKED: usize = 4096;
@@ -133,6 +135,8 @@ async fn gather(pieces: impl Stream<Item = Result<Bytes, BlobError>>) -> Result<
 /// The copies there are.
 pub(crate) struct Copies {
     small: Mutex<Recent<SmallKey, Bytes>>,
+    /// What a copy weighs at least, in bytes: so there are never more than there may be.
+    least_weight: u64,
     kept: Arc<Mutex<Recent<Key, Arc<LocalCopy>>>>,
     asked: Mutex<HashSet<Key>>,
     flights: Flights<Key, Result<Arc<LocalCopy>, Arc<BlobError>>>,
@@ -141,7 +145,10 @@ pub(crate) struct Copies {
 impl Copies {
     /// At most `budget_bytes` of the disk; without any, none in memory either.
     pub(crate) fn new(budget_bytes: u64) -> Self {
+        let open_files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let most_copies = MAX_COPIES.min(open_files / 2).max(1);
         Self {
+            least_weight: budget_bytes / most_copies,
             small: Mutex::new(Recent::new(SMALL_BUDGET_BYTES.min(budget_bytes))),
             kept: Arc::new(Mutex::new(Recent::new(budget_bytes))),
             asked: Mutex::default(),
@@ -228,6 +235,7 @@ impl Copies {
         size: u64,
     ) -> impl Future<Output = Option<Result<Arc<LocalCopy>, Arc<BlobError>>>> + use<> {
         let (kept, blobs) = (Arc::clone(&self.kept), blobs.clone());
+        let weight = size.max(self.least_weight);
         let key = (blob.hash, form);
         self.flights.join(key, move || async move {
             let lock = || kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -242,9 +250,7 @@ impl Copies {
                     return Err(Arc::new(error));
                 }
             };
-            let mut kept = lock();
-            let weight = size.max(2 * kept.most() / MAX_COPIES);
-            kept.insert(key, weight, Arc::clone(&copy));
+            lock().insert(key, weight, Arc::clone(&copy));
             Ok(copy)
         })
     }
