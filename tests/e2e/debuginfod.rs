@@ -73,6 +73,39 @@ async fn debuginfod_find_gets_what_was_uploaded() {
     service.stop().await;
 }
 
+/// Files of no bytes in a folder: by them a debuginfod client remembers that something does not exist.
+fn empty_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let empty = entries.filter(|entry| entry.metadata().is_ok_and(|metadata| metadata.len() == 0));
+    empty.map(|entry| entry.path()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_upstream_leaves_nothing_in_a_clients_cache() {
+    let test = "debuginfod::a_dead_upstream_leaves_nothing_in_a_clients_cache";
+    let Some(find) = program(test, "debuginfod-find") else { return };
+    // It takes connections and is silent.
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let url = format!("http://{}", dead.local_addr().expect("it is bound"));
+    let service = TestService::start_with(|config| {
+        config.upstreams = vec![url];
+        config.upstream_deadline = std::time::Duration::from_millis(500);
+    })
+    .await;
+    let Some(built) = build(test, service.folder()) else { return };
+    let id = built.build_id.to_string();
+    let mut ask = Command::new(&find);
+    client(&mut ask, &service, "cache").args(["debuginfo", &id]);
+    let missing = run(&mut ask, &[1]);
+    assert!(!String::from_utf8_lossy(&missing.stderr).contains("No such file"), "{missing:?}");
+    assert_eq!(empty_files(&service.folder().join("cache").join(&id)), Vec::<PathBuf>::new());
+    // So what is uploaded now is found by the same client.
+    upload(&service, &built.whole);
+    let found = text(&mut ask);
+    assert!(std::fs::read(found.trim()).expect("a path") == std::fs::read(&built.whole).expect("read back"));
+    service.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn gdb_names_files_and_lines_of_a_stripped_program() {
     let test = "debuginfod::gdb_names_files_and_lines_of_a_stripped_program";

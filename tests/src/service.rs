@@ -24,11 +24,20 @@ impl TestService {
     /// # Panics
     /// When it does not start.
     pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// Starts one with another configuration.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub async fn start_with(adapt: impl FnOnce(&mut Config)) -> Self {
         // Fails when it was installed before, by another test or the service: then one is there.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let folder = TempDir::with_prefix("windlass-e2e-").expect("temporary folder");
         let mut config = Config::new(folder.path().join("data"));
         config.listen = ([127, 0, 0, 1], 0).into();
+        adapt(&mut config);
         let service = start(config).await.expect("service starts");
         let client =
             reqwest::Client::builder().timeout(Duration::from_secs(60)).build().expect("HTTP client");
