@@ -5,7 +5,8 @@
 
 #define LEVELS 20
 
-/* relay(depth, level): calls pass(depth, level), which calls level(depth), and all return what that does.
+/* relay(depth, level): calls pass(depth, level), which calls level(depth), and all return what that does. Nothing of
+   what was on the stack before is left in its frame: an old return address might be its own.
    spin(turns): counts down. Copied to where it runs. */
 __asm__(".pushsection .rodata\n"
         "code:\n"
@@ -16,6 +17,8 @@ __asm__(".pushsection .rodata\n"
         "        sub     $24, %rsp\n"
         "        lea     1(%rdi), %rbx\n"
         "        movq    $0, (%rsp)\n"
+        "        movq    $0, 8(%rsp)\n"
+        "        movq    $0, 16(%rsp)\n"
         "        call    pass\n"
         "        lea     (%rax, %rbx), %eax\n"
         "        sub     %ebx, %eax\n"

@@ -10,7 +10,8 @@
 //! header + 8     used           1 byte
 //! header + 16    CodeBlob       code/codeBlob.hpp
 //! header + 36      frame complete   4 bytes: where in the code; -1 where nothing is said of that
-//! header + 44      frame size       4 bytes: in words, from the caller's rsp down. 0 if there is more than one function
+//! header + 44      frame size       4 bytes: in words, from the caller's rsp down. 0 if there is more than one function, -1 if
+//!                                   it is not said
 //! header + 48      code begin
 //! header + 56      code end
 //! header + 112     name
@@ -21,7 +22,8 @@
 //! 1. `mov %eax, -n(%rsp); push %rbp`: makes sure that there is a stack; perhaps `mov %rsp, %rbp`
 //! 2. `sub $n, %rsp; mov %rbp, n-8(%rsp)`, perhaps `mov %rsp, %rbp; add $n-8, %rbp`: where n-8 takes one byte, none as it is 0,
 //!    or four
-//! 3. `push %rbp; mov %rsp, %rbp`: a stub that keeps registers below
+//! 3. `push %rbp; mov %rsp, %rbp`: a stub that keeps registers below. Where no size is said (`Runtime1::generate_blob` in
+//!    c1_Runtime1.cpp), what such a stub calls returns into its body
 //!
 //! What takes frames of others away, so that its own is not where it was, begins otherwise: `generate_uncommon_trap_blob` and
 //! `generate_deopt_blob` in sharedRuntime_x86_64.cpp, `OptoRuntime::generate_exception_blob`.
@@ -58,6 +60,8 @@ const MAX_HEADER_BITS: u32 = 14;
 const MAX_LENGTH: u64 = 2 * MAX_BYTES / SEGMENT_BYTES;
 /// Largest frame, in words.
 const MAX_FRAME_WORDS: u64 = 1 << 16;
+/// The size of a frame of which none is said, in words.
+const SIZE_NOT_SAID: u64 = 0xffff_ffff;
 
 const CODE_BEGIN: u64 = 48;
 const NAME: u64 = 112;
@@ -246,7 +250,7 @@ impl Registers {
         let is_blob = used & 0xff == 1
             && length < MAX_LENGTH
             && end.wrapping_sub(header) <= length * SEGMENT_BYTES
-            && frame_words < MAX_FRAME_WORDS;
+            && (frame_words < MAX_FRAME_WORDS || frame_words == SIZE_NOT_SAID);
         // A method's jump tables hold addresses of its code, too.
         if !is_blob {
             search.at = header.wrapping_sub(SEGMENT_BYTES);
@@ -254,6 +258,14 @@ impl Registers {
         }
         if frame_words == 0 {
             return self.caller_by_name(header, search, code, memory);
+        }
+        if frame_words == SIZE_NOT_SAID {
+            let keeps_one = memory.word(begin).is_some_and(|code| code & LOW_4 == PROLOGUE);
+            return if self.exact == 0 && keeps_one {
+                self.caller_by_frame_pointer(memory)
+            } else {
+                self.search_without_blob(search, code, memory)
+            };
         }
         let is_method = complete.wrapping_sub(1) < MAX_BYTES_OF_ENTRY;
         let last = if is_method { begin.wrapping_add(complete - 1) & !(METHOD_ALIGNMENT - 1) } else { begin };

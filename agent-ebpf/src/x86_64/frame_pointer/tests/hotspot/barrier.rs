@@ -102,3 +102,20 @@ fn what_only_begins_like_a_barriers_end() {
         }
     }
 }
+
+/// What C1's code calls to see to a reference: a stub with a frame whose size is not said, full of what was in registers.
+#[test]
+fn a_stub_whose_frame_has_no_size() {
+    let (at, blob) = header(0x780, [0x800, 0x900], -1, u32::MAX);
+    let found = |beginning: &[u8], exact| {
+        let memory = Memory::new(&[RETURN_ENTRY, (at, &blob), (0x800, beginning)]);
+        let memory = memory.with_stack(&FRAME).with_stack(&[(4, RETURN)]);
+        caller(&memory, 0x1850, exact, word(1), word(9))
+    };
+    let prologue: &[u8] = &[0x55, 0x48, 0x8b, 0xec];
+    assert_eq!(found(prologue, false), Ok((RETURN, word(11), word(20))));
+    // It may have left its frame again.
+    assert_eq!(found(prologue, true), Err(StopReason::FramePointer));
+    // push %rax; push %rbp; mov %rsp, %rbp
+    assert_eq!(found(&[0x50, 0x55, 0x48, 0x8b, 0xec], false), Err(StopReason::FramePointer));
+}
