@@ -6,7 +6,7 @@
 use std::io::{self, Write as _};
 
 /// zstd level of what is sent: the default, a good ratio at some 200 MB/s.
-const ZSTD_LEVEL: i32 = 3;
+pub(crate) const ZSTD_LEVEL: i32 = 3;
 
 /// A coding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

@@ -3,24 +3,24 @@
 //! What a file says of itself decides what is read of it, and anyone can map a file that says anything: a section of 64 GiB
 //! that takes no room on disk, or sixty thousand sections over the same bytes. `object::ReadCache` keeps all that was ever
 //! read, each range for itself. So the bytes that are asked of one image are counted in one place, whoever asks for them, and
-//! beyond the bound reading fails as it does behind the end of the file. What goes into a skeleton is read into that, and not kept
-//! a second time.
+//! beyond the bound reading fails as it does behind the end of the file. What goes into a skeleton passes through, and none of it is
+//! kept.
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
 use std::ops::Range;
 use std::sync::Arc;
 
 use object::read::ReadRef;
 
-use crate::skeleton::MAX_SKELETON_BYTES;
-
-/// Most bytes that are read of one image: what a skeleton may have, and half as much of what is looked at only. Of
-/// Chromium, unstripped, 300 million.
-const MAX_READ_BYTES: u64 = MAX_SKELETON_BYTES + MAX_SKELETON_BYTES / 2;
+/// Most bytes that are read of one image and kept while it is looked at: the first bytes of each of its functions' CFI, of
+/// 16 bytes and [`RANGE_BYTES`], above all. Of half a million functions 56 million.
+pub(crate) const MAX_READ_BYTES: u64 = 80 * 1024 * 1024;
 /// What a range takes beside its bytes, about: its place in a hash table, and what allocators add.
 const RANGE_BYTES: u64 = 96;
+/// How many bytes are copied at once.
+const COPIED_AT_ONCE: usize = 128 * 1024;
 /// Longest string that is read to its end, as `object::ReadCache` has it.
 const MAX_STRING_BYTES: u64 = 4096;
 
@@ -34,8 +34,8 @@ pub struct ImageFile {
 
 /// An image of which parts can be copied without being read into memory for good.
 pub trait CopyBytes<'a>: ReadRef<'a> {
-    /// Appends `size` bytes from `offset` on to `out`; nothing if there are not as many.
-    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut Vec<u8>) -> io::Result<()>;
+    /// Writes `size` bytes from `offset` on to `out`. If that fails, as when there are not as many, some of them may be there.
+    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut dyn Write) -> io::Result<()>;
 }
 
 fn too_short() -> io::Error {
@@ -43,29 +43,32 @@ fn too_short() -> io::Error {
 }
 
 impl<'a> CopyBytes<'a> for &'a [u8] {
-    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut Vec<u8>) -> io::Result<()> {
-        out.extend_from_slice(self.read_bytes_at(offset, size).map_err(|()| too_short())?);
-        Ok(())
+    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(self.read_bytes_at(offset, size).map_err(|()| too_short())?)
     }
 }
 
 impl<'a> CopyBytes<'a> for &'a ImageFile {
-    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut Vec<u8>) -> io::Result<()> {
+    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut dyn Write) -> io::Result<()> {
         let length = ReadRef::len(self).map_err(|()| too_short())?;
         if offset.checked_add(size).is_none_or(|end| end > length) {
             return Err(too_short());
         }
-        self.left.set(self.left_with(size).map_err(|()| io::Error::from(io::ErrorKind::FileTooLarge))?);
-        let before = out.len();
         // The cache goes to its place before each reading, too.
         let mut file = &*self.file;
         file.seek(SeekFrom::Start(offset))?;
-        let read = file.take(size).read_to_end(out);
-        if read.as_ref().is_ok_and(|read| *read as u64 == size) {
-            return Ok(());
+        let mut part = file.take(size);
+        let mut buffer = vec![0; COPIED_AT_ONCE.min(size as usize)];
+        let mut left = size;
+        while left > 0 {
+            let read = part.read(&mut buffer)?;
+            if read == 0 {
+                return Err(too_short());
+            }
+            out.write_all(&buffer[..read])?;
+            left -= read as u64;
         }
-        out.truncate(before);
-        Err(read.err().unwrap_or_else(too_short))
+        Ok(())
     }
 }
 
@@ -154,29 +157,29 @@ mod tests {
     }
 
     #[test]
-    fn what_is_copied_counts_and_comes_whole_or_not_at_all() {
+    fn what_is_copied_comes_whole_or_fails_and_is_not_kept() {
         use std::os::unix::fs::FileExt as _;
-        let file = sparse(1 << 20);
+        let length = 3 * COPIED_AT_ONCE as u64;
+        let file = sparse(length);
         file.file.write_all_at(b"windlass", 4096).expect("the file is there");
         let mut out = b"a ".to_vec();
         (&file).copy_bytes_at(4096, 8, &mut out).expect("the file is as long");
         assert_eq!(out, b"a windlass");
-        assert_eq!(file.left.get(), MAX_READ_BYTES - 8 - RANGE_BYTES);
+        let mut all = Vec::new();
+        (&file).copy_bytes_at(0, length, &mut all).expect("the file is as long");
+        assert_eq!((all.len() as u64, &all[4096..4104]), (length, &b"windlass"[..]));
+        assert_eq!(file.left.get(), MAX_READ_BYTES);
         assert_eq!(
             (&file).read_bytes_at(4098, 6),
             Ok(&b"ndlass"[..]),
             "what is read comes from its own place"
         );
-        for (offset, size) in [((1 << 20) - 1, 2), (1 << 20, 1), (u64::MAX, 1), (0, u64::MAX)] {
+        for (offset, size) in [(length - 1, 2), (length, 1), (u64::MAX, 1), (0, u64::MAX)] {
             assert!((&file).copy_bytes_at(offset, size, &mut out).is_err(), "{offset} {size}");
         }
         // It has become shorter meanwhile.
         file.file.set_len(4100).expect("the file is there");
         assert!((&file).copy_bytes_at(4096, 8, &mut out).is_err());
-        file.left.set(RANGE_BYTES + 1);
-        let beyond = (&file).copy_bytes_at(0, 2, &mut out).map_err(|error| error.kind());
-        assert_eq!(beyond, Err(io::ErrorKind::FileTooLarge));
-        assert_eq!(out, b"a windlass");
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! - [`process`]: what one maps; `process_reading` on `file_threads` (where they may hang: `visits`, `held_memory`), [`proc_maps`],
 //!   [`mapped_file`]
 //! - [`images`], [`image`] and [`image_file`]: what is mapped; `frame_pointers`: which of it can be walked without a table
-//! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`];
+//! - [`tables`]: how an image gets its table; `table_queue`, [`table_cache`], [`skeleton`], [`packed_skeleton`];
 //!   `table_refresh`: whether it is still the service's
 //! - [`otlp`], [`shipper`], [`spool`], [`compression`]: how samples become profiles and reach the service
 //! - [`resource`], [`cgroup`]: of which service, container and pod they are; `owners`: when that is known
@@ -56,6 +56,7 @@ pub mod metrics;
 pub mod otlp;
 mod own_cost;
 pub mod owners;
+pub mod packed_skeleton;
 pub mod perf_map;
 mod perf_ring;
 pub mod privilege;

@@ -159,6 +159,22 @@ impl ImageSource {
         }
     }
 
+    /// What tells the file from others, if it is one.
+    pub(crate) fn key(&self) -> Option<FileKey> {
+        match self {
+            Self::File { key, .. } => Some(*key),
+            Self::Memory(_) => None,
+        }
+    }
+
+    /// How many bytes the image has.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::File { key, .. } => key.size_bytes,
+            Self::Memory(bytes) => bytes.len() as u64,
+        }
+    }
+
     /// Opens a file again, if it still is what it was.
     fn open(names: &[PathBuf], key: FileKey) -> Result<File, SourceError> {
         let mut failure = None;
@@ -270,7 +286,7 @@ impl<'a> object::ReadRef<'a> for ImageBytes<'a> {
 }
 
 impl<'a> CopyBytes<'a> for ImageBytes<'a> {
-    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut Vec<u8>) -> io::Result<()> {
+    fn copy_bytes_at(self, offset: u64, size: u64, out: &mut dyn io::Write) -> io::Result<()> {
         match self {
             Self::Memory(bytes) => bytes.copy_bytes_at(offset, size, out),
             Self::File(file) => file.copy_bytes_at(offset, size, out),

@@ -22,6 +22,7 @@ use windlass_schema::http::{
 
 use crate::compression::Compression;
 use crate::metrics::{Metrics, Request};
+use crate::packed_skeleton::PackedSkeleton;
 use crate::spool::EncodedBatch;
 
 /// Largest table taken, in bytes: as much as the chunks in the kernel hold.
@@ -36,7 +37,7 @@ const SLOWEST_TABLE: usize = 64 * 1024;
 /// How long the largest table may take.
 const TABLE_TIMEOUT: Duration =
     Duration::from_secs(ANSWER_TIMEOUT.as_secs() + (MAX_TABLE_BYTES / SLOWEST_TABLE) as u64);
-/// How long a large upload may take: 256 MiB at 2 MiB/s.
+/// How long a large upload may take: the largest skeleton, at 320 KiB/s.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(128);
 /// Most bytes taken of an answer that is no table, unpacked: the ten lines of an error, one artefact's name. What a few
 /// kilobytes unpack to has no end.
@@ -259,11 +260,29 @@ impl Service {
         kind: ArtefactKind,
         content: Vec<u8>,
     ) -> Result<(), ServiceError> {
-        let url = format!("{}/api/v1/buildid/{id}/{kind}", self.base);
         let (sha256, body) =
             tokio::task::spawn_blocking(move || (sha256_hex(&content), Compression::Zstd.compress(&content)))
                 .await
                 .map_err(|error| ServiceError::Client(error.to_string()))?;
+        let body = body.map_err(|error| ServiceError::Client(error.to_string()))?;
+        self.put_compressed(id, kind, sha256, body).await
+    }
+
+    /// `PUT /api/v1/buildid/ID/skeleton`.
+    pub async fn put_skeleton(&self, id: BuildId, skeleton: PackedSkeleton) -> Result<(), ServiceError> {
+        let PackedSkeleton { sha256, zstd } = skeleton;
+        let put = self.put_compressed(id, ArtefactKind::Skeleton, sha256, zstd);
+        self.counted(Request::Upload, put).await
+    }
+
+    async fn put_compressed(
+        &self,
+        id: BuildId,
+        kind: ArtefactKind,
+        sha256: String,
+        body: Vec<u8>,
+    ) -> Result<(), ServiceError> {
+        let url = format!("{}/api/v1/buildid/{id}/{kind}", self.base);
         let request = self
             .http
             .put(url)
@@ -271,7 +290,7 @@ impl Service {
             .header(SHA256_HEADER, sha256)
             .header(CONTENT_ENCODING, Compression::Zstd.as_str())
             .header(CONTENT_TYPE, "application/octet-stream")
-            .body(body.map_err(|error| ServiceError::Client(error.to_string()))?);
+            .body(body);
         let response = self.send(request).await?;
         match response.status() {
             StatusCode::NOT_FOUND | StatusCode::NOT_MODIFIED => Err(refusal(response).await),

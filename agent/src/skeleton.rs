@@ -21,9 +21,14 @@
 //! ```
 //! An image without section headers (`sstrip`) gets some: `.note` for each `PT_NOTE`, `.code` for each segment of code, `.eh_frame_hdr`
 //! from `PT_GNU_EH_FRAME`, `.eh_frame` from the pointer in it. Its dynamic symbols are left out.
+//!
+//! A skeleton is laid out first and then written from beginning to end, so that nobody needs to hold it as a whole
+//! ([`packed_skeleton`](crate::packed_skeleton)).
 
+mod found_sections;
 mod kept_sections;
 
+use std::io::{self, Write};
 use std::ops::Range;
 
 use object::LittleEndian as LE;
@@ -33,7 +38,8 @@ use object::read::ReadRef;
 use object::read::elf::{FileHeader as _, ProgramHeader as _, SectionHeader as _};
 use windlass_schema::BuildId;
 
-use kept_sections::{GO_TABLE, GO_TABLE_OF_PIE, is_kept};
+use found_sections::unwind_sections;
+use kept_sections::{GO_TABLE, GO_TABLE_OF_PIE, is_kept, is_symbols};
 
 use crate::code_without_cfi::{Code, KeptCode, array_relocations};
 use crate::coroutine_code::makecontext;
@@ -43,14 +49,13 @@ use crate::image::{
 };
 use crate::image_file::CopyBytes;
 
-/// Largest skeleton in bytes. That of an unstripped Chromium, symbol names included, has about 200 MiB.
+/// Largest skeleton in bytes. That of an unstripped Chromium, symbol names included, has about 200 MiB, that of a Go program of
+/// 700 MB 180.
 pub const MAX_SKELETON_BYTES: u64 = 256 * 1024 * 1024;
 /// Largest section name table read in bytes; they have some hundreds.
 const MAX_SECTION_NAMES_BYTES: u64 = 1024 * 1024;
 /// Kept bytes keep their place modulo this, the largest alignment that a kept section asks for.
 const PART_ALIGNMENT: u64 = 64;
-/// Bytes of an `.eh_frame_hdr` up to the end of an `eh_frame_ptr` of four bytes.
-const EH_FRAME_HDR_BYTES: u64 = 8;
 
 /// Name of a section that holds a part of another, which has none of its bytes.
 const CODE_SECTION: &[u8] = b".text.without_cfi";
@@ -68,70 +73,202 @@ pub enum SkeletonError {
         /// What it would have.
         bytes: u64,
     },
+    /// It is too large even packed.
+    #[error(
+        "skeleton of {bytes} bytes has more than {limit} when it is compressed, which are the most that are held in memory"
+    )]
+    Packed {
+        /// What it has unpacked.
+        bytes: u64,
+        /// What it may have packed.
+        limit: usize,
+    },
     /// The file shrank or could not be read.
     #[error("bytes {0:#x} to {1:#x} of the image cannot be read")]
     Read(u64, u64),
 }
 
-/// The skeleton of the image `elf`.
+impl SkeletonError {
+    /// Whether it is its size that is wrong, which stays as it is.
+    pub(crate) fn is_of_size(&self) -> bool {
+        matches!(self, Self::Size { .. } | Self::Packed { .. })
+    }
+}
+
+/// What of an image goes into its skeleton, beside what always does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// All code: for the vDSO, which is no secret, has two pages of it, and on aarch64 the trampoline of signals without CFI
+    /// (arch/arm64/kernel/vdso/sigreturn.S), known by its instructions alone.
+    pub(crate) code: bool,
+    /// The symbol table that is not loaded, with its names: often most of the bytes, and no table needs it.
+    pub(crate) symbols: bool,
+}
+
+/// The skeleton of the image `elf`, symbols included.
 pub fn skeleton<'data, R: CopyBytes<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
-    make(elf, false)
+    let skeleton = Skeleton::new(elf, Extent { code: false, symbols: true })?;
+    let mut out = Vec::with_capacity(skeleton.bytes() as usize);
+    skeleton.write(&mut out)?;
+    Ok(out)
 }
 
-/// The skeleton with all code of the image `elf`: for the vDSO, which is no secret, has two pages of it, and on aarch64 the
-/// trampoline of signals without CFI (arch/arm64/kernel/vdso/sigreturn.S), known by its instructions alone.
-pub(crate) fn skeleton_with_code<'data, R: CopyBytes<'data>>(elf: R) -> Result<Vec<u8>, SkeletonError> {
-    make(elf, true)
+/// A skeleton that is laid out.
+pub(crate) struct Skeleton<R> {
+    elf: R,
+    header: FileHeader,
+    segments: Vec<ProgramHeader>,
+    parts: Moved,
+    /// The ID that the image has no note of, and where its note goes.
+    identity: Option<(BuildId, u64)>,
+    names: Vec<u8>,
+    names_at: u64,
+    sections: Vec<SectionHeader>,
 }
 
-fn make<'data, R: CopyBytes<'data>>(elf: R, with_code: bool) -> Result<Vec<u8>, SkeletonError> {
-    let header = file_header(elf)?;
-    let segments = program_headers(header, elf)?.to_vec();
-    let mut sections = section_headers(header, elf)?.to_vec();
-    let length = elf.len().map_err(|()| SkeletonError::Read(0, 0))?;
-    let (mut names, names_index) = match section_names(header, &sections, elf) {
-        Some(names_and_index) => names_and_index,
-        None => {
-            let mut names = vec![0];
-            if sections.is_empty() {
-                sections = unwind_sections(&segments, elf, &mut names);
+impl<'data, R: CopyBytes<'data>> Skeleton<R> {
+    /// Lays out the skeleton of the image `elf`.
+    pub(crate) fn new(elf: R, extent: Extent) -> Result<Self, SkeletonError> {
+        let header = file_header(elf)?;
+        let mut segments = program_headers(header, elf)?.to_vec();
+        let mut sections = section_headers(header, elf)?.to_vec();
+        let length = elf.len().map_err(|()| SkeletonError::Read(0, 0))?;
+        let (mut names, names_index) = match section_names(header, &sections, elf) {
+            Some(names_and_index) => names_and_index,
+            None => {
+                let mut names = vec![0];
+                if sections.is_empty() {
+                    sections = unwind_sections(&segments, elf, &mut names);
+                }
+                sections.push(section(&mut names, b".shstrtab", elf::SHT_STRTAB, 0, 0..0));
+                let index = sections.len() - 1;
+                (names, index)
             }
-            sections.push(section(&mut names, b".shstrtab", elf::SHT_STRTAB, 0, 0..0));
-            let index = sections.len() - 1;
-            (names, index)
+        };
+        let is_kept = |section: &SectionHeader| {
+            is_kept(section, &names) && (extent.symbols || !is_symbols(section, &names))
+                || extent.code && section.sh_flags(LE).contains(elf::SHF_EXECINSTR)
+        };
+        let kept = sections.iter().map(|section| is_kept(section) && range_of(section).end <= length);
+        let mut kept: Vec<bool> = kept.collect();
+        let added = match extent.code {
+            true => Vec::new(),
+            false => added_sections(header, (&segments, &sections), &mut names, elf),
+        };
+        for section in added {
+            if range_of(&section).end <= length {
+                sections.push(section);
+                kept.push(true);
+            }
         }
-    };
-    let is_kept = |section: &SectionHeader| {
-        is_kept(section, &names) || with_code && section.sh_flags(LE).contains(elf::SHF_EXECINSTR)
-    };
-    let kept = sections.iter().map(|section| is_kept(section) && range_of(section).end <= length);
-    let mut kept: Vec<bool> = kept.collect();
-    let added =
-        if with_code { Vec::new() } else { added_sections(header, (&segments, &sections), &mut names, elf) };
-    for section in added {
-        if range_of(&section).end <= length {
-            sections.push(section);
-            kept.push(true);
+        let parts = Parts::collect(&segments, &sections, &kept, length);
+        if parts.bytes() > MAX_SKELETON_BYTES {
+            return Err(SkeletonError::Size { bytes: parts.bytes() });
         }
-    }
-    let parts = Parts::collect(&segments, &sections, &kept, length);
-    if parts.bytes() > MAX_SKELETON_BYTES {
-        return Err(SkeletonError::Size { bytes: parts.bytes() });
-    }
-    let identity = match gnu_build_id(header, &segments, elf) {
-        Some(_) => None,
-        None => Some(file_hash(elf)?),
-    };
+        let identity = match gnu_build_id(header, &segments, elf) {
+            Some(_) => None,
+            None => Some(file_hash(elf)?),
+        };
 
-    let mut writer = Writer { header: *header, segments, out: Vec::new() };
-    let moved = writer.parts(&parts, identity.is_some(), elf)?;
-    for (at, section) in sections.iter_mut().enumerate() {
-        place_section(section, kept[at], &moved);
+        let headers = segments.len() + usize::from(identity.is_some());
+        let mut at = (size_of::<FileHeader>() + headers * size_of::<ProgramHeader>()) as u64;
+        let parts = Moved::from_on(parts, &mut at);
+        for segment in &mut segments {
+            place_segment(segment, &parts);
+        }
+        for (section, kept) in sections.iter_mut().zip(kept) {
+            place_section(section, kept, &parts);
+        }
+        let identity = identity.map(|id| {
+            let start = aligned(at, 0);
+            at = start + identity_note(id).len() as u64;
+            segments.push(identity_segment(start..at));
+            sections.push(section(&mut names, b".note.gnu.build-id", elf::SHT_NOTE, 0, start..at));
+            (id, start)
+        });
+        let names_at = aligned(at, 0);
+        let names_section = &mut sections[names_index];
+        names_section.sh_type.set(LE, elf::SHT_STRTAB);
+        names_section.sh_offset.set(LE, names_at);
+        names_section.sh_size.set(LE, names.len() as u64);
+        let mut skeleton =
+            Self { elf, header: *header, segments, parts, identity, names, names_at, sections };
+        skeleton.set_header(names_index);
+        match skeleton.bytes() {
+            bytes if bytes > MAX_SKELETON_BYTES => Err(SkeletonError::Size { bytes }),
+            _ => Ok(skeleton),
+        }
     }
-    if let Some(id) = identity {
-        sections.push(writer.identity_note(id, &mut names));
+
+    fn set_header(&mut self, names_index: usize) {
+        let sections_at = self.sections_at();
+        let header = &mut self.header;
+        let headers_at = if self.segments.is_empty() { 0 } else { size_of::<FileHeader>() as u64 };
+        header.e_phoff.set(LE, headers_at);
+        header.e_phentsize.set(LE, size_of::<ProgramHeader>() as u16);
+        header.e_phnum.set(LE, self.segments.len() as u16);
+        header.e_shoff.set(LE, sections_at);
+        header.e_shentsize.set(LE, size_of::<SectionHeader>() as u16);
+        header.e_shnum.set(LE, self.sections.len() as u16);
+        header.e_shstrndx.set(LE, elf::SymbolSection(names_index as u16));
     }
-    writer.finish(sections, names, names_index)
+
+    fn sections_at(&self) -> u64 {
+        aligned(self.names_at + self.names.len() as u64, 0)
+    }
+
+    /// How long it is.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.sections_at() + size_of_val(&self.sections[..]) as u64
+    }
+
+    /// Writes it.
+    pub(crate) fn write(&self, out: &mut dyn Write) -> Result<(), SkeletonError> {
+        let mut out = Placed { out, at: 0 };
+        let (sections_at, bytes) = (self.sections_at(), self.bytes());
+        out.put(0, bytes_of(&self.header)).map_err(|_| SkeletonError::Read(0, 0))?;
+        let headers_at = size_of::<FileHeader>() as u64;
+        out.put(headers_at, bytes_of_slice(&self.segments)).map_err(|_| SkeletonError::Read(0, 0))?;
+        for (part, place) in &self.parts.0 {
+            let copied = out.pad_to(*place).and_then(|()| {
+                out.at += part.end - part.start;
+                self.elf.copy_bytes_at(part.start, part.end - part.start, out.out)
+            });
+            copied.map_err(|_| SkeletonError::Read(part.start, part.end))?;
+        }
+        let identity = self.identity.map_or(Ok(()), |(id, place)| out.put(place, &identity_note(id)));
+        identity
+            .and_then(|()| out.put(self.names_at, &self.names))
+            .and_then(|()| out.put(sections_at, bytes_of_slice(&self.sections)))
+            .map_err(|_| SkeletonError::Read(self.names_at, bytes))
+    }
+}
+
+/// What is written where.
+struct Placed<'a> {
+    out: &'a mut dyn Write,
+    at: u64,
+}
+
+impl Placed<'_> {
+    /// Pads with zeros up to a place, all of them less than [`PART_ALIGNMENT`] apart.
+    fn pad_to(&mut self, place: u64) -> io::Result<()> {
+        let padding = [0; PART_ALIGNMENT as usize];
+        let count = (place - self.at) as usize;
+        self.at = place;
+        self.out.write_all(&padding[..count])
+    }
+
+    fn put(&mut self, place: u64, bytes: &[u8]) -> io::Result<()> {
+        self.pad_to(place)?;
+        self.at += bytes.len() as u64;
+        self.out.write_all(bytes)
+    }
+}
+
+/// The next place from `at` on that is `remainder` modulo [`PART_ALIGNMENT`].
+fn aligned(at: u64, remainder: u64) -> u64 {
+    at + (PART_ALIGNMENT + remainder - at % PART_ALIGNMENT) % PART_ALIGNMENT
 }
 
 /// Sections for parts of others: code that no CFI covers, and what is to be known for following it.
@@ -245,72 +382,6 @@ fn section(
     }
 }
 
-/// For an image without section headers: the null section and those of its unwind information.
-fn unwind_sections<'data, R: ReadRef<'data>>(
-    segments: &[ProgramHeader],
-    elf: R,
-    names: &mut Vec<u8>,
-) -> Vec<SectionHeader> {
-    let mut sections = vec![section(names, b"", elf::SHT_NULL, 0, 0..0)];
-    for note in segments.iter().filter(|segment| segment.p_type(LE) == elf::PT_NOTE) {
-        let file = note.p_offset(LE)..note.p_offset(LE).saturating_add(note.p_filesz(LE));
-        let mut note_section = section(names, b".note", elf::SHT_NOTE, note.p_vaddr(LE), file);
-        note_section.sh_addralign.set(LE, note.p_align(LE));
-        sections.push(note_section);
-    }
-    let is_code = |segment: &&ProgramHeader| {
-        segment.p_type(LE) == elf::PT_LOAD && segment.p_flags(LE).contains(elf::PF_X)
-    };
-    for code in segments.iter().filter(is_code) {
-        let file = code.p_offset(LE)..code.p_offset(LE).saturating_add(code.p_filesz(LE));
-        let mut code = section(names, b".code", elf::SHT_PROGBITS, code.p_vaddr(LE), file);
-        code.sh_flags.set(LE, elf::SHF_ALLOC | elf::SHF_EXECINSTR);
-        sections.push(code);
-    }
-    let Some(hdr) = segments.iter().find(|segment| segment.p_type(LE) == elf::PT_GNU_EH_FRAME) else {
-        return sections;
-    };
-    let (address, offset) = (hdr.p_vaddr(LE), hdr.p_offset(LE));
-    let file = offset..offset.saturating_add(hdr.p_filesz(LE));
-    sections.push(section(names, b".eh_frame_hdr", elf::SHT_PROGBITS, address, file));
-    // LSB Core 5.0, 10.6.2: version 1, encoding of eh_frame_ptr, two more encodings, eh_frame_ptr.
-    // Linkers write it relative to itself in four signed bytes (DW_EH_PE_pcrel | DW_EH_PE_sdata4).
-    if let Ok(&[1, 0x1b, _, _, a, b, c, d]) = elf.read_bytes_at(offset, EH_FRAME_HDR_BYTES) {
-        let distance = i64::from(i32::from_le_bytes([a, b, c, d]));
-        let frames = address.wrapping_add(4).wrapping_add_signed(distance);
-        if let Some(file) = eh_frame_range(segments, elf, frames) {
-            sections.push(section(names, b".eh_frame", elf::SHT_PROGBITS, frames, file));
-        }
-    }
-    sections
-}
-
-/// The file range of the `.eh_frame` at `address`: its records up to the terminating zero length, or
-/// to the end of its segment.
-fn eh_frame_range<'data, R: ReadRef<'data>>(
-    segments: &[ProgramHeader],
-    elf: R,
-    address: u64,
-) -> Option<Range<u64>> {
-    let segment = segments.iter().find(|segment| {
-        let into = address.wrapping_sub(segment.p_vaddr(LE));
-        segment.p_type(LE) == elf::PT_LOAD && into < segment.p_filesz(LE)
-    })?;
-    let into = address - segment.p_vaddr(LE);
-    let start = segment.p_offset(LE).checked_add(into)?;
-    let left = (segment.p_filesz(LE) - into).min(MAX_SKELETON_BYTES);
-    let bytes = elf.read_bytes_at(start, left).ok()?;
-    let mut at = 0usize;
-    while let Some(&[a, b, c, d]) = bytes.get(at..at.saturating_add(4)) {
-        let record = u32::from_le_bytes([a, b, c, d]) as usize;
-        at = at.saturating_add(4).saturating_add(record);
-        if record == 0 {
-            break;
-        }
-    }
-    Some(start..start + (at as u64).min(left))
-}
-
 /// The parts of the file that are kept, in order, none touching another.
 struct Parts(Vec<Range<u64>>);
 
@@ -351,6 +422,16 @@ fn is_segment_kept(segment: &ProgramHeader) -> bool {
 struct Moved(Vec<(Range<u64>, u64)>);
 
 impl Moved {
+    /// Places parts one after the other, and moves `at` behind the last one.
+    fn from_on(parts: Parts, at: &mut u64) -> Self {
+        let place = |part: Range<u64>| {
+            let place = aligned(*at, part.start % PART_ALIGNMENT);
+            *at = place + (part.end - part.start);
+            (part, place)
+        };
+        Self(parts.0.into_iter().map(place).collect())
+    }
+
     /// The new offset of the kept byte at `offset`, or behind the last of a part (an empty section).
     fn place(&self, offset: u64) -> Option<u64> {
         let (part, place) = self.0.iter().find(|(part, _)| part.start <= offset && offset <= part.end)?;
@@ -358,109 +439,35 @@ impl Moved {
     }
 }
 
-/// The skeleton as it grows.
-struct Writer {
-    header: FileHeader,
-    segments: Vec<ProgramHeader>,
-    out: Vec<u8>,
+/// Points a segment at its moved contents, if they are kept, and hides it, if readers would follow it to bytes that are gone.
+fn place_segment(segment: &mut ProgramHeader, moved: &Moved) {
+    match (is_segment_kept(segment), moved.place(segment.p_offset(LE))) {
+        (true, Some(place)) => segment.p_offset.set(LE, place),
+        (true, None) => segment.p_filesz.set(LE, 0),
+        (false, _) if [elf::PT_DYNAMIC, elf::PT_INTERP].contains(&segment.p_type(LE)) => {
+            segment.p_type.set(LE, elf::PT_NULL);
+        }
+        (false, _) => {}
+    }
 }
 
-impl Writer {
-    /// Leaves room for the headers, copies the kept parts, and mends the program headers.
-    fn parts<'data, R: CopyBytes<'data>>(
-        &mut self,
-        parts: &Parts,
-        with_identity: bool,
-        elf: R,
-    ) -> Result<Moved, SkeletonError> {
-        let headers = self.segments.len() + usize::from(with_identity);
-        let headers = size_of::<FileHeader>() + headers * size_of::<ProgramHeader>();
-        // No more than the largest skeleton.
-        self.out = Vec::with_capacity(headers + parts.bytes() as usize);
-        self.out.resize(headers, 0);
-        let mut moved = Vec::with_capacity(parts.0.len());
-        for part in &parts.0 {
-            self.align(part.start % PART_ALIGNMENT);
-            moved.push((part.clone(), self.out.len() as u64));
-            elf.copy_bytes_at(part.start, part.end - part.start, &mut self.out)
-                .map_err(|_| SkeletonError::Read(part.start, part.end))?;
-        }
-        let moved = Moved(moved);
-        for segment in &mut self.segments {
-            let place = moved.place(segment.p_offset(LE));
-            match (is_segment_kept(segment), place) {
-                (true, Some(place)) => segment.p_offset.set(LE, place),
-                (true, None) => segment.p_filesz.set(LE, 0),
-                (false, _) if [elf::PT_DYNAMIC, elf::PT_INTERP].contains(&segment.p_type(LE)) => {
-                    segment.p_type.set(LE, elf::PT_NULL);
-                }
-                (false, _) => {}
-            }
-        }
-        Ok(moved)
-    }
+/// `id` as a GNU build-ID note.
+fn identity_note(id: BuildId) -> Vec<u8> {
+    let words = [4, id.as_bytes().len() as u32, elf::NT_GNU_BUILD_ID.0];
+    let head = words.into_iter().flat_map(u32::to_le_bytes);
+    head.chain(*b"GNU\0").chain(id.as_bytes().iter().copied()).collect()
+}
 
-    /// Pads with zeros until the length is `remainder` modulo [`PART_ALIGNMENT`].
-    fn align(&mut self, remainder: u64) {
-        let now = self.out.len() as u64 % PART_ALIGNMENT;
-        let padding = (PART_ALIGNMENT + remainder - now) % PART_ALIGNMENT;
-        self.out.resize(self.out.len() + padding as usize, 0);
-    }
-
-    /// Writes `id` as a GNU build-ID note, and says so in a program header and a section header.
-    fn identity_note(&mut self, id: BuildId, names: &mut Vec<u8>) -> SectionHeader {
-        self.align(0);
-        let start = self.out.len() as u64;
-        for word in [4, id.as_bytes().len() as u32, elf::NT_GNU_BUILD_ID.0] {
-            self.out.extend(word.to_le_bytes());
-        }
-        self.out.extend(b"GNU\0");
-        self.out.extend(id.as_bytes());
-        let size = self.out.len() as u64 - start;
-        self.segments.push(ProgramHeader {
-            p_type: object::U32::new(LE, elf::PT_NOTE),
-            p_flags: object::U32::new(LE, elf::PF_R),
-            p_offset: object::U64::new(LE, start),
-            p_vaddr: object::U64::new(LE, 0),
-            p_paddr: object::U64::new(LE, 0),
-            p_filesz: object::U64::new(LE, size),
-            p_memsz: object::U64::new(LE, 0),
-            p_align: object::U64::new(LE, 4),
-        });
-        section(names, b".note.gnu.build-id", elf::SHT_NOTE, 0, start..start + size)
-    }
-
-    /// Writes names and section headers, and fills in the headers at the start.
-    fn finish(
-        mut self,
-        mut sections: Vec<SectionHeader>,
-        names: Vec<u8>,
-        names_index: usize,
-    ) -> Result<Vec<u8>, SkeletonError> {
-        self.align(0);
-        let names_section = &mut sections[names_index];
-        names_section.sh_type.set(LE, elf::SHT_STRTAB);
-        names_section.sh_offset.set(LE, self.out.len() as u64);
-        names_section.sh_size.set(LE, names.len() as u64);
-        self.out.extend_from_slice(&names);
-        self.align(0);
-        let header = &mut self.header;
-        let headers_at = size_of::<FileHeader>();
-        header.e_phoff.set(LE, if self.segments.is_empty() { 0 } else { headers_at as u64 });
-        header.e_phentsize.set(LE, size_of::<ProgramHeader>() as u16);
-        header.e_phnum.set(LE, self.segments.len() as u16);
-        header.e_shoff.set(LE, self.out.len() as u64);
-        header.e_shentsize.set(LE, size_of::<SectionHeader>() as u16);
-        header.e_shnum.set(LE, sections.len() as u16);
-        header.e_shstrndx.set(LE, elf::SymbolSection(names_index as u16));
-        self.out.extend_from_slice(bytes_of_slice(&sections));
-        let segments = bytes_of_slice(&self.segments);
-        self.out[..headers_at].copy_from_slice(bytes_of(&self.header));
-        self.out[headers_at..headers_at + segments.len()].copy_from_slice(segments);
-        if self.out.len() as u64 > MAX_SKELETON_BYTES {
-            return Err(SkeletonError::Size { bytes: self.out.len() as u64 });
-        }
-        Ok(self.out)
+fn identity_segment(file: Range<u64>) -> ProgramHeader {
+    ProgramHeader {
+        p_type: object::U32::new(LE, elf::PT_NOTE),
+        p_flags: object::U32::new(LE, elf::PF_R),
+        p_offset: object::U64::new(LE, file.start),
+        p_vaddr: object::U64::new(LE, 0),
+        p_paddr: object::U64::new(LE, 0),
+        p_filesz: object::U64::new(LE, file.end - file.start),
+        p_memsz: object::U64::new(LE, 0),
+        p_align: object::U64::new(LE, 4),
     }
 }
 
@@ -580,7 +587,9 @@ mod tests {
         let vdso = entries.iter().find(|entry| entry.backing == crate::proc_maps::Backing::Vdso).unwrap();
         let source = crate::mapped_file::ImageSource::of_vdso(std::process::id(), vdso).unwrap();
         let crate::mapped_file::ImageSource::Memory(image) = source else { panic!("the vDSO is no file") };
-        let skeleton = skeleton_with_code(&image[..]).unwrap();
+        let extent = Extent { code: true, symbols: true };
+        let mut skeleton = Vec::new();
+        Skeleton::new(&image[..], extent).unwrap().write(&mut skeleton).unwrap();
         let (whole, made) = (Elf::parse(&image[..]).unwrap(), Elf::parse(&skeleton[..]).unwrap());
         let text = whole.section_by_name(".text").unwrap();
         let kept = made.section_by_name(".text").unwrap();

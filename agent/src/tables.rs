@@ -13,18 +13,18 @@
 //! rather than in memory. A network that fails is asked again, without end and without hurry, and never
 //! holds up sampling; a service that fails for one image holds up no other (`table_queue`).
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 use tokio::time::Instant;
-use windlass_schema::http::ArtefactKind;
 use windlass_schema::{BuildId, TableFile};
 
 use crate::alarm::Alarm;
-use crate::mapped_file::ImageSource;
+use crate::mapped_file::{FileKey, ImageSource};
+use crate::packed_skeleton::{MAX_PACKED_BYTES, PackedSkeleton, packed_skeleton};
 use crate::service::{Service, ServiceError, TableAnswer};
-use crate::skeleton::{skeleton, skeleton_with_code};
 use crate::table_cache::TableCache;
 use crate::table_queue::{Job, Queue};
 use crate::table_refresh::Refresh;
@@ -50,8 +50,12 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(10);
 /// Failures in a row for one image before the log says so, within 0.6 s: a service that restarts
 /// behind a proxy fails once or twice for many.
 const FAILURES_TO_WARN: u32 = 3;
-/// Skeletons in memory at once: the largest have tens of megabytes, and a small one must not wait long.
-const SKELETONS: usize = 2;
+/// Skeletons that are made at once: each image is looked at in memory of its own ([`crate::image_file`]).
+const SKELETONS_MADE: usize = 1;
+/// KiB of skeletons in memory at once, made or on their way: the largest one, or many small ones.
+const SKELETONS_KIB: u32 = (MAX_PACKED_BYTES / 1024) as u32;
+/// Most files remembered because their skeletons were refused, some 100 KiB. At the limit all are forgotten.
+const MAX_REFUSED: usize = 1000;
 /// Results that wait for the agent's loop.
 const RESULTS: usize = 4;
 
@@ -111,7 +115,7 @@ impl Tables {
         let queue = Arc::new(Queue::default());
         let (sender, results) = mpsc::channel(RESULTS);
         let sender = Results { sender, alarm };
-        let skeletons = Semaphore::new(SKELETONS);
+        let skeletons = Skeletons::default();
         let (cache, refresh) = (Arc::new(cache), Arc::new(Refresh::new(refresh_after)));
         runtime.spawn(refresh.clone().run(service.clone(), cache.clone(), sender.clone()));
         let source = Arc::new(TableSource { service: service.clone(), cache, refresh, skeletons });
@@ -232,7 +236,7 @@ struct TableSource {
     service: Service,
     cache: Arc<TableCache>,
     refresh: Arc<Refresh>,
-    skeletons: Semaphore,
+    skeletons: Skeletons,
 }
 
 impl TableSource {
@@ -297,20 +301,75 @@ impl TableSource {
     }
 
     async fn send_skeleton(&self, request: &TableRequest) -> Result<(), SendError> {
-        // Never closed; were it, there would merely be no limit.
-        let _permit = self.skeletons.acquire().await;
-        let source = request.source.clone();
+        let (skeleton, _held) = self.skeletons.make(&request.source).await?;
+        tracing::debug!(path = %request.path, id = %request.id, bytes = skeleton.zstd.len(), "sending skeleton");
+        Ok(self.service.put_skeleton(request.id, skeleton).await?)
+    }
+}
+
+/// Makes skeletons, few enough at once.
+struct Skeletons {
+    making: Semaphore,
+    held_kib: Semaphore,
+    /// The files of which there is none, and why: what would be found again.
+    refused: Mutex<HashMap<FileKey, String>>,
+}
+
+impl Default for Skeletons {
+    fn default() -> Self {
+        Self {
+            making: Semaphore::new(SKELETONS_MADE),
+            held_kib: Semaphore::new(SKELETONS_KIB as usize),
+            refused: Mutex::default(),
+        }
+    }
+}
+
+impl Skeletons {
+    /// The skeleton of an image, and its share of the memory for skeletons, for as long as it is there.
+    async fn make(
+        &self,
+        source: &ImageSource,
+    ) -> Result<(PackedSkeleton, Option<SemaphorePermit<'_>>), SendError> {
+        let key = source.key();
+        let known = key.and_then(|key| self.refused().get(&key).cloned());
+        if let Some(reason) = known {
+            return Err(SendError::Image(reason));
+        }
+        // No skeleton has more than its image, about. Never closed; were they, there would merely be no limit.
+        let most_kib = (source.bytes() / 1024 + 1).min(SKELETONS_KIB.into()) as u32;
+        let mut held = self.held_kib.acquire_many(most_kib).await.ok();
+        let making = self.making.acquire().await;
+        let source = source.clone();
         let make = move || {
             let is_vdso = matches!(source, ImageSource::Memory(_));
-            source.read(|image| if is_vdso { skeleton_with_code(image) } else { skeleton(image) })
+            source.read(|image| packed_skeleton(image, is_vdso))
         };
         let made =
             tokio::task::spawn_blocking(make).await.map_err(|error| SendError::Image(error.to_string()))?;
-        let skeleton = made
-            .map_err(|error| SendError::Gone(error.to_string()))?
-            .map_err(|error| SendError::Image(error.to_string()))?;
-        tracing::debug!(path = %request.path, id = %request.id, bytes = skeleton.len(), "sending skeleton");
-        Ok(self.service.put(request.id, ArtefactKind::Skeleton, skeleton).await?)
+        drop(making);
+        let made = made.map_err(|error| SendError::Gone(error.to_string()))?;
+        let skeleton = made.map_err(|error| {
+            if let (Some(key), true) = (key, error.is_of_size()) {
+                self.refuse(key, error.to_string());
+            }
+            SendError::Image(error.to_string())
+        })?;
+        let spare_kib = (most_kib as usize).saturating_sub(skeleton.zstd.len() / 1024 + 1);
+        drop(held.as_mut().and_then(|held| held.split(spare_kib)));
+        Ok((skeleton, held))
+    }
+
+    fn refused(&self) -> MutexGuard<'_, HashMap<FileKey, String>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn refuse(&self, key: FileKey, reason: String) {
+        let mut refused = self.refused();
+        if refused.len() >= MAX_REFUSED {
+            refused.clear();
+        }
+        refused.insert(key, reason);
     }
 }
 

@@ -1,9 +1,13 @@
 //! What the packages give the agent, and what it takes for the agent to do all that it does.
 
-use std::os::unix::fs::chown;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::{FileExt as _, chown};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use object::{Object as _, ObjectSection as _};
+use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 use windlass_tests::program::{checkout, program};
 use windlass_tests::service::TestService;
@@ -74,4 +78,86 @@ async fn a_pid_namespace_of_its_own_is_said_to_be_in_the_way() {
     let mut agent = AgentProcess::start(&mut by(unshare, &namespace, &command));
     let says = |log: &str| log.contains("--pid=host") && log.contains("hostPID");
     agent.eventually("the warning", async |agent| says(&agent.log())).await;
+}
+
+/// Bytes of the section that images of [`hostile`] have.
+const HOSTILE_BYTES: u64 = 200 << 20;
+
+/// Makes the copy of the workload at `path` one whose `section` has 200 MiB: of noise, or, if `noise` is not wanted, of nothing, which
+/// takes no room on disk. Its build-ID becomes another.
+fn inflate(path: &Path, section: &str, noise: bool) -> BuildId {
+    let elf = object::read::elf::ElfFile64::<object::LittleEndian>::parse(ELF).expect("an ELF file");
+    let file = File::options().write(true).open(path).expect("the workload is there");
+    let start = (ELF.len() as u64).next_multiple_of(4096);
+    file.set_len(start + HOSTILE_BYTES).expect("files may be sparse");
+    if noise {
+        let mut noise = File::open("/dev/urandom").expect("the kernel has noise").take(HOSTILE_BYTES);
+        let mut to = &file;
+        to.seek(SeekFrom::Start(start)).expect("it is a file");
+        std::io::copy(&mut noise, &mut to).expect("there is room");
+    }
+    let index = elf.section_by_name(section).expect("the workload has it").index().0 as u64;
+    // sh_offset and sh_size of Elf64_Shdr.
+    let header = elf.elf_header().e_shoff.get(object::LittleEndian) + index * 64;
+    file.write_all_at(&start.to_le_bytes(), header + 24).expect("it is inside");
+    file.write_all_at(&HOSTILE_BYTES.to_le_bytes(), header + 32).expect("it is inside");
+    let mut id = build_id_of(ELF).expect("the workload has a build-ID").as_bytes().to_vec();
+    let at = ELF.windows(id.len()).position(|bytes| bytes == id).expect("it is in its note");
+    id[0] ^= 1 + u8::from(noise);
+    id[1] ^= section.len() as u8;
+    file.write_all_at(&id, at as u64).expect("it is inside");
+    BuildId::new(&id).expect("as long as before")
+}
+
+/// The most memory that process `pid` had so far, in bytes.
+fn peak_memory(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the agent runs");
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a line of each process");
+    peak.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+/// The memory that the systemd unit gives, in bytes; that of the DaemonSet is the same.
+fn memory_of_the_packages() -> u64 {
+    let read = |path: &str| std::fs::read_to_string(checkout().join(path)).expect("the package is there");
+    let unit = read("packaging/systemd/windlass-agent.service");
+    let limit = unit.lines().find_map(|line| line.strip_prefix("MemoryMax=")).expect("a limit");
+    assert!(read("packaging/kubernetes/daemonset.yaml").contains(&format!("memory: {limit}i\n")));
+    limit.trim_end_matches('M').parse::<u64>().expect("in MiB") << 20
+}
+
+/// Whoever may run a program decides what its file says.
+#[tokio::test(flavor = "multi_thread")]
+async fn images_of_any_size_fit_in_the_memory_of_the_packages() {
+    if !may_use_bpf("packaging::images_of_any_size_fit_in_the_memory_of_the_packages") {
+        return;
+    }
+    let service = TestService::start().await;
+    let mut workloads = Vec::new();
+    let cases =
+        [(".strtab", true), (".strtab", false), (".eh_frame", true), (".symtab", true), (".symtab", false)];
+    for (number, (section, noise)) in cases.into_iter().enumerate() {
+        let folder = service.folder().join(number.to_string());
+        std::fs::create_dir(&folder).expect("the folder is new");
+        let path = windlass_workload::write_executable(&folder).expect("write the workload");
+        let id = inflate(&path, section, noise);
+        workloads.push((Workload::run(path), id, section));
+    }
+    let cache = service.folder().join("cache");
+    let mut agent = AgentProcess::start(&mut AgentProcess::command(&service.url(), &cache));
+    for (_workload, id, section) in &workloads {
+        if *section == ".eh_frame" {
+            let refused = async |agent: &AgentProcess| {
+                let log = agent.log();
+                log.lines().any(|line| line.contains(&id.to_string()) && line.contains("no unwind table"))
+            };
+            agent.eventually("the reason why there is no table", refused).await;
+        } else {
+            let table = cache.join("tables").join(format!("{id}.wluw"));
+            agent.eventually("a table", async |_| table.exists()).await;
+        }
+    }
+    assert!(agent.log().contains("held in memory"), "{}", agent.log());
+    let (peak, limit) = (peak_memory(agent.pid()), memory_of_the_packages());
+    assert!(peak < limit, "{peak} bytes of {limit}");
+    service.stop().await;
 }

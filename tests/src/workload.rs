@@ -28,6 +28,18 @@ impl Workload {
     /// When it does not start.
     pub fn start_by(folder: &Path, change: impl FnOnce(&mut Command)) -> Self {
         let path = windlass_workload::write_executable(folder).expect("write the workload");
+        Self::run_by(path, change)
+    }
+
+    /// Starts the one at `path`.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn run(path: PathBuf) -> Self {
+        Self::run_by(path, |_| {})
+    }
+
+    fn run_by(path: PathBuf, change: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(&path);
         command.arg(SECONDS).stdout(Stdio::null());
         change(&mut command);

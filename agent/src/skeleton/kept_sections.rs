@@ -51,3 +51,9 @@ pub(super) fn is_kept(section: &SectionHeader, names: &[u8]) -> bool {
         ]
         .contains(&name)
 }
+
+/// Whether a section is of the symbol table that is not loaded.
+pub(super) fn is_symbols(section: &SectionHeader, names: &[u8]) -> bool {
+    [elf::SHT_SYMTAB, elf::SHT_SYMTAB_SHNDX].contains(&section.sh_type(LE))
+        || [&b".symtab"[..], b".strtab"].contains(&name_of(section, names))
+}
