@@ -384,7 +384,7 @@ fn run(
     };
     // Last, since threads that this one starts have what it has.
     if let Err(error) = promptness::ask() {
-        tracing::debug!(%error, "the sampling thread has slices as all have");
+        promptness::note_refused(&error);
     }
     let warm_up = sampling.warm_up(config.warm_up, stop);
     let _ = started.send(Ok(warm_up));

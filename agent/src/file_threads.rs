@@ -159,7 +159,7 @@ impl<J: Send + 'static, R: Send + 'static> FileThreads<J, R> {
         let (number, is_awaited) = (self.threads, self.manner.is_awaited);
         let started = std::thread::Builder::new().name(self.manner.name.to_owned()).spawn(move || {
             if is_awaited && let Err(error) = promptness::ask() {
-                tracing::debug!(%error, "a thread that reads files has slices as all have");
+                promptness::note_refused(&error);
             }
             while let Some(job) = shared.next(number) {
                 let start = Instant::now();

@@ -6,6 +6,7 @@
 //! Documentation/scheduler/sched-eevdf.rst). It takes no privilege, unlike a lower nice value.
 
 use std::io;
+use std::sync::Once;
 
 /// Length of a slice in nanoseconds: the shortest that the kernel gives (`__setparam_fair` in kernel/sched/syscalls.c). To read
 /// what woke it and to state a process's mappings takes half of it.
@@ -35,6 +36,18 @@ pub(crate) fn ask() -> io::Result<()> {
     // SAFETY: the structure says its size.
     let answer = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Says, once, what it costs that `error` is the answer.
+pub(crate) fn note_refused(error: &io::Error) {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| {
+        tracing::warn!(
+            %error,
+            "the agent may not ask for short time slices, so on busy processors it is slower to sample processes that live for \
+             milliseconds: allow sched_getattr and sched_setattr in its seccomp filter (SystemCallFilter= of systemd)"
+        );
+    });
 }
 
 /// The attributes of the calling thread.

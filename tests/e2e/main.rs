@@ -14,6 +14,7 @@ mod kernel_maps;
 mod live;
 mod made_code;
 mod mixed_stacks;
+mod package_files;
 mod packaging;
 mod python_trampolines;
 mod quickstart;
