@@ -9,7 +9,7 @@ use std::process::Command;
 use object::{Object as _, ObjectSection as _};
 use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
-use windlass_tests::program::{checkout, program};
+use windlass_tests::program::{checkout, program, run, windlass};
 use windlass_tests::service::TestService;
 use windlass_tests::skip::may_use_bpf;
 use windlass_tests::workload::Workload;
@@ -160,4 +160,55 @@ async fn images_of_any_size_fit_in_the_memory_of_the_packages() {
     let (peak, limit) = (peak_memory(agent.pid()), memory_of_the_packages());
     assert!(peak < limit, "{peak} bytes of {limit}");
     service.stop().await;
+}
+
+/// The command that the DaemonSet says makes a token for agents.
+fn printed_token_command() -> Vec<String> {
+    let manifest = checkout().join("packaging/kubernetes/daemonset.yaml");
+    let manifest = std::fs::read_to_string(manifest).expect("the manifest is there");
+    let line = manifest.lines().find_map(|line| line.strip_prefix("#   windlassd ")).expect("a command");
+    let command = line.strip_suffix(" > token").expect("the token goes into a file");
+    let readme = std::fs::read_to_string(checkout().join("README.md")).expect("README.md");
+    assert!(readme.contains(&format!("`windlassd {command}`")), "README says another command");
+    command.split(' ').map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_made_as_printed_lets_an_agent_ship() {
+    if !may_use_bpf("packaging::a_token_made_as_printed_lets_an_agent_ship") {
+        return;
+    }
+    for (private, more) in [(false, &[][..]), (true, &["--scope", "read"])] {
+        let mut token = Vec::new();
+        let service = TestService::start_with(|config| {
+            let mut create = windlass("windlassd");
+            create.args(printed_token_command()).args(more).arg("--data-dir").arg(&config.data_dir);
+            token = run(&mut create, &[0]).stdout;
+            config.private = private;
+        })
+        .await;
+        let file = service.folder().join("token");
+        std::fs::write(&file, &token).expect("the folder is there");
+        let _workload = Workload::start(service.folder());
+        let cache = service.folder().join("cache");
+        // The service knows the workload by its skeleton alone; without a token it takes neither that nor samples.
+        let sent = "windlass_agent_batches_sent_total ";
+        for with_token in [false, true] {
+            let mut command = AgentProcess::command(&service.url(), &cache);
+            if with_token {
+                command.env("WINDLASS_TOKEN_FILE", &file);
+            }
+            let mut agent = AgentProcess::start(&mut command);
+            if with_token {
+                let whole = async |agent: &AgentProcess| total(&agent.metrics().await, WHOLE_STACKS) > 0;
+                agent.eventually("a whole stack", whole).await;
+                let ships = async |agent: &AgentProcess| total(&agent.metrics().await, sent) > 0;
+                agent.eventually("a batch is taken", ships).await;
+            } else {
+                agent.eventually("it is refused", async |agent| agent.log().contains("401")).await;
+                assert_eq!(total(&agent.metrics().await, sent), 0);
+            }
+        }
+        service.stop().await;
+    }
 }
