@@ -5,7 +5,7 @@
 //!
 //! | kind | stays |
 //! |---|---|
-//! | skeleton, kernel symbols | the first: both are cut from the same image, on different hosts |
+//! | skeleton, kernel symbols | the first: both are cut from the same image, on different hosts. What is uploaded of the image itself goes before it ([`crate::unwind`]) |
 //! | executable, debuginfo | the one that brings more ([`Brings`]); the first, if both bring as much or the other would take away code or unwind sections |
 //! | source, perf map, split DWARF | the first: nobody can say which is better |
 

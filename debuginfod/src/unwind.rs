@@ -84,17 +84,30 @@ fn accepts_wire(request: &HeaderMap) -> bool {
     })
 }
 
-/// The best file to compile from. The executable has everything, code included; a skeleton was cut from it for this; a
-/// debug file may have kept `.debug_frame`, and may be alone in having it.
+/// The best file to compile from. The executable has everything, code included. So has a debug file with `.eh_frame`, which was
+/// uploaded before anyone stripped it. Both are what whoever built the image says; a skeleton is what some host says that runs a
+/// file with this build-ID, so it comes after them. A debug file that kept `.debug_frame` alone comes last: it may have it for a few
+/// functions, and has nothing of the others.
 async fn source(app: &App, id: BuildId) -> Result<Option<Artefact>, ServiceError> {
-    let mut without = None;
-    for kind in [ArtefactKind::Executable, ArtefactKind::Skeleton, ArtefactKind::Debuginfo] {
+    let (mut last, mut without) = (None, None);
+    for kind in [ArtefactKind::Executable, ArtefactKind::Debuginfo, ArtefactKind::Skeleton] {
         match app.sound_artefact(id, kind).await? {
+            Some(artefact) if kind == ArtefactKind::Debuginfo => {
+                if has_eh_frame(&artefact) {
+                    return Ok(Some(artefact));
+                }
+                last = Some(artefact).filter(|artefact| artefact.facts.unwind);
+            }
             Some(artefact) if artefact.facts.unwind => return Ok(Some(artefact)),
             // Sections may be stripped, and unwind information found without them.
-            Some(artefact) if kind != ArtefactKind::Debuginfo => without = without.or(Some(artefact)),
-            _ => {}
+            Some(artefact) => without = without.or(Some(artefact)),
+            None => {}
         }
     }
-    Ok(without)
+    Ok(last.or(without))
+}
+
+fn has_eh_frame(artefact: &Artefact) -> bool {
+    let mut sections = artefact.facts.sections.iter();
+    sections.any(|section| section.name == ".eh_frame" && !section.nobits && section.size > 0)
 }

@@ -107,6 +107,41 @@ async fn made_again_from_a_better_file_or_after_damage() {
     assert_eq!(server.counter(MADE).await, 2);
 }
 
+/// Whoever runs a file on some host may give it any build-ID.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_uploaded_of_an_image_goes_before_a_skeleton() {
+    let build = build();
+    let main = ImageAddress::new(symbol(&build.full, "main"));
+    let rule = async |server: &Server| {
+        let bytes = table(server).await.bytes().await.expect("the whole table");
+        Table::parse(&bytes).expect("a table").rule(main)
+    };
+    // The same image, but that its CFI begins with the terminator, behind which nothing is read.
+    let mut false_one = build.stripped.clone();
+    let frames = section_offset(&false_one, ".eh_frame");
+    false_one[frames..frames + 4].fill(0);
+    for kind in ["executable", "debuginfo"] {
+        let server = Server::start().await;
+        server.expect_put(&format!("{}/skeleton", build.id), &false_one, StatusCode::CREATED).await;
+        assert!(!matches!(rule(&server).await, Rule::Frame { .. }), "the skeleton is false");
+        server.expect_put(&format!("{}/{kind}", build.id), &build.full, StatusCode::CREATED).await;
+        assert!(matches!(rule(&server).await, Rule::Frame { .. }), "{kind}");
+    }
+    // What `strip` took away says nothing of frames.
+    let server = Server::start().await;
+    server.expect_put(&format!("{}/debuginfo", build.id), &build.debug, StatusCode::CREATED).await;
+    server.expect_put(&format!("{}/skeleton", build.id), &build.stripped, StatusCode::CREATED).await;
+    assert!(matches!(rule(&server).await, Rule::Frame { .. }), "of the skeleton");
+}
+
+/// Where a section of an ELF file begins.
+fn section_offset(elf: &[u8], name: &str) -> usize {
+    use object::{Object as _, ObjectSection as _};
+    let elf = object::File::parse(elf).expect("an ELF file");
+    let section = elf.section_by_name(name).expect("a section of the build");
+    section.file_range().expect("it has bytes").0 as usize
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_compiled_says_so() {
     let server = Server::start().await;
