@@ -3,7 +3,8 @@
 //! Each interface is one function with a closed set of answers. A failure is either transient (the
 //! network, an overloaded or restarting server: try again later) or a refusal (try never), and that is
 //! decided here alone: peers that retry refusals flood their servers, those that give up on a timeout
-//! lose data.
+//! lose data. Only the service itself refuses, and its errors are an [`ErrorBody`] (or ask for a token):
+//! a gateway in front of it that answers 404 while the service moves has no say in what becomes of anything.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,6 +43,9 @@ const UPLOAD_TIMEOUT: Duration = Duration::from_secs(128);
 /// Most bytes taken of an answer that is no table, unpacked: the ten lines of an error, one artefact's name. What a few
 /// kilobytes unpack to has no end.
 const MAX_ANSWER_BYTES: usize = 64 * 1024;
+/// What the service answers to a batch that it will never take, in [`ErrorBody`], and to a token that it does not take. With
+/// any other status it does not speak of the batch: an older or a newer service has no such route (404).
+const OF_A_BATCH: [u16; 6] = [400, 401, 403, 413, 415, 422];
 /// Longest part of an error text that is kept.
 const MAX_REASON_BYTES: usize = 500;
 
@@ -81,7 +85,7 @@ pub enum ServiceError {
     /// No connection.
     #[error("service cannot be reached: {0}")]
     Unreachable(String),
-    /// A connection, but no whole answer in time.
+    /// A connection, but no whole answer in time, or that of something else.
     #[error("service does not answer: {0}")]
     NoAnswer(String),
     /// An answer that may be another later.
@@ -195,27 +199,10 @@ impl Service {
         }
         let response = request.send().await?;
         let status = response.status();
-        let is_answer =
-            matches!(status, StatusCode::NOT_FOUND | StatusCode::CONFLICT | StatusCode::NOT_MODIFIED);
-        if status.is_success() || is_answer {
-            // What stands between may answer in the place of the service, and has no say in what becomes of a batch.
-            return if is_web_page(&response) {
-                Err(ServiceError::NoAnswer(format!(
-                    "a web page came instead (status {status}): look for a proxy that wants a login, \
-                     or check the address"
-                )))
-            } else {
-                Ok(response)
-            };
+        if !status.is_success() && status != StatusCode::NOT_MODIFIED {
+            return Err(failure(response).await);
         }
-        if status.is_server_error()
-            || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
-        {
-            let retry_after = retry_after(&response);
-            let (status, reason) = stated(response).await;
-            return Err(ServiceError::Busy { status, reason, retry_after });
-        }
-        Err(refusal(response).await)
+        if is_web_page(&response) { Err(web_page(status)) } else { Ok(response) }
     }
 
     /// `GET /api/v1/buildid/ID/unwind`, unless it is the one with the tag `known`.
@@ -230,16 +217,18 @@ impl Service {
             request = request.header(IF_NONE_MATCH, known);
         }
         let asked = Instant::now();
-        let mut response =
-            timeout_at(asked + ANSWER_TIMEOUT, self.send(request)).await.map_err(too_slow)??;
+        let answer = timeout_at(asked + ANSWER_TIMEOUT, self.send(request)).await.map_err(too_slow)?;
+        let mut response = match answer {
+            Err(ServiceError::Refused { status: 404, .. }) => return Ok(TableAnswer::UnknownImage),
+            answer => answer?,
+        };
         match response.status() {
-            StatusCode::NOT_FOUND => return Ok(TableAnswer::UnknownImage),
             StatusCode::ACCEPTED => {
                 return Ok(TableAnswer::Making { retry_after: retry_after(&response) });
             }
             StatusCode::NOT_MODIFIED if known.is_some() => return Ok(TableAnswer::Unchanged),
             StatusCode::OK => {}
-            _ => return Err(refusal(response).await),
+            _ => return Err(failure(response).await),
         }
         let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok()).map(str::to_owned);
         match up_to(&mut response, MAX_TABLE_BYTES, asked).await? {
@@ -291,10 +280,11 @@ impl Service {
             .header(CONTENT_ENCODING, Compression::Zstd.as_str())
             .header(CONTENT_TYPE, "application/octet-stream")
             .body(body);
-        let response = self.send(request).await?;
-        match response.status() {
-            StatusCode::NOT_FOUND | StatusCode::NOT_MODIFIED => Err(refusal(response).await),
-            _ => Ok(()),
+        match self.send(request).await {
+            Ok(response) if response.status().is_success() => Ok(()),
+            Ok(response) => Err(failure(response).await),
+            Err(ServiceError::Refused { status: 409, .. }) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
@@ -309,7 +299,7 @@ impl Service {
         let url = format!("{}/api/v1/missing", self.base);
         let mut response = self.send(self.http.post(url).json(&request)).await?;
         if response.status() != StatusCode::OK {
-            return Err(refusal(response).await);
+            return Err(failure(response).await);
         }
         let (answer, is_whole) = up_to(&mut response, MAX_ANSWER_BYTES, Instant::now()).await?;
         if !is_whole {
@@ -320,7 +310,7 @@ impl Service {
         Ok(answer.missing.contains(&name))
     }
 
-    /// `POST /v1development/profiles`.
+    /// `POST /v1development/profiles`. Refused is only what the service says of the batch itself.
     pub async fn ship(&self, batch: EncodedBatch) -> Result<(), ServiceError> {
         self.counted(Request::Profiles, self.ship_uncounted(batch)).await
     }
@@ -333,8 +323,14 @@ impl Service {
             .header(CONTENT_TYPE, "application/x-protobuf")
             .header(CONTENT_ENCODING, batch.compression.as_str())
             .body(batch.bytes);
-        let response = self.send(request).await?;
-        if response.status().is_success() { Ok(()) } else { Err(refusal(response).await) }
+        match self.send(request).await {
+            Ok(response) if response.status().is_success() => Ok(()),
+            Ok(response) => Err(failure(response).await),
+            Err(ServiceError::Refused { status, reason }) if !OF_A_BATCH.contains(&status) => {
+                Err(ServiceError::Busy { status, reason, retry_after: None })
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -383,29 +379,58 @@ fn too_long(what: &str, limit: usize) -> ServiceError {
     ServiceError::Refused { status: StatusCode::OK.as_u16(), reason: format!("{what} exceeds {limit} bytes") }
 }
 
-async fn refusal(response: Response) -> ServiceError {
-    let (status, reason) = stated(response).await;
-    ServiceError::Refused { status, reason }
+/// What an answer means that is not the one that was asked for.
+async fn failure(response: Response) -> ServiceError {
+    let (status, retry_after) = (response.status(), retry_after(&response));
+    let is_page = is_web_page(&response);
+    let (reason, is_own) = stated(response).await;
+    match status {
+        _ if status.is_server_error() => ServiceError::Busy { status: status.as_u16(), reason, retry_after },
+        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => {
+            ServiceError::Busy { status: status.as_u16(), reason, retry_after }
+        }
+        _ if is_page => web_page(status),
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+            ServiceError::Refused { status: status.as_u16(), reason }
+        }
+        _ if is_own && status.is_client_error() => ServiceError::Refused { status: status.as_u16(), reason },
+        _ => ServiceError::NoAnswer(format!(
+            "what answers in its place (status {status}) says {reason:?}: look for a gateway in front of it, \
+             or check the address"
+        )),
+    }
 }
 
-/// The status of an answer and what it says.
-async fn stated(mut response: Response) -> (u16, String) {
-    let status = response.status().as_u16();
+/// What stands between may answer in the place of the service.
+fn web_page(status: StatusCode) -> ServiceError {
+    ServiceError::NoAnswer(format!(
+        "a web page came instead (status {status}): look for a proxy that wants a login, or check the address"
+    ))
+}
+
+/// What an answer says, and whether it is an error as the service makes them.
+async fn stated(mut response: Response) -> (String, bool) {
     let body = up_to(&mut response, MAX_ANSWER_BYTES, Instant::now())
         .await
         .map(|(body, _)| body)
         .unwrap_or_default();
-    let text = String::from_utf8_lossy(&body);
-    let mut reason = match serde_json::from_str::<ErrorBody>(&text) {
-        Ok(body) => body.error,
-        Err(_) => text.lines().next().unwrap_or_default().to_owned(),
+    let (mut reason, is_own) = match own_error(&body) {
+        Some(ErrorBody { error }) => (error, true),
+        None => (String::from_utf8_lossy(&body).lines().next().unwrap_or_default().to_owned(), false),
     };
     let mut end = reason.len().min(MAX_REASON_BYTES);
     while !reason.is_char_boundary(end) {
         end -= 1;
     }
     reason.truncate(end);
-    (status, reason)
+    (reason, is_own)
+}
+
+/// The body of an error of the service. Gateways have an `error` too, among others (`status`, `path`).
+fn own_error(body: &[u8]) -> Option<ErrorBody> {
+    let json: serde_json::Value = serde_json::from_slice(body).ok()?;
+    json.as_object().filter(|fields| fields.len() == 1)?;
+    serde_json::from_value(json).ok()
 }
 
 #[cfg(test)]

@@ -212,7 +212,7 @@ async fn unwind(State(shared): Service, Path(id): Path<String>, headers: HeaderM
         Tables::FromSkeletons
             if !shared.artefacts.lock().unwrap().contains_key(&format!("{id} skeleton")) =>
         {
-            shared.note(request, StatusCode::NOT_FOUND).into_response()
+            error(shared.note(request, StatusCode::NOT_FOUND))
         }
         Tables::FromSkeletons => {
             let making = format!("{request} 202");
@@ -244,26 +244,31 @@ async fn store(
     Path((id, kind)): Path<(String, String)>,
     headers: HeaderMap,
     body: Bytes,
-) -> StatusCode {
+) -> Response {
     let request = format!("PUT {id} {kind}");
     assert_eq!(headers["content-encoding"], "zstd");
     let content = zstd::decode_all(&body[..]).unwrap();
     let sha256: String = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
     if headers[SHA256_HEADER] != sha256 {
-        return shared.note(request, StatusCode::UNPROCESSABLE_ENTITY);
+        return error(shared.note(request, StatusCode::UNPROCESSABLE_ENTITY));
     }
     let refused = shared.refused.lock().unwrap().get(&id).copied();
     if let Some(status) = refused.filter(|status| *status != StatusCode::CREATED) {
-        return shared.note(request, status);
+        return error(shared.note(request, status));
     }
     if kind == "skeleton" {
         let image = windlass_agent::image::identify(&content[..]).unwrap();
         if image.id.build_id().to_string() != id {
-            return shared.note(request, StatusCode::UNPROCESSABLE_ENTITY);
+            return error(shared.note(request, StatusCode::UNPROCESSABLE_ENTITY));
         }
     }
     shared.artefacts.lock().unwrap().insert(format!("{id} {kind}"), content);
-    shared.note(request, StatusCode::CREATED)
+    shared.note(request, StatusCode::CREATED).into_response()
+}
+
+/// As the service says it.
+fn error(status: StatusCode) -> Response {
+    (status, axum::Json(ErrorBody { error: "as the test wants it".to_owned() })).into_response()
 }
 
 async fn missing(
@@ -279,7 +284,7 @@ async fn missing(
     axum::Json(MissingResponse { missing, differing: Vec::new() })
 }
 
-async fn profiles(State(shared): Service, headers: HeaderMap, body: Bytes) -> StatusCode {
+async fn profiles(State(shared): Service, headers: HeaderMap, body: Bytes) -> Response {
     assert_eq!(headers["content-type"], "application/x-protobuf");
     let coding = headers["content-encoding"].to_str().unwrap();
     let mut bytes = Vec::new();
@@ -290,10 +295,10 @@ async fn profiles(State(shared): Service, headers: HeaderMap, body: Bytes) -> St
     }
     let _turn = shared.turns.acquire().await.unwrap();
     if let Some(status) = shared.answers.lock().unwrap().pop_front() {
-        return shared.note(format!("POST profiles {coding}"), status);
+        return error(shared.note(format!("POST profiles {coding}"), status));
     }
     shared.profiles.lock().unwrap().push(ExportProfilesServiceRequest::decode(&bytes[..]).unwrap());
-    shared.note(format!("POST profiles {coding}"), StatusCode::OK)
+    shared.note(format!("POST profiles {coding}"), StatusCode::OK).into_response()
 }
 
 fn samples_of(request: &ExportProfilesServiceRequest) -> Vec<ShippedSample> {

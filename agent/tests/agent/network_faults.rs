@@ -192,12 +192,30 @@ fn pages_of_a_proxy_are_no_answer_of_the_service() {
 }
 
 fn page(status: &str) -> String {
-    let page = "<html>Please log in</html>";
-    let length = page.len();
+    text(status, "Text/HTML; charset=utf-8", "<html>Please log in</html>")
+}
+
+fn text(status: &str, kind: &str, body: &str) -> String {
+    let length = body.len();
     format!(
-        "HTTP/1.1 {status}\r\ncontent-type: Text/HTML; charset=utf-8\r\ncontent-length: {length}\r\n\
-         connection: close\r\n\r\n{page}"
+        "HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
     )
+}
+
+#[test]
+fn a_gateway_that_does_not_know_the_service_just_now() {
+    let faults: [Fault; 4] = [
+        |stream, _| answer(stream, &text("404 Not Found", "text/plain", "default backend - 404")),
+        |stream, _| answer(stream, &text("405 Method Not Allowed", "text/plain", "")),
+        |stream, _| {
+            let json = "{\"status\":413,\"error\":\"Payload Too Large\"}";
+            answer(stream, &text("413 Payload Too Large", "application/json", json));
+        },
+        |stream, _| answer(stream, &text("410 Gone", "application/json", "{\"message\":\"no Route\"}")),
+    ];
+    for fault in faults {
+        check("no_answer", fault);
+    }
 }
 
 #[test]

@@ -291,8 +291,8 @@ fn a_batch_that_is_refused_holds_no_other_up() {
     let service = FakeService::start(Tables::FromSkeletons);
     let cache = tempfile::tempdir().unwrap();
     let (agent, view) = start(config(&service, &cache));
-    // Overloaded; a token that is to be mended; and for good.
-    service.answer_profiles(&[503, 401, 400]);
+    // Overloaded; a token that is to be mended; a service without the route; and for good.
+    service.answer_profiles(&[503, 401, 404, 400]);
     send(&view, 1);
     eventually("the batch is given up", || number(&agent, "batches_dropped_total") == 1);
     send(&view, 2);
@@ -303,6 +303,6 @@ fn a_batch_that_is_refused_holds_no_other_up() {
         service.requests().into_iter().filter(|line| line.starts_with("POST profiles")).collect();
     assert_eq!(
         of_profiles,
-        ["503", "401", "400", "200"].map(|status| format!("POST profiles zstd {status}"))
+        ["503", "401", "404", "400", "200"].map(|status| format!("POST profiles zstd {status}"))
     );
 }
