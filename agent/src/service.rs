@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::header::{
-    ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, ETAG, IF_NONE_MATCH, RETRY_AFTER,
+    ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, ETAG, IF_NONE_MATCH, LOCATION, RETRY_AFTER,
 };
 use reqwest::{RequestBuilder, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
@@ -46,6 +46,8 @@ const MAX_ANSWER_BYTES: usize = 64 * 1024;
 /// What the service answers to a batch that it will never take, in [`ErrorBody`], and to a token that it does not take. With
 /// any other status it does not speak of the batch: an older or a newer service has no such route (404).
 const OF_A_BATCH: [u16; 6] = [400, 401, 403, 413, 415, 422];
+/// How the paths of all routes begin.
+const ROUTES: [&str; 2] = ["/api/v1/", "/v1development/"];
 /// Longest part of an error text that is kept.
 const MAX_REASON_BYTES: usize = 500;
 
@@ -82,7 +84,7 @@ pub enum TableAnswer {
 /// The service did not do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ServiceError {
-    /// No connection.
+    /// No connection, or a redirection to another address.
     #[error("service cannot be reached: {0}")]
     Unreachable(String),
     /// A connection, but no whole answer in time, or that of something else.
@@ -176,6 +178,8 @@ impl Service {
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(ANSWER_TIMEOUT)
+            // A POST would go on as a GET (301, 302), and a token elsewhere.
+            .redirect(reqwest::redirect::Policy::none())
             .user_agent(concat!("windlass-agent/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|error| ServiceError::Client(error.to_string()))?;
@@ -382,6 +386,9 @@ fn too_long(what: &str, limit: usize) -> ServiceError {
 /// What an answer means that is not the one that was asked for.
 async fn failure(response: Response) -> ServiceError {
     let (status, retry_after) = (response.status(), retry_after(&response));
+    if let Some(advice) = redirection(&response) {
+        return ServiceError::Unreachable(advice);
+    }
     let is_page = is_web_page(&response);
     let (reason, is_own) = stated(response).await;
     match status {
@@ -399,6 +406,22 @@ async fn failure(response: Response) -> ServiceError {
              or check the address"
         )),
     }
+}
+
+/// What to do about an answer that names another address. None is followed.
+fn redirection(response: &Response) -> Option<String> {
+    if !response.status().is_redirection() {
+        return None;
+    }
+    let asked = response.url();
+    let mut target = asked.join(response.headers().get(LOCATION)?.to_str().ok()?).ok()?;
+    // What logins carry there is not for a log.
+    target.set_query(None);
+    let start = ROUTES.iter().find_map(|start| asked.path().find(start))?;
+    Some(match target.as_str().strip_suffix(&asked.path()[start..]) {
+        Some(base) => format!("the service redirects to {base}: use that as --server"),
+        None => format!("it redirects to {target}: check the address, or look for a proxy that wants a login"),
+    })
 }
 
 /// What stands between may answer in the place of the service.
@@ -453,6 +476,45 @@ mod tests {
             while stream.write_all(&part).is_ok() {}
         });
         format!("http://{address}")
+    }
+
+    /// The address of a service that answers one request with `answer`, and what it was asked.
+    fn once(answer: String) -> (String, std::thread::JoinHandle<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("it is bound");
+        let asked = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("the client connects");
+            let mut request = [0; 4096];
+            let bytes = stream.read(&mut request).expect("a request comes");
+            stream.write_all(answer.as_bytes()).expect("the client reads");
+            String::from_utf8_lossy(&request[..bytes]).into_owned()
+        });
+        (format!("http://{address}"), asked)
+    }
+
+    #[tokio::test]
+    async fn redirections_are_told_and_not_followed() {
+        for (location, advice) in [
+            ("/base/v1development/profiles", "the service redirects to AT/base: use that as --server"),
+            ("/login?next=1", "it redirects to AT/login: check the address"),
+        ] {
+            for status in [301, 302, 303, 307, 308] {
+                let elsewhere = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+                elsewhere.set_nonblocking(true).expect("a listener may be asked");
+                let at = format!("http://{}", elsewhere.local_addr().expect("it is bound"));
+                let head = format!("HTTP/1.1 {status} Moved\r\ncontent-length: 0\r\nlocation: {at}{location}");
+                let (url, asked) = once(format!("{head}\r\n\r\n"));
+                let service = Service::new(&url, Some("secret".to_owned()), Arc::default()).expect("an address");
+                let batch = EncodedBatch { compression: Compression::Zstd, bytes: "batch".into() };
+                let error = service.ship(batch).await.expect_err("nobody took it");
+                let text = error.to_string();
+                assert!(text.contains(&advice.replace("AT", &at)), "{status}: {text}");
+                assert!(error.is_transient(), "{status}");
+                assert!(asked.join().expect("it was asked").contains("Bearer secret"), "{status}");
+                let came = elsewhere.accept().map(|_| ()).map_err(|error| error.kind());
+                assert_eq!(came, Err(std::io::ErrorKind::WouldBlock), "{status}");
+            }
+        }
     }
 
     #[tokio::test]

@@ -28,6 +28,8 @@ type Fault = fn(&mut TcpStream, Asked);
 struct Asked {
     /// Whether for a table.
     is_table: bool,
+    /// Whether at the path `/new`.
+    is_new: bool,
     /// At this address.
     address: SocketAddr,
 }
@@ -81,7 +83,9 @@ fn serve(
         // The rest of a request that is longer is never read.
         if stream.read(&mut request).is_ok_and(|bytes| bytes > 0) {
             faults.fetch_add(1, Ordering::SeqCst);
-            fault(&mut stream, Asked { is_table: request.starts_with(b"GET "), address: own });
+            let is_table = request.starts_with(b"GET ");
+            let is_new = request.starts_with(b"GET /new ") || request.starts_with(b"POST /new ");
+            fault(&mut stream, Asked { is_table, is_new, address: own });
         }
         return;
     }
@@ -174,8 +178,17 @@ fn connections_that_are_reset_within_an_answer() {
 
 #[test]
 fn redirections_without_end() {
-    check("no_answer", |stream, asked| {
+    check("unreachable", |stream, asked| {
         let to = format!("HTTP/1.1 307 Moved\r\nlocation: http://{}/again\r\n", asked.address);
+        answer(stream, &format!("{to}content-length: 0\r\nconnection: close\r\n\r\n"));
+    });
+}
+
+#[test]
+fn a_redirection_to_what_takes_no_profiles() {
+    check("unreachable", |stream, asked| {
+        let status = if asked.is_new { "405 Method Not Allowed" } else { "302 Found" };
+        let to = format!("HTTP/1.1 {status}\r\nlocation: http://{}/new\r\n", asked.address);
         answer(stream, &format!("{to}content-length: 0\r\nconnection: close\r\n\r\n"));
     });
 }
