@@ -125,9 +125,9 @@ impl ServiceError {
         self.is_transient() || matches!(self, Self::Refused { status: 401 | 403, .. })
     }
 
-    /// Whether the service failed, as it says itself (5xx).
+    /// Whether the service failed at this request (500), and not at all that come (503).
     pub fn is_of_service(&self) -> bool {
-        matches!(self, Self::Refused { status: 500.., .. })
+        matches!(self, Self::Busy { status: 500, .. })
     }
 
     /// When the service wants to be asked again.
@@ -420,7 +420,9 @@ fn redirection(response: &Response) -> Option<String> {
     let start = ROUTES.iter().find_map(|start| asked.path().find(start))?;
     Some(match target.as_str().strip_suffix(&asked.path()[start..]) {
         Some(base) => format!("the service redirects to {base}: use that as --server"),
-        None => format!("it redirects to {target}: check the address, or look for a proxy that wants a login"),
+        None => {
+            format!("it redirects to {target}: check the address, or look for a proxy that wants a login")
+        }
     })
 }
 
@@ -502,9 +504,11 @@ mod tests {
                 let elsewhere = TcpListener::bind("127.0.0.1:0").expect("a port is free");
                 elsewhere.set_nonblocking(true).expect("a listener may be asked");
                 let at = format!("http://{}", elsewhere.local_addr().expect("it is bound"));
-                let head = format!("HTTP/1.1 {status} Moved\r\ncontent-length: 0\r\nlocation: {at}{location}");
+                let head =
+                    format!("HTTP/1.1 {status} Moved\r\ncontent-length: 0\r\nlocation: {at}{location}");
                 let (url, asked) = once(format!("{head}\r\n\r\n"));
-                let service = Service::new(&url, Some("secret".to_owned()), Arc::default()).expect("an address");
+                let service =
+                    Service::new(&url, Some("secret".to_owned()), Arc::default()).expect("an address");
                 let batch = EncodedBatch { compression: Compression::Zstd, bytes: "batch".into() };
                 let error = service.ship(batch).await.expect_err("nobody took it");
                 let text = error.to_string();
@@ -525,6 +529,7 @@ mod tests {
         let error = service(failing).lacks(id, ArtefactKind::Skeleton).await;
         let reason = "no room".to_owned();
         assert_eq!(error, Err(ServiceError::Busy { status: 500, reason, retry_after: None }));
+        assert!(error.is_err_and(|error| error.is_of_service()));
         let talking = endless("HTTP/1.1 200 OK\r\n\r\n", b" ");
         let error = service(talking).lacks(id, ArtefactKind::Skeleton).await;
         assert_eq!(error, Err(too_long("its answer", MAX_ANSWER_BYTES)));

@@ -3,7 +3,15 @@
 //! A batch goes out as it comes while the service answers. When it does not, the batch and all that
 //! follow go to the spool, and the spool is sent from its front once the service is back: nothing
 //! overtakes. What the service refuses for good is dropped, for a batch that is sent forever blocks
-//! those behind it. Every batch that is lost is counted.
+//! those behind it. So does one for which the service fails whenever it comes, or which something on the way does not let
+//! through. That the service is away looks the same, until it takes another:
+//!
+//! ```text
+//! oldest fails (for the fifth time) -> another, at once: fails -> pause, the oldest again
+//!                                                        taken -> the oldest, at once: taken -> it was away
+//!                                                                                      fails -> dropped
+//! ```
+//! Every batch that is lost is counted.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +21,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::metrics::Metrics;
-use crate::service::Service;
+use crate::service::{Service, ServiceError};
 use crate::spool::{EncodedBatch, Spool};
 
 /// Most bytes of spooled batches: a day of a busy 32-core host at 19 Hz (1.5 KiB/s compressed).
@@ -24,6 +32,8 @@ const WAITING_BATCHES: usize = 16;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause after the service failed.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Failures of the oldest batch in a row before another is tried: a service that restarts fails as often, within 4 s.
+const FAILURES_TO_DOUBT: u32 = 5;
 /// How long the last batches may take when the agent stops; what is left stays in the spool.
 const FLUSH_LIMIT: Duration = Duration::from_secs(10);
 
@@ -64,6 +74,9 @@ impl Shipper {
             pause: FIRST_PAUSE,
             retry_at: Instant::now(),
             is_late: false,
+            next: Turn::Oldest,
+            failures: 0,
+            others_tried: 0,
         };
         Self { batches, task: runtime.spawn(line.run(queue)), not_queued: 0, metrics }
     }
@@ -100,6 +113,32 @@ struct Line {
     retry_at: Instant,
     /// The service took no batch when it was last asked.
     is_late: bool,
+    /// Which spooled batch is sent next.
+    next: Turn,
+    /// How often the oldest failed in a row although the service could be reached.
+    failures: u32,
+    /// How many others failed as well, so that not the same is tried each time.
+    others_tried: usize,
+}
+
+/// Which spooled batch is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// The oldest.
+    Oldest,
+    /// Another, whether that is taken.
+    Other,
+    /// The oldest, after another was taken.
+    Verdict,
+}
+
+/// What became of a batch that was sent.
+enum Sent {
+    Taken,
+    /// For good.
+    Refused,
+    /// To be sent again.
+    Failed(ServiceError),
 }
 
 impl Line {
@@ -107,16 +146,18 @@ impl Line {
         loop {
             self.count();
             tokio::select! {
+                // What waits in the queue is spooled between two requests: each may take as long as the queue holds.
+                biased;
                 batch = queue.recv() => match batch {
                     Some(batch) => self.take(batch).await,
                     None => break,
                 },
                 () = sleep_until(self.retry_at), if !self.spool.is_empty() => {
-                    self.send_oldest().await;
+                    self.send_spooled().await;
                 }
             }
         }
-        let flush = async { while !self.spool.is_empty() && self.send_oldest().await {} };
+        let flush = async { while !self.spool.is_empty() && self.send_spooled().await {} };
         let _ = timeout(FLUSH_LIMIT, flush).await;
         self.shipped.spooled = self.spool.len() as u64;
         self.shipped
@@ -135,11 +176,23 @@ impl Line {
 
     /// Sends a new batch, or spools it behind those that wait.
     async fn take(&mut self, batch: EncodedBatch) {
-        if self.spool.is_empty() && self.send(batch.clone()).await {
-            return;
+        if self.spool.is_empty() {
+            self.forget_doubts();
+            match self.send(batch.clone()).await {
+                Sent::Taken | Sent::Refused => return,
+                Sent::Failed(error) => {
+                    self.failures = u32::from(!matches!(error, ServiceError::Unreachable(_)));
+                    self.wait(&error);
+                }
+            }
         }
         match self.spool.push(&batch) {
-            Ok(dropped) => self.shipped.dropped += dropped,
+            Ok(0) => {}
+            Ok(dropped) => {
+                self.shipped.dropped += dropped;
+                // Another is the oldest now.
+                self.forget_doubts();
+            }
             Err(error) => {
                 tracing::warn!(%error, "batch cannot be spooled and is lost");
                 self.shipped.dropped += 1;
@@ -147,27 +200,83 @@ impl Line {
         }
     }
 
-    /// Sends the oldest spooled batch. False if the service is still away.
-    async fn send_oldest(&mut self) -> bool {
-        let batch = match self.spool.front() {
+    /// The oldest batch is one of which nothing is known.
+    fn forget_doubts(&mut self) {
+        self.next = Turn::Oldest;
+        self.failures = 0;
+    }
+
+    /// Sends a spooled batch. False if the next has to wait.
+    async fn send_spooled(&mut self) -> bool {
+        let waiting = self.spool.len();
+        let (turn, place) = match std::mem::replace(&mut self.next, Turn::Oldest) {
+            Turn::Other if waiting > 1 => (Turn::Other, 1 + self.others_tried % (waiting - 1)),
+            Turn::Verdict => (Turn::Verdict, 0),
+            Turn::Oldest | Turn::Other => (Turn::Oldest, 0),
+        };
+        let sent = match self.spool.get(place) {
             None => return true,
-            Some(Ok(batch)) => batch,
+            Some(Ok(batch)) => self.send(batch).await,
             Some(Err(error)) => {
                 tracing::warn!(%error, "spooled batch cannot be read and is lost");
                 self.shipped.dropped += 1;
-                self.spool.pop();
-                return true;
+                Sent::Refused
             }
         };
-        let sent = self.send(batch).await;
-        if sent {
-            self.spool.pop();
+        match (turn, sent) {
+            (turn, Sent::Failed(error)) => return self.failed(turn, waiting, &error),
+            (Turn::Oldest | Turn::Verdict, Sent::Taken | Sent::Refused) => self.forget_doubts(),
+            (Turn::Other, Sent::Taken) => {
+                self.next = Turn::Verdict;
+                self.retry_at = Instant::now();
+            }
+            (Turn::Other, Sent::Refused) => {}
         }
-        sent
+        self.spool.remove(place);
+        true
     }
 
-    /// Sends a batch. False if it is to be sent again later.
-    async fn send(&mut self, batch: EncodedBatch) -> bool {
+    /// A spooled batch failed, one of so many. False if the next has to wait.
+    fn failed(&mut self, turn: Turn, waiting: usize, error: &ServiceError) -> bool {
+        // That nobody is there says nothing of a batch.
+        let is_answered = !matches!(error, ServiceError::Unreachable(_));
+        match turn {
+            Turn::Oldest if is_answered => {
+                self.failures += 1;
+                if self.failures >= FAILURES_TO_DOUBT && waiting > 1 {
+                    self.next = Turn::Other;
+                    self.retry_at = Instant::now();
+                    return true;
+                }
+            }
+            Turn::Verdict if is_answered => {
+                tracing::error!(%error, "batch is lost: the service takes others, but fails for this one again and again");
+                self.spool.remove(0);
+                self.shipped.dropped += 1;
+                self.forget_doubts();
+                self.retry_at = Instant::now();
+                return true;
+            }
+            Turn::Oldest | Turn::Verdict => self.failures = 0,
+            Turn::Other => self.others_tried += 1,
+        }
+        self.wait(error);
+        false
+    }
+
+    /// The service is left alone for a while.
+    fn wait(&mut self, error: &ServiceError) {
+        // Once for each time that the service is away, which may be a day.
+        if !std::mem::replace(&mut self.is_late, true) {
+            tracing::warn!(%error, "profiles are kept on disk until the service takes them");
+        }
+        tracing::debug!(%error, waiting = self.spool.len(), "batch is kept for later");
+        self.retry_at = Instant::now() + error.retry_after().unwrap_or(self.pause).min(LONGEST_PAUSE);
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+    }
+
+    /// Sends a batch.
+    async fn send(&mut self, batch: EncodedBatch) -> Sent {
         match self.service.ship(batch).await {
             Ok(()) => {
                 self.shipped.sent += 1;
@@ -175,22 +284,13 @@ impl Line {
                 if std::mem::take(&mut self.is_late) {
                     tracing::info!(waiting = self.spool.len(), "the service takes profiles again");
                 }
-                true
+                Sent::Taken
             }
-            Err(error) if error.is_for_later() => {
-                // Once for each time that the service is away, which may be a day.
-                if !std::mem::replace(&mut self.is_late, true) {
-                    tracing::warn!(%error, "profiles are kept on disk until the service takes them");
-                }
-                tracing::debug!(%error, waiting = self.spool.len(), "batch is kept for later");
-                self.retry_at = Instant::now() + error.retry_after().unwrap_or(self.pause).min(LONGEST_PAUSE);
-                self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-                false
-            }
+            Err(error) if error.is_for_later() => Sent::Failed(error),
             Err(error) => {
                 tracing::error!(%error, "batch is lost");
                 self.shipped.dropped += 1;
-                true
+                Sent::Refused
             }
         }
     }

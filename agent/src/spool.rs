@@ -104,23 +104,23 @@ impl Spool {
         self.next += 1;
         let mut dropped = 0;
         while self.bytes > self.budget_bytes && self.batches.len() > 1 {
-            self.pop();
+            self.remove(0);
             dropped += 1;
         }
         Ok(dropped)
     }
 
-    /// The oldest batch.
-    pub fn front(&self) -> Option<io::Result<EncodedBatch>> {
-        self.batches.front().map(|batch| {
+    /// A batch by its place in the line; the oldest has 0.
+    pub fn get(&self, place: usize) -> Option<io::Result<EncodedBatch>> {
+        self.batches.get(place).map(|batch| {
             let bytes = fs::read(self.path(*batch))?.into();
             Ok(EncodedBatch { compression: batch.compression, bytes })
         })
     }
 
-    /// Deletes the oldest batch.
-    pub fn pop(&mut self) {
-        if let Some(batch) = self.batches.pop_front() {
+    /// Deletes a batch by its place in the line.
+    pub fn remove(&mut self, place: usize) {
+        if let Some(batch) = self.batches.remove(place) {
             self.bytes -= batch.bytes;
             if let Err(error) = fs::remove_file(self.path(batch)) {
                 tracing::warn!(%error, "spooled batch cannot be deleted and may be sent twice");
@@ -155,9 +155,9 @@ mod tests {
 
     fn drain(spool: &mut Spool) -> Vec<String> {
         let mut batches = Vec::new();
-        while let Some(batch) = spool.front() {
+        while let Some(batch) = spool.get(0) {
             batches.push(String::from_utf8(batch.unwrap().bytes.to_vec()).unwrap());
-            spool.pop();
+            spool.remove(0);
         }
         batches
     }
@@ -169,7 +169,7 @@ mod tests {
         for number in 0..12 {
             assert_eq!(spool.push(&batch(format!("batch {number}"))).unwrap(), 0);
         }
-        spool.pop();
+        spool.remove(0);
         drop(spool);
         let mut spool = Spool::open(directory.path(), 1 << 20).unwrap();
         spool.push(&batch("later")).unwrap();
@@ -191,8 +191,8 @@ mod tests {
         drop(spool);
         let mut spool = Spool::open(directory.path(), 1 << 20).unwrap();
         for batch in batches {
-            assert_eq!(spool.front().unwrap().unwrap(), batch);
-            spool.pop();
+            assert_eq!(spool.get(0).unwrap().unwrap(), batch);
+            spool.remove(0);
         }
         assert_eq!((spool.bytes(), spool.is_empty()), (0, true));
     }

@@ -61,6 +61,8 @@ struct Shared {
     turns: Semaphore,
     /// What the next of them are answered; then 200.
     answers: Mutex<VecDeque<StatusCode>>,
+    /// Profiles with a sample of this thread are answered so, and are not kept.
+    disliked: Mutex<Option<(u32, StatusCode)>>,
     /// What artefacts of a build-ID are answered, and are not kept.
     refused: Mutex<HashMap<String, StatusCode>>,
     /// What the header of [`Tables::Tagged`] says.
@@ -137,6 +139,12 @@ impl FakeService {
         self.shared.answers.lock().unwrap().extend(statuses);
     }
 
+    /// From now on profiles with a sample of this thread are answered so.
+    pub(crate) fn answer_thread(&self, tid: u32, status: u16) {
+        let status = StatusCode::from_u16(status).unwrap();
+        *self.shared.disliked.lock().unwrap() = Some((tid, status));
+    }
+
     /// From now on artefacts of this build-ID are answered so; 201 stores them.
     pub(crate) fn answer_artefacts(&self, id: &str, status: u16) {
         let status = StatusCode::from_u16(status).unwrap();
@@ -163,6 +171,7 @@ fn shared(tables: Tables) -> Arc<Shared> {
         profiles: Mutex::default(),
         turns: Semaphore::new(1),
         answers: Mutex::default(),
+        disliked: Mutex::default(),
         refused: Mutex::default(),
         rows: AtomicU32::new(0),
         damage: Mutex::new(|table| table),
@@ -297,7 +306,14 @@ async fn profiles(State(shared): Service, headers: HeaderMap, body: Bytes) -> Re
     if let Some(status) = shared.answers.lock().unwrap().pop_front() {
         return error(shared.note(format!("POST profiles {coding}"), status));
     }
-    shared.profiles.lock().unwrap().push(ExportProfilesServiceRequest::decode(&bytes[..]).unwrap());
+    let request = ExportProfilesServiceRequest::decode(&bytes[..]).unwrap();
+    let disliked = *shared.disliked.lock().unwrap();
+    if let Some((tid, status)) = disliked
+        && samples_of(&request).iter().any(|sample| sample.tid == tid)
+    {
+        return error(shared.note(format!("POST profiles {coding}"), status));
+    }
+    shared.profiles.lock().unwrap().push(request);
     shared.note(format!("POST profiles {coding}"), StatusCode::OK).into_response()
 }
 

@@ -306,3 +306,44 @@ fn a_batch_that_is_refused_holds_no_other_up() {
         ["503", "401", "404", "400", "200"].map(|status| format!("POST profiles zstd {status}"))
     );
 }
+
+/// An agent with three batches in its spool: the first did not get through.
+fn three_spooled(service: &FakeService, cache: &tempfile::TempDir) -> (Agent, View) {
+    let (agent, view) = start(config(service, cache));
+    for tid in 1..=3 {
+        send(&view, tid);
+        eventually("the batch is spooled", || number(&agent, "spooled_batches") == u64::from(tid));
+    }
+    (agent, view)
+}
+
+#[test]
+fn a_batch_that_alone_never_gets_through_holds_no_other_up() {
+    // What fails in the service itself, and what a gateway does not let through.
+    for status in [500, 411] {
+        let service = FakeService::start(Tables::FromSkeletons);
+        let cache = tempfile::tempdir().unwrap();
+        service.answer_thread(1, status);
+        let (agent, _view) = three_spooled(&service, &cache);
+        eventually("the others are sent", || number(&agent, "spooled_batches") == 0);
+        assert_eq!(number(&agent, "batches_dropped_total"), 1);
+        let summary = stop(agent);
+        assert_eq!((summary.sent_batches, summary.dropped_batches), (2, 1), "{summary:?}");
+        assert_eq!(shipped(&service), [2, 3]);
+    }
+}
+
+#[test]
+fn a_service_that_fails_for_all_loses_none() {
+    // It is back for the oldest; and for the other that is tried after five failures.
+    for (failures, order) in [(4, [1, 2, 3]), (5, [2, 1, 3]), (6, [1, 2, 3])] {
+        let service = FakeService::start(Tables::FromSkeletons);
+        let cache = tempfile::tempdir().unwrap();
+        service.answer_profiles(&vec![503; failures]);
+        let (agent, _view) = three_spooled(&service, &cache);
+        eventually("all are sent", || number(&agent, "spooled_batches") == 0);
+        let summary = stop(agent);
+        assert_eq!((summary.sent_batches, summary.dropped_batches), (3, 0), "{summary:?}");
+        assert_eq!(shipped(&service), order, "{failures}");
+    }
+}
