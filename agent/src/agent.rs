@@ -341,7 +341,7 @@ impl Agent {
     }
 
     /// Stops sampling, sends what is left, and ends the agent's threads. Takes up to 20 seconds if the service does not
-    /// answer: what is under way has ten, and what is left has ten.
+    /// answer: what is under way has ten, and a second for each 256 KiB of it, and what is left has ten.
     pub fn stop(mut self) -> Result<Summary, StopError> {
         self.stop.store(true, Ordering::Release);
         self.alarm.ring();

@@ -97,7 +97,7 @@ pub struct Recording {
 }
 
 /// Bytes of a batch at which it is full: some 50,000 distinct samples as they mostly are, 3,500 of the deepest stacks.
-const MAX_BATCH_BYTES: usize = 16 * 1024 * 1024;
+pub(crate) const MAX_BATCH_BYTES: usize = 16 * 1024 * 1024;
 /// What one more value of each kind takes in a batch, in bytes: what it holds itself, and its place in a hash table.
 const SAMPLE_BYTES: usize = 48;
 const STACK_BYTES: usize = 48;

@@ -38,6 +38,8 @@ const SLOWEST_TABLE: usize = 64 * 1024;
 /// How long the largest table may take.
 const TABLE_TIMEOUT: Duration =
     Duration::from_secs(ANSWER_TIMEOUT.as_secs() + (MAX_TABLE_BYTES / SLOWEST_TABLE) as u64);
+/// Slowest transfer of a batch that is waited for, in bytes a second.
+const SLOWEST_BATCH: usize = 256 * 1024;
 /// How long a large upload may take: the largest skeleton, at 320 KiB/s.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(128);
 /// Most bytes taken of an answer that is no table, unpacked: the ten lines of an error, one artefact's name. What a few
@@ -320,14 +322,7 @@ impl Service {
     }
 
     async fn ship_uncounted(&self, batch: EncodedBatch) -> Result<(), ServiceError> {
-        let url = format!("{}/v1development/profiles", self.base);
-        let request = self
-            .http
-            .post(url)
-            .header(CONTENT_TYPE, "application/x-protobuf")
-            .header(CONTENT_ENCODING, batch.compression.as_str())
-            .body(batch.bytes);
-        match self.send(request).await {
+        match self.send(self.profiles(batch)).await {
             Ok(response) if response.status().is_success() => Ok(()),
             Ok(response) => Err(failure(response).await),
             Err(ServiceError::Refused { status, reason }) if !OF_A_BATCH.contains(&status) => {
@@ -336,6 +331,20 @@ impl Service {
             Err(error) => Err(error),
         }
     }
+
+    fn profiles(&self, batch: EncodedBatch) -> RequestBuilder {
+        self.http
+            .post(format!("{}/v1development/profiles", self.base))
+            .timeout(batch_timeout(batch.bytes.len()))
+            .header(CONTENT_TYPE, "application/x-protobuf")
+            .header(CONTENT_ENCODING, batch.compression.as_str())
+            .body(batch.bytes)
+    }
+}
+
+/// How long a batch of so many bytes may take.
+pub(crate) const fn batch_timeout(bytes: usize) -> Duration {
+    Duration::from_secs(ANSWER_TIMEOUT.as_secs() + bytes.div_ceil(SLOWEST_BATCH) as u64)
 }
 
 fn too_slow(_: Elapsed) -> ServiceError {
@@ -464,6 +473,7 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
+    use crate::otlp::MAX_BATCH_BYTES;
 
     /// The address of a service that answers one request with `head` and then says `part` until nobody listens.
     fn endless(head: &'static str, part: &'static [u8]) -> String {
@@ -492,6 +502,17 @@ mod tests {
             String::from_utf8_lossy(&request[..bytes]).into_owned()
         });
         (format!("http://{address}"), asked)
+    }
+
+    #[test]
+    fn a_large_batch_has_the_time_that_it_takes() {
+        let service = Service::new("http://127.0.0.1:1", None, Arc::default()).expect("an address");
+        for (bytes, seconds) in [(0, 10), (1, 11), (256 * 1024, 11), (1024 * 1024, 14), (MAX_BATCH_BYTES, 74)]
+        {
+            let batch = EncodedBatch { compression: Compression::Zstd, bytes: vec![0; bytes].into() };
+            let request = service.profiles(batch).build().expect("a request");
+            assert_eq!(request.timeout(), Some(&Duration::from_secs(seconds)), "{bytes}");
+        }
     }
 
     #[tokio::test]

@@ -20,14 +20,20 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::agent::DEFAULT_SHIP_INTERVAL;
 use crate::metrics::Metrics;
-use crate::service::{Service, ServiceError};
+use crate::otlp::MAX_BATCH_BYTES;
+use crate::service::{Service, ServiceError, batch_timeout};
 use crate::spool::{EncodedBatch, Spool};
 
 /// Most bytes of spooled batches: a day of a busy 32-core host at 19 Hz (1.5 KiB/s compressed).
 pub const SPOOL_BUDGET_BYTES: u64 = 128 * 1024 * 1024;
-/// Batches that wait for a request under way; at five seconds each, twice the longest answer.
+/// Batches that wait for a request under way.
 const WAITING_BATCHES: usize = 16;
+/// The largest batch may take as long as the others wait.
+const _: () = assert!(
+    batch_timeout(MAX_BATCH_BYTES).as_secs() <= WAITING_BATCHES as u64 * DEFAULT_SHIP_INTERVAL.as_secs()
+);
 /// First pause after the service failed; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause after the service failed.
