@@ -42,6 +42,7 @@ use crate::symbol_upload::SymbolUpload;
 use crate::table_cache::{TableCache, TableCacheError};
 use crate::table_refresh::DEFAULT_REFRESH_AFTER;
 use crate::tables::Tables;
+use crate::token::Token;
 
 /// Samples a second on each CPU, unless said otherwise: odd, so as not to beat with timers.
 pub const DEFAULT_FREQUENCY_HZ: u32 = 19;
@@ -78,7 +79,7 @@ pub struct Config {
     /// Where `/metrics` and `/healthz` are answered.
     pub listen: Option<SocketAddr>,
     /// Bearer token for the service.
-    pub token: Option<String>,
+    pub token: Token,
     /// Most bytes of kernel memory for tables.
     pub table_budget_bytes: u64,
     /// How long a table makes no room for others after a sample that went through it.
@@ -112,7 +113,7 @@ impl Config {
             compression: Compression::default(),
             host_name: None,
             listen: None,
-            token: None,
+            token: Token::default(),
             table_budget_bytes: DEFAULT_TABLE_BUDGET_BYTES,
             table_in_use: IN_USE,
             table_cache_bytes: DEFAULT_TABLE_CACHE_BYTES,

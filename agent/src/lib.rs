@@ -20,7 +20,7 @@
 //!   `code_reading` on `file_threads`, `time_namespace`, [`code_map`], [`symbol_upload`]
 //! - [`audit`]: whether the kernel's walks are right
 //! - [`metrics`], `own_cost`, `status`: what it says of itself; [`privilege`]: what it may not do
-//! - [`service`]: what is asked of the service
+//! - [`service`]: what is asked of the service; [`token`]: by which right
 //! - [`chunks`], [`kernel_memory`]: how tables lie in kernel memory; `eviction`: which of them go for others
 
 pub mod agent;
@@ -80,6 +80,7 @@ mod table_queue;
 mod table_refresh;
 pub mod tables;
 mod time_namespace;
+pub mod token;
 mod visits;
 
 pub use agent::{Agent, BackendChoice, Config, StartError, StopError, Summary, WarmUp};

@@ -18,6 +18,7 @@ use windlass_agent::compression::Compression;
 use windlass_agent::kernel::{DEFAULT_TABLE_BUDGET_BYTES, LoadError};
 use windlass_agent::privilege::Privilege;
 use windlass_agent::table_cache::HOST_ARCHITECTURE;
+use windlass_agent::token::Token;
 use windlass_agent::{Agent, Config, StartError, Summary};
 use windlass_schema::Architecture;
 
@@ -79,7 +80,7 @@ struct Arguments {
     /// Answer /metrics (Prometheus) and /healthz at this address [default: nowhere]
     #[arg(long, env = "WINDLASS_LISTEN", value_name = "ADDR")]
     listen: Option<SocketAddr>,
-    /// File with the token for the service
+    /// File with the token for the service; read again when that is refused
     #[arg(long, env = "WINDLASS_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
     /// Stop after this time; otherwise at SIGINT or SIGTERM
@@ -145,9 +146,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     config.audit = arguments.audit;
     config.ship_interval = Duration::from_secs(arguments.ship_interval);
     if let Some(file) = arguments.token_file {
-        let token = std::fs::read_to_string(&file)
-            .with_context(|| format!("failed to read token file {}", file.display()))?;
-        config.token = Some(token.trim().to_owned());
+        let failed = || format!("failed to read token file {}", file.display());
+        config.token = Token::in_file(file.clone()).with_context(failed)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let seconds = arguments.seconds.map(Duration::from_secs);

@@ -25,6 +25,7 @@ use crate::compression::Compression;
 use crate::metrics::{Metrics, Request};
 use crate::packed_skeleton::PackedSkeleton;
 use crate::spool::EncodedBatch;
+use crate::token::Token;
 
 /// Largest table taken, in bytes: as much as the chunks in the kernel hold.
 pub const MAX_TABLE_BYTES: usize = 64 * 1024 * 1024;
@@ -58,7 +59,7 @@ const MAX_REASON_BYTES: usize = 500;
 pub struct Service {
     base: String,
     http: reqwest::Client,
-    token: Option<String>,
+    token: Token,
     metrics: Arc<Metrics>,
 }
 
@@ -169,7 +170,7 @@ impl From<reqwest::Error> for ServiceError {
 
 impl Service {
     /// A client of the service at `url`, whose requests `metrics` counts.
-    pub fn new(url: &str, token: Option<String>, metrics: Arc<Metrics>) -> Result<Self, ServiceError> {
+    pub fn new(url: &str, token: Token, metrics: Arc<Metrics>) -> Result<Self, ServiceError> {
         // Whoever came first decided; any provider will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let parsed = reqwest::Url::parse(url)
@@ -199,12 +200,19 @@ impl Service {
         answer
     }
 
-    async fn send(&self, mut request: RequestBuilder) -> Result<Response, ServiceError> {
-        if let Some(token) = &self.token {
-            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+    async fn send(&self, request: RequestBuilder) -> Result<Response, ServiceError> {
+        let token = self.token.current();
+        // Bodies are in memory, and shared.
+        let again = request.try_clone();
+        let mut response = authorized(request, token.as_deref()).send().await?;
+        let mut status = response.status();
+        if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+            && let Some(again) = again
+            && let Some(renewed) = self.token.renewed(token.as_deref()).await
+        {
+            response = authorized(again, Some(&renewed)).send().await?;
+            status = response.status();
         }
-        let response = request.send().await?;
-        let status = response.status();
         if !status.is_success() && status != StatusCode::NOT_MODIFIED {
             return Err(failure(response).await);
         }
@@ -339,6 +347,13 @@ impl Service {
             .header(CONTENT_TYPE, "application/x-protobuf")
             .header(CONTENT_ENCODING, batch.compression.as_str())
             .body(batch.bytes)
+    }
+}
+
+fn authorized(request: RequestBuilder, token: Option<&str>) -> RequestBuilder {
+    match token {
+        Some(token) => request.header(AUTHORIZATION, format!("Bearer {token}")),
+        None => request,
     }
 }
 
@@ -506,7 +521,8 @@ mod tests {
 
     #[test]
     fn a_large_batch_has_the_time_that_it_takes() {
-        let service = Service::new("http://127.0.0.1:1", None, Arc::default()).expect("an address");
+        let service =
+            Service::new("http://127.0.0.1:1", Token::default(), Arc::default()).expect("an address");
         for (bytes, seconds) in [(0, 10), (1, 11), (256 * 1024, 11), (1024 * 1024, 14), (MAX_BATCH_BYTES, 74)]
         {
             let batch = EncodedBatch { compression: Compression::Zstd, bytes: vec![0; bytes].into() };
@@ -528,8 +544,8 @@ mod tests {
                 let head =
                     format!("HTTP/1.1 {status} Moved\r\ncontent-length: 0\r\nlocation: {at}{location}");
                 let (url, asked) = once(format!("{head}\r\n\r\n"));
-                let service =
-                    Service::new(&url, Some("secret".to_owned()), Arc::default()).expect("an address");
+                let token = Token::from(Some("secret".to_owned()));
+                let service = Service::new(&url, token, Arc::default()).expect("an address");
                 let batch = EncodedBatch { compression: Compression::Zstd, bytes: "batch".into() };
                 let error = service.ship(batch).await.expect_err("nobody took it");
                 let text = error.to_string();
@@ -545,7 +561,7 @@ mod tests {
     #[tokio::test]
     async fn answers_without_end_are_not_read_to_it() {
         let id = "abcd".parse().expect("a build-ID");
-        let service = |url: String| Service::new(&url, None, Arc::default()).expect("an address");
+        let service = |url: String| Service::new(&url, Token::default(), Arc::default()).expect("an address");
         let failing = endless("HTTP/1.1 500 Oops\r\n\r\nno room\n", b"x");
         let error = service(failing).lacks(id, ArtefactKind::Skeleton).await;
         let reason = "no room".to_owned();

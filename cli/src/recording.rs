@@ -71,7 +71,7 @@ impl Recording {
         let mut config = windlass_agent::Config::new(server.url().to_owned(), cache_dir);
         config.frequency_hz = target.frequency_hz;
         config.warm_up = WARM_UP;
-        config.token = server.token().map(str::to_owned);
+        config.token = server.token().map(str::to_owned).into();
         config.backend = match (target.mode, target.pid) {
             (Mode::Bpf, only_pid) => {
                 config.only_pid = only_pid;

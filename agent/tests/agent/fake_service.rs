@@ -63,6 +63,8 @@ struct Shared {
     answers: Mutex<VecDeque<StatusCode>>,
     /// Profiles with a sample of this thread are answered so, and are not kept.
     disliked: Mutex<Option<(u32, StatusCode)>>,
+    /// The only token with which profiles are taken.
+    token: Mutex<Option<String>>,
     /// What artefacts of a build-ID are answered, and are not kept.
     refused: Mutex<HashMap<String, StatusCode>>,
     /// What the header of [`Tables::Tagged`] says.
@@ -145,6 +147,11 @@ impl FakeService {
         *self.shared.disliked.lock().unwrap() = Some((tid, status));
     }
 
+    /// From now on profiles are taken with this token alone.
+    pub(crate) fn demand_token(&self, token: &str) {
+        *self.shared.token.lock().unwrap() = Some(token.to_owned());
+    }
+
     /// From now on artefacts of this build-ID are answered so; 201 stores them.
     pub(crate) fn answer_artefacts(&self, id: &str, status: u16) {
         let status = StatusCode::from_u16(status).unwrap();
@@ -172,6 +179,7 @@ fn shared(tables: Tables) -> Arc<Shared> {
         turns: Semaphore::new(1),
         answers: Mutex::default(),
         disliked: Mutex::default(),
+        token: Mutex::default(),
         refused: Mutex::default(),
         rows: AtomicU32::new(0),
         damage: Mutex::new(|table| table),
@@ -303,6 +311,10 @@ async fn profiles(State(shared): Service, headers: HeaderMap, body: Bytes) -> Re
         other => panic!("{other}"),
     }
     let _turn = shared.turns.acquire().await.unwrap();
+    let demanded = shared.token.lock().unwrap().as_ref().map(|token| format!("Bearer {token}"));
+    if demanded.is_some_and(|token| headers.get("authorization").is_none_or(|shown| *shown != *token)) {
+        return error(shared.note(format!("POST profiles {coding}"), StatusCode::UNAUTHORIZED));
+    }
     if let Some(status) = shared.answers.lock().unwrap().pop_front() {
         return error(shared.note(format!("POST profiles {coding}"), status));
     }

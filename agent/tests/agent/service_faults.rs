@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 
 use windlass_agent::backend::Event;
 use windlass_agent::table_cache::TableCache;
+use windlass_agent::token::Token;
 use windlass_agent::{Agent, Config};
 use windlass_schema::maps::{EXACT_ADDRESS, no_table};
 use windlass_schema::table::checksum;
@@ -346,4 +347,31 @@ fn a_service_that_fails_for_all_loses_none() {
         assert_eq!((summary.sent_batches, summary.dropped_batches), (3, 0), "{summary:?}");
         assert_eq!(shipped(&service), order, "{failures}");
     }
+}
+
+#[test]
+fn a_token_that_is_renewed_in_its_file_is_shown_from_then_on() {
+    let service = FakeService::start(Tables::FromSkeletons);
+    let cache = tempfile::tempdir().unwrap();
+    let file = cache.path().join("token");
+    std::fs::write(&file, "first\n").unwrap();
+    let mut config = config(&service, &cache);
+    config.token = Token::in_file(file.clone()).unwrap();
+    service.demand_token("first");
+    let (agent, view) = start(config);
+    send(&view, 1);
+    eventually("the batch is sent", || number(&agent, "batches_sent_total") == 1);
+    // Renewed in time, nothing waits.
+    std::fs::write(&file, "second\n").unwrap();
+    service.demand_token("second");
+    send(&view, 2);
+    eventually("the batch is sent", || number(&agent, "batches_sent_total") == 2);
+    assert_eq!(number(&agent, "request_failures_total{request=\"profiles\",failure=\"refused\"}"), 0);
+    service.demand_token("third");
+    send(&view, 3);
+    eventually("the batch waits", || number(&agent, "spooled_batches") == 1);
+    std::fs::write(&file, "third\n").unwrap();
+    eventually("the batch is sent", || number(&agent, "batches_sent_total") == 3);
+    assert_eq!(stop(agent).dropped_batches, 0);
+    assert_eq!(shipped(&service), [1, 2, 3]);
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use windlass_agent::metrics::Metrics;
 use windlass_agent::service::Service;
 use windlass_agent::symbol_upload::SymbolUpload;
+use windlass_agent::token::Token;
 use windlass_schema::BuildId;
 
 use crate::eventually;
@@ -17,7 +18,7 @@ fn sending(refused: &[(&str, u16)], ids: &[&str]) -> (FakeService, tokio::runtim
         service.answer_artefacts(id, *status);
     }
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let client = Service::new(&service.url(), None, Arc::new(Metrics::default())).unwrap();
+    let client = Service::new(&service.url(), Token::default(), Arc::new(Metrics::default())).unwrap();
     let upload = SymbolUpload::start(runtime.handle(), client);
     for id in ids {
         assert!(upload.send(id.parse::<BuildId>().unwrap(), format!("1000 10 {id}\n").into_bytes()));
