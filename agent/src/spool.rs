@@ -3,7 +3,8 @@
 //! In files of the cache directory, one for each batch, numbered in their order, so that they survive
 //! the agent and are sent in the order of their making. Their number is bounded in bytes: at the limit
 //! the oldest go, and are counted. Each running agent owns a numbered folder by a file lock, so that two
-//! agents with one cache directory never send the same batch.
+//! agents with one cache directory never send the same batch. What an agent left in a folder that nobody owns any more
+//! goes behind what the next agent that starts has itself, as far as there is room.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, TryLockError};
@@ -49,14 +50,25 @@ struct Spooled {
 }
 
 impl Spool {
-    /// Opens the first folder under `parent` that no other agent holds, with the batches left there.
+    /// Opens the first folder under `parent` that no other agent holds, with the batches left there and in others that
+    /// nobody holds.
     pub fn open(parent: &Path, budget_bytes: u64) -> io::Result<Self> {
         for slot in 0..MAX_SPOOLS {
             let directory = parent.join(slot.to_string());
             fs::create_dir_all(&directory)?;
             let lock = File::create(directory.join("lock"))?;
             match lock.try_lock() {
-                Ok(()) => return Self::read(directory, budget_bytes, lock),
+                Ok(()) => {
+                    let mut spool = Self::read(directory, budget_bytes, lock)?;
+                    for other in slot + 1..MAX_SPOOLS {
+                        let other = parent.join(other.to_string());
+                        // One of another user's, or a broken one, is no reason not to start.
+                        if let Err(error) = spool.adopt(&other) {
+                            tracing::warn!(%error, folder = %other.display(), "profiles that another agent left are not sent");
+                        }
+                    }
+                    return Ok(spool);
+                }
                 Err(TryLockError::WouldBlock) => {}
                 Err(TryLockError::Error(error)) => return Err(error),
             }
@@ -86,6 +98,38 @@ impl Spool {
         let bytes = batches.iter().map(|batch| batch.bytes).sum();
         let next = batches.last().map_or(0, |batch| batch.number + 1);
         Ok(Self { directory, budget_bytes, batches: batches.into(), bytes, next, _lock: lock })
+    }
+
+    /// Takes over what lies in another folder, if nobody holds that: the oldest first, as far as there is room.
+    fn adopt(&mut self, directory: &Path) -> io::Result<()> {
+        let lock = match File::options().write(true).open(directory.join("lock")) {
+            Ok(lock) => lock,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(()),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        let other = Self::read(directory.to_owned(), self.budget_bytes, lock)?;
+        let mut adopted = 0;
+        for batch in &other.batches {
+            if self.bytes + batch.bytes > self.budget_bytes {
+                break;
+            }
+            let own = Spooled { number: self.next, ..*batch };
+            fs::rename(other.path(*batch), self.path(own))?;
+            self.batches.push_back(own);
+            self.bytes += own.bytes;
+            self.next += 1;
+            adopted += 1;
+        }
+        let left = other.batches.len() - adopted;
+        if adopted + left > 0 {
+            tracing::info!(adopted, left, folder = %directory.display(), "another agent left profiles");
+        }
+        Ok(())
     }
 
     fn path(&self, batch: Spooled) -> PathBuf {
@@ -232,5 +276,25 @@ mod tests {
         assert!(second.is_empty());
         drop((first, second));
         assert_eq!(Spool::open(directory.path(), 100).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_another_agent_left_goes_behind_what_is_ones_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut agents: Vec<_> = (0..3).map(|_| Spool::open(directory.path(), 16).unwrap()).collect();
+        for (agent, text) in [(0, "own0"), (1, "his0"), (2, "her0"), (1, "his1"), (2, "her1")] {
+            agents[agent].push(&batch(text)).unwrap();
+        }
+        let second = agents.remove(1);
+        drop(agents);
+        // The second runs still; of the third's there is room for all.
+        let mut first = Spool::open(directory.path(), 16).unwrap();
+        assert_eq!((first.len(), first.bytes()), (3, 12));
+        drop((first, second));
+        first = Spool::open(directory.path(), 16).unwrap();
+        assert_eq!(drain(&mut first), ["own0", "her0", "her1", "his0"]);
+        drop(first);
+        // What had no room then.
+        assert_eq!(drain(&mut Spool::open(directory.path(), 16).unwrap()), ["his1"]);
     }
 }
