@@ -216,6 +216,7 @@ fn report(summary: &Summary) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use windlass_agent::metrics::Metrics;
     use windlass_agent::privilege::{CAPABILITIES, SETCAP};
 
     #[test]
@@ -233,6 +234,22 @@ mod tests {
             Arguments::parse_from(["windlass-agent", "--server", "http://127.0.0.1:1", "--pid", "4194305"]);
         assert_eq!(run(arguments).unwrap_err().to_string(), "there is no process 4194305");
     }
+
+    #[test]
+    fn alerts_are_over_numbers_that_the_agent_tells() {
+        let rules = include_str!("../../packaging/prometheus/windlass-agent.rules.yaml");
+        let text = Metrics::default().text();
+        let is_of_name = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
+        let names: Vec<_> = rules
+            .split(|letter| !is_of_name(letter))
+            .filter(|word| word.starts_with("windlass_agent_"))
+            .collect();
+        assert!(names.contains(&"windlass_agent_last_batch_sent_timestamp_seconds"), "{names:?}");
+        for name in names {
+            assert!(text.contains(&format!("\n# TYPE {name} ")), "{name}");
+        }
+    }
+
     const UNIT: &str = include_str!("../../packaging/systemd/windlass-agent.service");
     const DAEMON_SET: &str = include_str!("../../packaging/kubernetes/daemonset.yaml");
     const CONTAINER: &str = include_str!("../../packaging/container/Containerfile");

@@ -9,7 +9,7 @@
 
 use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use windlass_schema::StopReason;
 use windlass_schema::rule::UnsupportedReason;
@@ -90,6 +90,8 @@ pub struct Metrics {
     requests: [AtomicU64; Request::ALL.len()],
     failures: [[AtomicU64; FAILURES.len()]; Request::ALL.len()],
     batches_sent: AtomicU64,
+    /// Seconds since 1970; until there is one, those of the start.
+    last_batch_sent_s: AtomicU64,
     batches_dropped: AtomicU64,
     spooled_batches: AtomicU64,
     spooled_bytes: AtomicU64,
@@ -120,12 +122,18 @@ impl Default for Metrics {
             requests: Default::default(),
             failures: Default::default(),
             batches_sent: AtomicU64::default(),
+            last_batch_sent_s: AtomicU64::new(unix_s()),
             batches_dropped: AtomicU64::default(),
             spooled_batches: AtomicU64::default(),
             spooled_bytes: AtomicU64::default(),
             audit: None,
         }
     }
+}
+
+/// Seconds since 1970.
+fn unix_s() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 fn add(counter: &AtomicU64, count: u64) {
@@ -217,6 +225,9 @@ impl Metrics {
     /// What became of batches since the last time, and what waits.
     pub(crate) fn shipped(&self, since: Shipped, spooled_bytes: u64) {
         add(&self.batches_sent, since.sent);
+        if since.sent > 0 {
+            self.last_batch_sent_s.store(unix_s(), Ordering::Relaxed);
+        }
         add(&self.batches_dropped, since.dropped);
         self.spooled_batches.store(since.spooled, Ordering::Relaxed);
         self.spooled_bytes.store(spooled_bytes, Ordering::Relaxed);
@@ -287,6 +298,9 @@ impl Metrics {
         }
         text.counter("batches_sent", "Batches of profiles that the service took.");
         text.line(&[], &self.batches_sent);
+        let help = "When the service last took a batch, or if it never did, when the agent started: seconds since 1970.";
+        text.gauge("last_batch_sent_timestamp_seconds", help);
+        text.line(&[], &self.last_batch_sent_s);
         text.counter("batches_dropped", "Batches of profiles that are lost.");
         text.line(&[], &self.batches_dropped);
         text.gauge("spooled_batches", "Batches of profiles that wait on disk.");
@@ -473,6 +487,25 @@ mod tests {
         for reason in StopReason::ALL {
             assert!(text.contains(&format!("samples_total{{reason=\"{}\"}}", reason.as_str())));
         }
+    }
+
+    #[test]
+    fn what_is_not_sent_leaves_the_time_as_it_was() {
+        let metrics = Metrics::default();
+        let start = unix_s();
+        let told = || {
+            let text = metrics.text();
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("windlass_agent_last_batch_sent_timestamp_seconds "));
+            line.and_then(|seconds| seconds.parse::<u64>().ok()).expect("a number")
+        };
+        assert!(told().abs_diff(start) <= 1, "of the start");
+        metrics.last_batch_sent_s.store(7, Ordering::Relaxed);
+        metrics.shipped(Shipped { sent: 0, spooled: 1, dropped: 1 }, 100);
+        assert_eq!(told(), 7);
+        metrics.shipped(Shipped { sent: 1, spooled: 0, dropped: 0 }, 0);
+        assert!(told() >= start);
     }
 
     #[test]

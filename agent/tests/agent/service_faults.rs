@@ -65,7 +65,9 @@ fn numbers_and_health_are_told_to_whoever_asks() {
     view.send(Event::Sample(stopped));
     let counted = || number(&agent, "unsupported_rows_total{reason=\"stack_switch\"}") == 1;
     eventually("the samples are counted", counted);
+    let before = number(&agent, "last_batch_sent_timestamp_seconds");
     eventually("they are sent", || number(&agent, "batches_sent_total") > 0);
+    assert!(number(&agent, "last_batch_sent_timestamp_seconds") >= before && before > 0);
     assert_eq!(number(&agent, "samples_total{reason=\"end_of_stack\"}"), 1);
     assert_eq!(number(&agent, "samples_total{reason=\"unsupported_rule\"}"), 1);
     assert_eq!(number(&agent, "unsupported_rows_total{reason=\"overlap\"}"), 0);
