@@ -99,9 +99,6 @@ impl Report {
             if allowed.is_none_or(|allowed| count as f64 > (allowed.most * samples as f64).max(1.0)) {
                 self.fault(program, &format!("{count} of {samples} end with {}", stop.as_str()), cut);
             }
-            if std::env::var_os("DBGCUT").is_some() {
-                println!("{} {}\n{}", row.name, stop.as_str(), print(cut));
-            }
             if let Some(allowed) = allowed {
                 *self.apart.entry((allowed.why, *stop)).or_default().entry(row.name).or_default() += count;
             }
