@@ -40,6 +40,7 @@ pub(crate) const TEST_PROGRAMS: &[Program] = &[
     Program { name: "pip3", package: "python3-pip", used_by: "the installation of Python's packages" },
     Program { name: "node", package: "nodejs", used_by: "the tests of code that is made at run time" },
     Program { name: "javac", package: "default-jdk-headless", used_by: "the test of Java's stacks" },
+    Program { name: "luajit", package: "luajit", used_by: "the test of LuaJIT's stacks" },
     Program { name: "perl", package: "perl", used_by: "the tests of walks" },
     Program { name: "openssl", package: "openssl", used_by: "the tests of walks" },
     Program { name: "musl-gcc", package: "musl-tools", used_by: "the tests of walks" },
