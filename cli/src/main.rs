@@ -8,6 +8,7 @@
 //! `windlass quickstart` needs nothing but this binary.
 
 mod address_input;
+mod artefacts;
 mod compressed_file;
 mod mapped_elf;
 mod profile;
@@ -52,6 +53,8 @@ enum Command {
     Quickstart(quickstart::QuickstartArgs),
     /// Send the debug information of a build to the service
     Upload(upload::UploadArgs),
+    /// List, show, label and delete what the service has stored
+    Artefacts(artefacts::ArtefactsArgs),
     /// Profile a process or the whole machine
     Profile(profile::ProfileArgs),
     /// Turn addresses or a whole profile into functions, files and lines through the service
@@ -97,6 +100,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Quickstart(args) => runtime()?.block_on(quickstart::run(args)),
         Command::Upload(args) => runtime()?.block_on(upload::run(args)),
+        Command::Artefacts(args) => runtime()?.block_on(artefacts::run(args)),
         Command::Profile(args) => runtime()?.block_on(profile::run(args)),
         Command::Symbolize(args) => runtime()?.block_on(symbolize::run(args)),
         Command::Symbols(args) => {
@@ -156,5 +160,8 @@ mod tests {
         rejects("windlass symbolize --build-id ABCD 0x1", "lower-case");
         rejects("windlass symbolize --build-id abcd -o x.pb.gz 0x1", "--output");
         rejects("windlass symbols lookup 0x1", "--obj");
+        rejects("windlass artefacts label abcd", "--add");
+        rejects("windlass artefacts delete abcd --path /a.c", "--kind");
+        rejects("windlass artefacts delete", "<BUILD-ID>");
     }
 }

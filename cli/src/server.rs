@@ -5,6 +5,7 @@
 //! not answer and how to start or name one. Whether a request may be repeated is a property of the
 //! error ([`ServerError::may_pass`]), decided here once.
 
+mod inventory;
 mod uploads;
 
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use windlass_schema::http::{ErrorBody, NAMESPACE_HEADER, SymbolizeRequest, SymbolizeResponse};
 
+pub(crate) use inventory::{Deletion, Listing};
 pub(crate) use uploads::{Appended, Part};
 
 /// The service of `windlassd serve` without options.

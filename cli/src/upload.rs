@@ -28,6 +28,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use windlass_schema::BuildId;
 use windlass_schema::http::{MAX_MISSING_ARTEFACTS, MissingRequest, MissingResponse};
 
 use crate::server::{Server, ServerArgs, ServerError};
@@ -78,6 +79,9 @@ pub(crate) struct UploadArgs {
     /// Namespace to upload to, of those that the token allows
     #[arg(long, value_name = "NAME", env = "WINDLASS_NAMESPACE")]
     namespace: Option<String>,
+    /// Label for what is stored then, as release=1.4; may be repeated. Retention keeps what has certain labels
+    #[arg(long, value_name = "NAME=VALUE")]
+    label: Vec<String>,
     /// Only say what would be sent
     #[arg(long)]
     dry_run: bool,
@@ -125,6 +129,9 @@ pub(crate) async fn run(args: UploadArgs) -> anyhow::Result<ExitCode> {
         jobs: args.jobs as usize,
     };
     let report = upload(&server, &args.paths, options).await?;
+    if !args.label.is_empty() && !args.dry_run {
+        label(&server, &report.stored(), &args.label).await?;
+    }
     crate::die_quietly_of_a_closed_pipe();
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -157,6 +164,17 @@ pub(crate) async fn upload(server: &Server, paths: &[PathBuf], options: Options)
         transfer::send(server, &mut plan, options.jobs).await;
     }
     Ok(Report::new(plan, &options.require, options.dry_run))
+}
+
+/// Labels images that are stored.
+async fn label(server: &Server, ids: &[BuildId], labels: &[String]) -> anyhow::Result<()> {
+    let answer = transfer::insist(|| server.label(ids, labels, &[])).await?;
+    let without = answer.unknown.len() + answer.too_many.len();
+    anyhow::ensure!(
+        without == 0,
+        "{without} images could not be labelled: they have too many labels, or were deleted"
+    );
+    Ok(())
 }
 
 /// Asks for all artefacts at once: one request up to the interface's limit.

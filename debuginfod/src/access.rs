@@ -7,7 +7,7 @@
 //! |---|---|
 //! | a write | the address is no loopback address, or there is a token (of the catalog or of `--token-file`), or `--private` |
 //! | a read | `--private` |
-//! | `/healthz`, `/readyz` | never |
+//! | `/healthz`, `/readyz`, `/api/v1/openapi.json` | never |
 //!
 //! A token is good for the scopes that it has (401: no token or a wrong one; 403: not for this). Whoever needs no token is
 //! `anonymous` and may do all. Replicas ask the catalog for a token at most every [`VERIFIED_TTL`], so that

@@ -5,9 +5,16 @@
 //! content: equal contents are one blob, writing twice is harmless, and whatever is read can be
 //! checked. A blob without a catalog row is never served. Blobs are in [`crate::seekable`] form.
 //!
+//! Each write of a content is an object of its own, `HASH-NUMBER`, and the catalog says which one counts. So an object that
+//! nothing names can be removed while somebody stores the same content again: nobody will ever name this one.
+//!
 //! A disk that is not mounted looks like an empty folder, and a bucket of the wrong name like an empty bucket. So
 //! the store holds one more object, [`MARKER`]: where that is missing the storage is away, and nothing in it is
 //! taken for lost.
+
+mod object;
+mod reading;
+mod storage_url;
 
 use std::fs::File;
 use std::path::{Path as FilePath, PathBuf};
@@ -17,21 +24,19 @@ use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use memmap2::Mmap;
 use object_store::buffered::BufWriter;
-use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
-use reqwest::Url;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::content::Content;
 use crate::content_hash::ContentHash;
 use crate::seekable::{FRAME_BYTES, FrameEncoder};
-
-mod reading;
-
+pub use object::StoredObject;
+use object::{new_number, object_name, parse_object_name, remove_staging};
 pub use reading::Form;
 use reading::{BATCH_FRAMES, LARGE_BATCHES};
+use storage_url::{connect, create_folders, local_root};
 
 /// Contents up to this size in bytes are encoded in memory and written with one request.
 const WHOLE_PUT_BYTES: u64 = 1 << 20;
@@ -66,6 +71,9 @@ pub struct Blob {
     pub size: u64,
     /// Stored size in bytes.
     pub stored_size: u64,
+    /// Number of the write that made its object; 0 of those from before there were numbers, whose objects have none in their
+    /// names.
+    pub write: u64,
 }
 
 /// A blob could not be written or read.
@@ -159,8 +167,8 @@ impl BlobStore {
         }
     }
 
-    fn path(&self, hash: ContentHash) -> Path {
-        let name = hash.to_string();
+    fn path(&self, hash: ContentHash, write: u64) -> Path {
+        let name = object_name(hash, write);
         self.prefix.clone().join(&name[..2]).join(name.as_str())
     }
 
@@ -176,20 +184,20 @@ impl BlobStore {
         C: Content + Send + Sync + 'static,
     {
         self.require_marker().await?;
-        let size = content.size();
+        let (size, write) = (content.size(), new_number());
         let stored_size = if size <= WHOLE_PUT_BYTES {
             let stored = tokio::task::spawn_blocking(move || encoded(&*content)).await??;
             let stored_size = stored.len() as u64;
-            self.store.put(&self.path(hash), Bytes::from(stored).into()).await?;
+            self.store.put(&self.path(hash, write), Bytes::from(stored).into()).await?;
             stored_size
         } else {
             let _place = self.large_puts.acquire().await.expect("never closed");
-            self.put_large(content, hash).await?
+            self.put_large(content, self.path(hash, write)).await?
         };
-        Ok(Blob { hash, size, stored_size })
+        Ok(Blob { hash, size, stored_size, write })
     }
 
-    async fn put_large<C>(&self, content: Arc<C>, hash: ContentHash) -> Result<u64, BlobError>
+    async fn put_large<C>(&self, content: Arc<C>, path: Path) -> Result<u64, BlobError>
     where
         C: Content + Send + Sync + 'static,
     {
@@ -198,9 +206,8 @@ impl BlobStore {
             // Where nobody takes frames any more the writer failed, and says so.
             encode(&*content, |frame| frames.blocking_send(frame).is_ok())
         });
-        let mut writer =
-            BufWriter::with_capacity(Arc::clone(&self.store), self.path(hash), UPLOAD_PART_BYTES)
-                .with_max_concurrency(UPLOAD_PARTS_AT_ONCE);
+        let mut writer = BufWriter::with_capacity(Arc::clone(&self.store), path, UPLOAD_PART_BYTES)
+            .with_max_concurrency(UPLOAD_PARTS_AT_ONCE);
         let mut stored_size = 0;
         while let Some(frame) = encoded.recv().await {
             stored_size += frame.len() as u64;
@@ -217,13 +224,43 @@ impl BlobStore {
         Ok(stored_size)
     }
 
-    /// Contents in the store and the bytes that they take, on record or not.
-    pub fn objects(&self) -> impl Stream<Item = Result<(ContentHash, u64), BlobError>> + Send + 'static {
+    /// Objects in the store, on record or not.
+    pub fn objects(&self) -> impl Stream<Item = Result<StoredObject, BlobError>> + Send + 'static {
         let prefix = (self.prefix.parts().count() > 0).then_some(&self.prefix);
         self.store.list(prefix).map_err(BlobError::from).try_filter_map(|object| {
-            let hash = object.location.filename().and_then(|name| name.parse().ok());
-            std::future::ready(Ok(hash.map(|hash| (hash, object.size))))
+            let named = object.location.filename().and_then(parse_object_name);
+            let written_s = object.last_modified.timestamp().try_into().unwrap_or(0);
+            std::future::ready(Ok(named.map(|(hash, write)| StoredObject {
+                hash,
+                write,
+                stored_bytes: object.size,
+                written_s,
+            })))
         })
+    }
+
+    /// When an object was written by the store's clock, in seconds since 1970, if it is there.
+    pub(crate) async fn written_s(&self, hash: ContentHash, write: u64) -> Result<Option<u64>, BlobError> {
+        match self.store.head(&self.path(hash, write)).await {
+            Ok(meta) => Ok(Some(meta.last_modified.timestamp().try_into().unwrap_or(0))),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Removes an object, if it is there.
+    pub(crate) async fn remove(&self, hash: ContentHash, write: u64) -> Result<(), BlobError> {
+        match self.store.delete(&self.path(hash, write)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Removes what writers that were killed left half written in a folder until `until_s`: number of files and their bytes. A bucket
+    /// has rules of its own for that.
+    pub(crate) async fn remove_staging(&self, until_s: u64, dry_run: bool) -> Result<(u64, u64), BlobError> {
+        let Some(root) = local_root(&self.url) else { return Ok((0, 0)) };
+        Ok(tokio::task::spawn_blocking(move || remove_staging(&root, until_s, dry_run)).await??)
     }
 }
 
@@ -267,46 +304,6 @@ pub fn scratch_folder(data: &FilePath) -> std::io::Result<PathBuf> {
     let folder = data.join("tmp");
     std::fs::create_dir_all(&folder)?;
     Ok(folder)
-}
-
-/// The folder of a file URL.
-fn local_root(url: &str) -> Option<PathBuf> {
-    Url::parse(url).ok().filter(|url| url.scheme() == "file")?.to_file_path().ok()
-}
-
-/// Creates the folders that blobs are in, so that no upload has to: one that finds a folder which another is just creating
-/// does not wait until its name is durable.
-fn create_folders(root: &FilePath) -> std::io::Result<()> {
-    let mut created = false;
-    for byte in 0..=u8::MAX {
-        match std::fs::create_dir(root.join(format!("{byte:02x}"))) {
-            Ok(()) => created = true,
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error),
-        }
-    }
-    if created { File::open(root)?.sync_all() } else { Ok(()) }
-}
-
-/// The store behind `url`, and the path in it. The folder of a file URL is created only if nothing is expected there.
-fn connect(url: &str, expected: Expected) -> Result<(Arc<dyn ObjectStore>, Path), BlobError> {
-    let fail = |why: &dyn ToString| BlobError::Storage { url: url.to_owned(), why: why.to_string() };
-    let parsed = Url::parse(url).map_err(|e| fail(&e))?;
-    if parsed.scheme() == "file" {
-        let root = parsed.to_file_path().map_err(|()| fail(&"not an absolute path"))?;
-        match expected {
-            Expected::New => std::fs::create_dir_all(&root).map_err(|e| fail(&e))?,
-            Expected::Marked if !root.try_exists().map_err(|e| fail(&e))? => {
-                return Err(BlobError::Away { url: url.to_owned() });
-            }
-            Expected::Marked => {}
-        }
-        let store = LocalFileSystem::new_with_prefix(root)?.with_fsync(true);
-        return Ok((Arc::new(store), Path::default()));
-    }
-    let environment = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
-    let (store, prefix) = object_store::parse_url_opts(&parsed, environment).map_err(|e| fail(&e))?;
-    Ok((store.into(), prefix))
 }
 
 fn damaged(hash: ContentHash, why: &dyn ToString) -> BlobError {

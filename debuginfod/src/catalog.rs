@@ -9,21 +9,27 @@
 mod artefact;
 mod audit;
 mod change;
+mod collection;
 #[cfg(test)]
 mod conformance;
 mod content;
 mod derived;
+mod inventory;
+mod label;
 mod profile;
 mod provenance;
 mod sqlite;
 mod token;
 mod unfinished;
 
-pub use artefact::{Artefact, Artefacts, MetadataQuery, Put, canonical_path};
+pub use artefact::{Artefact, Artefacts, MetadataQuery, Name, Put, canonical_path};
 pub use audit::{Action, AuditEntry, AuditLog, AuditRecord, STORED, Subject, UnknownAction, Writer};
 pub use change::{ChangeList, Changed, Changes};
-pub use content::{Contents, Recorded};
-pub use derived::{DerivedArtefacts, DerivedKey, DerivedKind};
+pub use collection::{Collection, Unnamed};
+pub use content::{Contents, Named, Recorded};
+pub use derived::{DerivedArtefacts, DerivedKey, DerivedKind, UnknownDerivedKind};
+pub use inventory::{Image, ImagePage, ImageQuery, Inventory, Removal, Removed, Usage};
+pub use label::{Label, LabelChange, LabelError, LabelOutcome, Labelled, Labels, MAX_LABELS};
 pub use profile::{ProfileBatch, ProfileBatches};
 pub use provenance::{Provenance, Provenances};
 pub use sqlite::SqliteCatalog;
@@ -62,8 +68,11 @@ pub trait Catalog:
     Artefacts
     + AuditLog
     + ChangeList
+    + Collection
     + Contents
     + DerivedArtefacts
+    + Inventory
+    + Labels
     + ProfileBatches
     + Provenances
     + Tokens

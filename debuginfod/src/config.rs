@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::namespace::RELEASE;
+use crate::quota::Quota;
+use crate::retention::Retention;
 use crate::tls::TlsFiles;
 
 /// Port of debuginfod servers by custom.
@@ -57,6 +59,12 @@ pub struct Config {
     pub max_upload_bytes: u64,
     /// What copies of served contents may take of the temporary folder, in bytes. A content of more than half of that is not copied.
     pub max_copies_bytes: u64,
+    /// What namespaces may take; of several for one the last counts.
+    pub quotas: Vec<Quota>,
+    /// What is kept for how long, where it is collected.
+    pub retention: Retention,
+    /// How often the service collects by itself what nothing needs; never, if `None`.
+    pub collect_every: Option<Duration>,
 }
 
 impl Config {
@@ -77,6 +85,9 @@ impl Config {
             tls: None,
             max_upload_bytes: DEFAULT_MAX_UPLOAD_BYTES,
             max_copies_bytes: DEFAULT_MAX_COPIES_BYTES,
+            quotas: Vec::new(),
+            retention: Retention::default(),
+            collect_every: None,
         }
     }
 }

@@ -70,6 +70,11 @@ impl LocalCopy {
         self.open.as_ref().expect("taken by drop alone")
     }
 
+    /// Whether it has as many bytes. Of a content that was stored again, perhaps by another version, the stored form may differ.
+    fn is_of(&self, size: u64) -> bool {
+        self.open().1.len() as u64 == size
+    }
+
     /// The file, for the kernel to send from.
     pub(crate) fn file(&self) -> BorrowedFd<'_> {
         self.open().0.as_fd()
@@ -191,16 +196,16 @@ impl Copies {
         form: Form,
     ) -> Result<Option<Arc<LocalCopy>>, BlobError> {
         let key = (blob.hash, form);
-        let most = {
-            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(copy) = kept.get(&key) {
-                return Ok(Some(copy));
-            }
-            kept.most()
-        };
         let size = match form {
             Form::Content => blob.size,
             Form::Stored => blob.stored_size,
+        };
+        let most = {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(copy) = kept.get(&key).filter(|copy| copy.is_of(size)) {
+                return Ok(Some(copy));
+            }
+            kept.most()
         };
         // An empty file cannot be mapped, and need not be.
         if size == 0 || size > most {
@@ -240,7 +245,7 @@ impl Copies {
         self.flights.join(key, move || async move {
             let lock = || kept.lock().unwrap_or_else(PoisonError::into_inner);
             // A flight that began just after another one landed finds its result here.
-            if let Some(copy) = lock().get(&key) {
+            if let Some(copy) = lock().get(&key).filter(|copy| copy.is_of(size)) {
                 return Ok(copy);
             }
             let copy = match blobs.checked_file(blob, form).await.and_then(|file| Ok(LocalCopy::new(file)?)) {
@@ -253,5 +258,35 @@ impl Copies {
             lock().insert(key, weight, Arc::clone(&copy));
             Ok(copy)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::blob::Expected;
+
+    #[tokio::test]
+    async fn a_copy_of_another_stored_form_is_not_sent() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let url = reqwest::Url::from_directory_path(folder.path().join("blobs")).expect("an absolute path");
+        let blobs =
+            BlobStore::open(url.as_str(), folder.path().to_owned(), Expected::New).await.expect("a store");
+        let content: Vec<u8> =
+            (0..100_000u32).flat_map(|number| number.wrapping_mul(2_654_435_769).to_be_bytes()).collect();
+        let hash = ContentHash::of(&content);
+        let content = Arc::new(content);
+        let [first, second] = [blobs.put(Arc::clone(&content), hash).await, blobs.put(content, hash).await];
+        let (first, second) = (first.expect("stored"), second.expect("stored again"));
+        let copies = Copies::new(1 << 30);
+        let sent = async |blob: Blob| {
+            let source = copies.source(&blobs, blob, Form::Stored, &(0..blob.stored_size)).await;
+            source.map(|source| matches!(source, Some(Source::Copy(copy)) if copy.is_of(blob.stored_size)))
+        };
+        assert!(sent(first).await.expect("a copy"));
+        blobs.remove(first.hash, first.write).await.expect("it is there");
+        assert!(sent(second).await.expect("the same copy"), "whichever object it was read from");
+        let other = Blob { stored_size: second.stored_size + 1, ..second };
+        assert!(sent(other).await.is_err(), "of that form there is no object");
     }
 }

@@ -13,11 +13,12 @@ use sha2::{Digest, Sha256};
 use windlass_schema::{Table, wire};
 use windlass_symbol_index::{Index, Input};
 
-use crate::blob::Blob;
-use crate::catalog::{Artefact, DerivedKey, DerivedKind};
+use crate::blob::{Blob, BlobError};
+use crate::catalog::{Artefact, Catalog, DerivedKey, DerivedKind};
 use crate::content_hash::ContentHash;
 use crate::error::ServiceError;
 use crate::flight::Flights;
+use crate::holding;
 use crate::service::App;
 
 /// Most outcomes remembered; at the limit all are forgotten and checked again.
@@ -67,7 +68,8 @@ pub(crate) struct Inputs {
 }
 
 impl Inputs {
-    fn all(&self) -> [Option<&Artefact>; 3] {
+    /// What there is.
+    pub(crate) fn all(&self) -> [Option<&Artefact>; 3] {
         // The ID of a perf map is made of its content, so that no second one can ever be stored under it.
         let last = self.kallsyms.as_ref().or(self.perf_map.as_ref());
         [self.debug.as_ref(), self.image.as_ref(), last]
@@ -119,7 +121,11 @@ async fn find_or_make(app: &Arc<App>, key: DerivedKey, inputs: Inputs) -> Result
                 key.build_id
             ),
             Err(error) => {
-                tracing::warn!("{} of {}: {error}, making it again", key.kind.as_str(), key.build_id)
+                tracing::warn!("{} of {}: {error}, making it again", key.kind.as_str(), key.build_id);
+                // Otherwise what is made would be taken for another object of a content that is sound.
+                if let BlobError::Damaged { hash, .. } = error {
+                    app.catalog(move |catalog| catalog.mark_damaged(hash)).await?;
+                }
             }
         }
     }
@@ -146,9 +152,14 @@ async fn find_or_make(app: &Arc<App>, key: DerivedKey, inputs: Inputs) -> Result
         }
     };
     let hash = ContentHash::of(&bytes);
-    let blob = app.blobs.put(bytes, hash).await?;
-    app.catalog(move |catalog| catalog.put_derived(key, blob)).await?;
-    Ok(Ok(blob))
+    // What is on record may be what could not be read.
+    let blob = holding::store(app, bytes, hash).await?.blob()?;
+    let recorded = move |catalog: &dyn Catalog| {
+        catalog.put_derived(key, blob)?;
+        catalog.derived(key)
+    };
+    // Of equal contents, that of another replica may be the one that counts.
+    Ok(Ok(app.catalog(recorded).await?.unwrap_or(blob)))
 }
 
 async fn map(app: &Arc<App>, input: &Option<Artefact>) -> Result<Option<Mmap>, ServiceError> {
@@ -157,7 +168,7 @@ async fn map(app: &Arc<App>, input: &Option<Artefact>) -> Result<Option<Mmap>, S
     };
     let hash = artefact.blob.hash;
     app.blobs.map(artefact.blob).await.map(Some).map_err(|error| {
-        if matches!(error, crate::blob::BlobError::Damaged { .. }) {
+        if matches!(error, BlobError::Damaged { .. }) {
             app.report_damage(hash);
         }
         error.into()
@@ -178,7 +189,8 @@ fn make(key: DerivedKey, input: Input<'_>) -> Result<Vec<u8>, String> {
     }
 }
 
-fn is_sound(key: DerivedKey, bytes: &[u8]) -> bool {
+/// Whether it can be read, and is of the image.
+pub(crate) fn is_sound(key: DerivedKey, bytes: &[u8]) -> bool {
     match key.kind {
         DerivedKind::Unwind => Table::parse(bytes).is_ok_and(|table| table.build_id() == key.build_id),
         DerivedKind::UnwindWire => wire::unpack(bytes)

@@ -8,6 +8,7 @@
 //! | not stored | 404 | 404 `not found` |
 //! | other content under the name | 409 | - |
 //! | body beyond its limit, on the wire or in memory | 413 | - |
+//! | namespace over its quota | 413 | - |
 //! | unknown Content-Encoding | 415 | - |
 //! | not what it claims, cannot be compiled | 422 | - |
 //! | storage, catalog, upstream trouble | 500 | connection reset |
@@ -33,6 +34,7 @@ use crate::catalog::CatalogError;
 use crate::conflict::Stays;
 use crate::content_hash::ContentHash;
 use crate::elf::ContentError;
+use crate::namespace::Namespace;
 use crate::profiles::{OtlpError, TooManyParts};
 
 /// When to try again what was too much at once, in seconds.
@@ -113,6 +115,22 @@ pub enum ServiceError {
     /// Few bytes that decode to more than allowed.
     #[error("{0}")]
     Parts(#[from] TooManyParts),
+    /// A namespace that may take no more.
+    #[error(
+        "the namespace {namespace} takes {used_bytes} bytes of its quota of {quota_bytes}, and this is {more_bytes} more: \
+         delete what is not needed (`windlass artefacts list --namespace {namespace}`), collect it (`windlassd gc`), or raise \
+         --quota"
+    )]
+    Quota {
+        /// Whose.
+        namespace: Namespace,
+        /// Stored and on its way.
+        used_bytes: u64,
+        /// What it may take.
+        quota_bytes: u64,
+        /// What was to come.
+        more_bytes: u64,
+    },
     /// Damaged on its way.
     #[error("the body has SHA-256 {found}, its header says {declared}")]
     Checksum {
@@ -171,7 +189,7 @@ impl ServiceError {
             Self::Forbidden { .. } => StatusCode::FORBIDDEN,
             Self::Kind(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::Conflict { .. } | Self::UploadOffset { .. } => StatusCode::CONFLICT,
-            Self::TooLarge { .. } | Self::Parts(_) | Self::Otlp(OtlpError::Size(_)) => {
+            Self::TooLarge { .. } | Self::Quota { .. } | Self::Parts(_) | Self::Otlp(OtlpError::Size(_)) => {
                 StatusCode::PAYLOAD_TOO_LARGE
             }
             Self::Encoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,

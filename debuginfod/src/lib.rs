@@ -14,6 +14,10 @@
 //!   others have
 //! - `derive`, `flight`: what is made from contents, once; `unwind`, `symbols`, `symbolize`: what for
 //! - [`profiles`]: stacks of addresses in, named profiles out
+//! - `inventory`: what is there, as people ask for it
+//! - `uses`: when artefacts were last used; [`quota`], [`retention`]: how much may be there, for how long; [`gc`](mod@gc), [`holding`]: how the
+//!   rest goes
+//! - `openapi`: all of it as a document
 //! - `status`, `metrics`, [`check`](mod@check), [`administration`]: operations
 //!
 //! ```no_run
@@ -43,15 +47,21 @@ mod derive;
 pub mod elf;
 pub mod error;
 mod flight;
+pub mod gc;
+pub mod holding;
 mod intake;
+mod inventory;
 mod memory;
 mod metadata;
 mod metrics;
 mod missing;
 pub mod namespace;
+mod openapi;
 pub mod profiles;
 mod protocol;
+pub mod quota;
 mod recent;
+pub mod retention;
 mod routes;
 mod rows;
 pub mod seekable;
@@ -67,7 +77,9 @@ mod unfinished;
 mod unwind;
 mod upload;
 mod upstream;
+mod uses;
 
 pub use check::{CheckReport, check};
 pub use config::Config;
+pub use gc::{Collect, gc};
 pub use service::{Service, StartError, start};

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use commands::gc::{GcArguments, RetentionArguments};
 use commands::token::TokenCommand;
 use tracing_subscriber::EnvFilter;
 use windlass_debuginfod::config::{
@@ -19,6 +20,7 @@ use windlass_debuginfod::{Config, Service, check, start};
 
 mod commands {
     pub(crate) mod audit;
+    pub(crate) mod gc;
     pub(crate) mod token;
 }
 
@@ -36,6 +38,7 @@ Examples:
   windlassd serve --listen 0.0.0.0:8002 --token-file /etc/windlass/token --upstream https://debuginfod.example.org
   DEBUGINFOD_URLS=http://127.0.0.1:8002 gdb ./program
   windlassd token create ci --scope upload:main --data-dir /var/lib/windlass
+  windlassd gc --dry-run --unused-days 90 --data-dir /var/lib/windlass
   windlassd check --data-dir /var/lib/windlass
 
 Logging follows RUST_LOG, for example RUST_LOG=debug.";
@@ -63,7 +66,14 @@ enum Command {
         /// What copies of served contents may take of the data folder's disk, 0 for none
         #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_MAX_COPIES_BYTES)]
         max_copies_bytes: u64,
+        #[command(flatten)]
+        retention: RetentionArguments,
+        /// Collect what nothing needs so often, beside all else [default: only `windlassd gc` does]
+        #[arg(long, value_name = "HOURS", value_parser = clap::value_parser!(u64).range(1..))]
+        gc_every: Option<u64>,
     },
+    /// Remove what nothing needs: what nobody uses, what uploads that were cut off left behind
+    Gc(GcArguments),
     /// Make, list and revoke access tokens
     #[command(subcommand)]
     Token(TokenCommand),
@@ -82,6 +92,9 @@ enum Command {
     Check {
         #[command(flatten)]
         store: Store,
+        /// Make again what is derived, and correct what the catalog says; what is left is lost until it is uploaded again
+        #[arg(long)]
+        repair: bool,
     },
 }
 
@@ -170,13 +183,20 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
             access,
             max_upload_bytes,
             max_copies_bytes,
+            retention,
+            gc_every,
         } => {
             raise_open_files();
-            let upstream_deadline = Duration::from_millis(upstream_deadline_ms);
-            let store = store.config();
-            let config =
-                Config { listen, upstreams, upstream_deadline, max_upload_bytes, max_copies_bytes, ..store };
-            let config = access.apply(config)?;
+            let config = Config {
+                listen,
+                upstreams,
+                upstream_deadline: Duration::from_millis(upstream_deadline_ms),
+                max_upload_bytes,
+                max_copies_bytes,
+                collect_every: gc_every.map(|hours| Duration::from_secs(hours.saturating_mul(3600))),
+                ..store.config()
+            };
+            let config = retention.apply(access.apply(config)?);
             let has_tls = config.tls.is_some();
             let service = start(config).await?;
             tokio::select! {
@@ -191,31 +211,40 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
             commands::token::run(command)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Gc(arguments) => {
+            commands::gc::run(arguments).await?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Audit { store, limit, json } => {
             commands::audit::run(store, limit, json)?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Check { store } => {
+        Command::Check { store, repair } => {
             let config = store.config();
             anyhow::ensure!(
                 config.data_dir.is_dir(),
                 "no data folder {:?} (give --data-dir)",
                 config.data_dir
             );
-            let report = check(&config).await?;
+            let report = check(&config, repair).await?;
+            for repaired in &report.repaired {
+                println!("repaired: {repaired}");
+            }
             for finding in &report.findings {
                 println!("{finding}");
             }
             println!(
-                "{} contents, {} bytes, {} artefacts checked; {} findings",
+                "{} contents, {} bytes, {} artefacts checked; {} repaired, {} findings",
                 report.blobs,
                 report.bytes,
                 report.artefacts,
+                report.repaired.len(),
                 report.findings.len()
             );
             if report.orphans > 0 {
                 println!(
-                    "{} contents of {} bytes are not on record: of uploads that were cut off, or are under way",
+                    "{} contents of {} bytes are not on record, of uploads that were cut off or are under way: `windlassd gc` takes \
+                     them in time",
                     report.orphans, report.orphan_bytes
                 );
             }

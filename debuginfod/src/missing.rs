@@ -12,7 +12,8 @@ use crate::access::Identity;
 use crate::conflict::depends_on_facts;
 use crate::error::ServiceError;
 use crate::intake::receive_bytes;
-use crate::service::App;
+use crate::service::{App, now_s};
+use crate::uses::is_due;
 
 /// Largest body in bytes: the most artefacts, 500 bytes each.
 const MAX_BODY_BYTES: u64 = 500 * MAX_MISSING_ARTEFACTS as u64;
@@ -40,7 +41,9 @@ pub(crate) async fn missing(
     let namespaces = app.namespaces.clone();
     let response = app
         .catalog(move |catalog| {
+            let now_s = now_s();
             let mut response = MissingResponse::default();
+            let (mut spared, mut uses) = (Vec::new(), Vec::new());
             for name in request.artefacts {
                 let path = name.path.as_deref().unwrap_or_default();
                 let versions = catalog.versions(name.build_id, name.kind, path)?;
@@ -61,10 +64,18 @@ pub(crate) async fn missing(
                                 if is_richer { &mut response.missing } else { &mut response.differing };
                             list.push(name);
                         }
+                        _ if is_due(&artefact, now_s) => {
+                            uses.push((artefact.name(), now_s));
+                            spared.push(name);
+                        }
                         _ => {}
                     },
                 }
             }
+            // Whoever is told that an upload can be spared relies on what is there from now on.
+            let known = catalog.note_uses(&uses)?;
+            let removed = spared.into_iter().zip(known).filter(|(_, known)| !known);
+            response.missing.extend(removed.map(|(name, _)| name));
             Ok(response)
         })
         .await?;

@@ -189,10 +189,11 @@ mod tests {
             kind: ArtefactKind::Source,
             path: path.to_owned(),
             namespace: namespace(name),
-            blob: Blob { hash: ContentHash::of(content.as_bytes()), size: 1, stored_size: 1 },
+            blob: Blob { hash: ContentHash::of(content.as_bytes()), size: 1, stored_size: 1, write: 1 },
             file_name: String::new(),
             modified_s: 0,
             stored_s,
+            used_s: stored_s,
             facts: Default::default(),
             damaged: false,
         }

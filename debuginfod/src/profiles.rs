@@ -21,6 +21,7 @@ use serde::Deserialize;
 use crate::blob::BlobError;
 use crate::catalog::ProfileBatch;
 use crate::error::ServiceError;
+use crate::holding::hold;
 use crate::intake::{drain, receive_bytes};
 use crate::service::App;
 
@@ -67,10 +68,7 @@ pub(crate) async fn ingest(
         })
         .await??;
         let hash = received.hash;
-        let blob = match app.catalog(move |catalog| catalog.blob(hash)).await? {
-            Some(blob) => blob,
-            None => app.blobs.put(content, hash).await?,
-        };
+        let blob = hold(&app, content, hash).await?.blob()?;
         let batch = ProfileBatch { blob, start_ns: range.start, end_ns: range.end, damaged: false };
         app.catalog(move |catalog| catalog.put_profiles(batch)).await?;
         app.metrics.count("windlass_profile_batches_total", "result", "stored");

@@ -235,6 +235,7 @@ fn file(app: &App, artefact: &Artefact, asked: ArtefactKind) -> Result<Delivery,
         let hash = artefact.blob.hash;
         return Err(ServiceError::Blob(BlobError::Damaged { hash, why }).into());
     }
+    app.uses.note(artefact);
     // An executable with names answers for the debuginfo until that arrives.
     let is_stopgap = artefact.kind != asked;
     let is_first = app.namespaces.is_first(&artefact.namespace);

@@ -181,36 +181,39 @@ fn memory_bytes(artefact: &Artefact) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::blob::Blob;
     use crate::catalog::{Put, Writer};
     use crate::config::Config;
     use crate::content_hash::ContentHash;
     use crate::namespace::Namespace;
+    use crate::service::now_s;
+    use crate::uses;
 
-    fn artefact(content: &str, namespace: &str) -> Artefact {
+    pub(crate) fn artefact(content: &str, namespace: &str) -> Artefact {
         Artefact {
             build_id: "aabb".parse().unwrap(),
             kind: ArtefactKind::Source,
             path: "/a.c".to_owned(),
             namespace: namespace.parse().unwrap(),
-            blob: Blob { hash: ContentHash::of(content.as_bytes()), size: 1, stored_size: 1 },
+            blob: Blob { hash: ContentHash::of(content.as_bytes()), size: 1, stored_size: 1, write: 1 },
             file_name: String::new(),
             modified_s: 0,
             stored_s: 0,
+            used_s: 0,
             facts: Default::default(),
             damaged: false,
         }
     }
 
-    async fn found(app: &App) -> Row {
+    pub(crate) async fn found(app: &App) -> Row {
         app.rows.find(app, "aabb".parse().unwrap(), ArtefactKind::Source, "/a.c").await.unwrap()
     }
 
-    async fn put(app: &App, artefact: Artefact) {
+    pub(crate) async fn put(app: &App, artefact: Artefact) {
         let writer = Writer { token: "ci".to_owned(), peer: String::new() };
-        let put = app.catalog(move |catalog| catalog.put_artefact(&artefact, &writer)).await.unwrap();
+        let put = app.catalog(move |catalog| catalog.put_artefact(&artefact, &writer, None)).await.unwrap();
         assert_eq!(put, Put::Stored);
     }
 
@@ -235,6 +238,18 @@ mod tests {
         let hash = second.blob.hash;
         here.mark_damaged(hash).await.unwrap();
         assert!(found(&here).await.unwrap().damaged);
+    }
+
+    #[tokio::test]
+    async fn a_use_of_what_is_kept_is_recorded_and_known_from_then_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let app = App::open(&Config::new(folder.path().to_owned())).await.unwrap();
+        put(&app, artefact("old", "try")).await;
+        assert_eq!(found(&app).await.unwrap().used_s, 0, "kept from now on");
+        app.uses.note(&found(&app).await.unwrap());
+        uses::flush(&app).await;
+        let kept = found(&app).await.unwrap();
+        assert!(!uses::is_due(&kept, now_s()), "or each use would be recorded: {}", kept.used_s);
     }
 
     #[tokio::test]

@@ -21,15 +21,18 @@ use crate::content_hash::ContentHash;
 use crate::copies::Copies;
 use crate::derive::Derivations;
 use crate::error::ServiceError;
+use crate::gc;
 use crate::intake::Receiving;
 use crate::memory::MemoryBudget;
 use crate::metrics::Metrics;
 use crate::namespace::{NamespaceError, Namespaces};
+use crate::quota::Quotas;
 use crate::routes;
 use crate::rows::Rows;
 use crate::symbols::Indexes;
 use crate::tls::{Tls, TlsError};
 use crate::upstream::{Upstreams, UpstreamsError};
+use crate::uses::{self, Uses};
 
 /// How long answers under way may take to finish at a stop, in seconds. Their clients are then reset and try
 /// again elsewhere or later.
@@ -95,6 +98,8 @@ pub struct App {
     pub(crate) access: Access,
     pub(crate) namespaces: Namespaces,
     pub(crate) audit: Audit,
+    pub(crate) uses: Uses,
+    pub(crate) quotas: Quotas,
     pub(crate) upstreams: Upstreams,
     pub(crate) derivations: Derivations,
     pub(crate) indexes: Indexes,
@@ -137,6 +142,8 @@ impl App {
             access: Access::new(config, has_tokens),
             namespaces: Namespaces::new(&config.namespaces)?,
             audit: Audit::new(config.audit_days),
+            uses: Uses::default(),
+            quotas: Quotas::new(&config.quotas),
             upstreams: Upstreams::new(&config.upstreams, config.upstream_deadline)?,
             derivations: Derivations::default(),
             indexes: Indexes::default(),
@@ -219,6 +226,7 @@ pub(crate) fn now_s() -> u64 {
 
 /// A service that answers.
 pub struct Service {
+    app: Arc<App>,
     address: SocketAddr,
     shutdown: Shutdown,
     tracker: TaskTracker,
@@ -239,8 +247,19 @@ pub async fn start(config: Config) -> Result<Service, StartError> {
     let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     let (shutdown, tracker) = (Shutdown::default(), TaskTracker::new());
-    tracker.spawn(accept(listener, routes::router(app), tls.clone(), shutdown.clone(), tracker.clone()));
-    let service = Service { address, shutdown, tracker, tls };
+    if let Some(every) = config.collect_every {
+        let stop = shutdown.drain.clone();
+        tokio::spawn(gc::repeat(Arc::clone(&app), config.retention.clone(), every, stop));
+    }
+    tokio::spawn(uses::record(Arc::clone(&app), shutdown.drain.clone()));
+    tracker.spawn(accept(
+        listener,
+        routes::router(Arc::clone(&app)),
+        tls.clone(),
+        shutdown.clone(),
+        tracker.clone(),
+    ));
+    let service = Service { app, address, shutdown, tracker, tls };
     tracing::info!("listening on {}", service.url());
     if service.tls.is_none() && !address.ip().is_loopback() {
         tracing::warn!(
@@ -281,7 +300,7 @@ impl Service {
     }
 
     /// Stops: finishes answers under way for up to ten seconds, resets the others. Whatever was acknowledged
-    /// is durable before, so nothing has to be saved here.
+    /// is durable before; what is recorded here are the last uses.
     pub async fn stop(self) {
         self.tracker.close();
         self.shutdown.drain.cancel();
@@ -289,5 +308,6 @@ impl Service {
             self.shutdown.abort.cancel();
             self.tracker.wait().await;
         }
+        uses::flush(&self.app).await;
     }
 }

@@ -2,25 +2,23 @@
 //!
 //! The order is what an acknowledgement is worth: the blob is written and synchronised, then its folder, then the catalog
 //! commits, then the uploader hears of it. Whatever is cut off in between leaves a blob without a row, which
-//! is never served.
+//! is never served, and collected later.
 
 use std::fs::File;
 use std::sync::Arc;
 
-use windlass_schema::BuildId;
-use windlass_schema::http::ArtefactKind;
-
 use crate::audit;
-use crate::blob::Blob;
-use crate::catalog::{Artefact, Put, Subject, Writer};
+use crate::catalog::{Artefact, Name, Put, Writer};
 use crate::conflict::{Settled, Stays, depends_on_facts, settle};
 use crate::content::FileContent;
 use crate::content_hash::ContentHash;
 use crate::elf::{self, Facts};
 use crate::error::ServiceError;
+use crate::holding::hold;
 use crate::intake::Received;
-use crate::namespace::Namespace;
+use crate::quota;
 use crate::service::{App, now_s};
+use crate::uses;
 
 /// How often a decision is made again because another upload came between it and its commit.
 const ATTEMPTS: usize = 4;
@@ -33,30 +31,6 @@ pub(crate) struct Origin {
     pub(crate) modified_s: u64,
     /// Who brings it.
     pub(crate) writer: Writer,
-}
-
-/// What an artefact is stored under.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Name {
-    pub(crate) build_id: BuildId,
-    pub(crate) kind: ArtefactKind,
-    /// For sources the path as uploaded, for a `.dwo` file the ID of its unit, else empty.
-    pub(crate) path: String,
-    /// Whose.
-    pub(crate) namespace: Namespace,
-}
-
-impl Name {
-    /// What the log says of it.
-    pub(crate) fn subject(&self) -> Subject {
-        Subject {
-            build_id: Some(self.build_id),
-            kind: Some(self.kind),
-            path: self.path.clone(),
-            namespace: Some(self.namespace.clone()),
-            ..Subject::default()
-        }
-    }
 }
 
 /// What became of an upload.
@@ -75,22 +49,13 @@ impl Outcome {
     }
 }
 
-/// What is on record of an upload.
-struct OnRecord {
-    /// What decides about it, if it can be read.
-    artefact: Option<Artefact>,
-    /// Its content, under whatever name.
-    blob: Option<Blob>,
-}
-
-async fn on_record(app: &App, name: &Name, hash: ContentHash) -> Result<OnRecord, ServiceError> {
+/// What is on record that decides about an upload of `hash`, if it can be read.
+async fn on_record(app: &App, name: &Name, hash: ContentHash) -> Result<Option<Artefact>, ServiceError> {
     let Name { build_id, kind, ref path, ref namespace } = *name;
     let asked = path.clone();
-    let found =
-        app.catalog(move |catalog| Ok((catalog.versions(build_id, kind, &asked)?, catalog.blob(hash)?)));
-    let (mut versions, blob) = found.await?;
+    let mut versions = app.catalog(move |catalog| catalog.versions(build_id, kind, &asked)).await?;
     versions.retain(|version| version.path == *path);
-    Ok(OnRecord { artefact: app.namespaces.decisive(versions, namespace, Some(hash)), blob })
+    Ok(app.namespaces.decisive(versions, namespace, Some(hash)))
 }
 
 /// The outcome of an upload of `hash`, if it is known before its content is: it is there, or what is there stays.
@@ -100,7 +65,10 @@ pub(crate) async fn foreseen(
     hash: ContentHash,
 ) -> Result<Option<Outcome>, ServiceError> {
     let there = on_record(app, name, hash).await?;
-    known_beforehand(name, hash, there.artefact.as_ref())
+    match known_beforehand(name, hash, there.as_ref())? {
+        Some(outcome) if uses::keep(app, &outcome.artefact).await? => Ok(Some(outcome)),
+        _ => Ok(None),
+    }
 }
 
 fn known_beforehand(
@@ -135,14 +103,18 @@ pub(crate) async fn store(
 ) -> Result<Outcome, ServiceError> {
     let Received { sink, hash, size } = received;
     let mut there = on_record(app, &name, hash).await?;
-    if let Some(outcome) = known_beforehand(&name, hash, there.artefact.as_ref())? {
-        return Ok(outcome);
+    match known_beforehand(&name, hash, there.as_ref())? {
+        Some(outcome) if uses::keep(app, &outcome.artefact).await? => return Ok(outcome),
+        Some(_) => there = None, // it was removed meanwhile
+        None => {}
     }
     let content = Arc::new(FileContent::new(sink, size));
     let facts = check(app, &name, Arc::clone(&content)).await?;
     let Origin { file_name, modified_s, writer } = origin;
+    let quota_bytes = app.quotas.of_uploads(&name.namespace);
     for _ in 0..ATTEMPTS {
-        let poorer = match there.artefact {
+        let replaced = there.as_ref().map_or(0, |artefact| artefact.blob.size);
+        let poorer = match there {
             None => None,
             Some(artefact) if artefact.blob.hash == hash => return Ok(Outcome::present(artefact)),
             Some(artefact) => match settle(name.kind, &artefact.facts, &facts) {
@@ -151,26 +123,27 @@ pub(crate) async fn store(
                 Settled::Replaces => Some(artefact.blob.hash),
             },
         };
-        let blob = match there.blob {
-            Some(blob) => blob,
-            None => app.blobs.put(Arc::clone(&content), hash).await?,
-        };
+        // Before it is stored: what does not fit would only be collected again.
+        quota::admit(app, &name.namespace, size.saturating_sub(replaced), None).await?;
+        let held = hold(app, Arc::clone(&content), hash).await?;
+        let now_s = now_s();
         let artefact = Artefact {
             build_id: name.build_id,
             kind: name.kind,
             path: name.path.clone(),
             namespace: name.namespace.clone(),
-            blob,
+            blob: held.blob()?,
             file_name: file_name.clone(),
             modified_s,
-            stored_s: now_s(),
+            stored_s: now_s,
+            used_s: now_s,
             facts: facts.clone(),
             damaged: false,
         };
         let (row, by) = (artefact.clone(), writer.clone());
         let put = app.catalog(move |catalog| match poorer {
-            None => catalog.put_artefact(&row, &by),
-            Some(poorer) => catalog.replace_artefact(&row, poorer, &by),
+            None => catalog.put_artefact(&row, &by, quota_bytes),
+            Some(poorer) => catalog.replace_artefact(&row, poorer, &by, quota_bytes),
         });
         let put = put.await;
         app.forget(name.build_id);
@@ -183,6 +156,10 @@ pub(crate) async fn store(
             Put::Present(present) if present.hash == hash => return Ok(Outcome::present(artefact)),
             // Another upload was faster: what it stored is what this one is held against.
             Put::Present(_) => there = on_record(app, &name, hash).await?,
+            Put::OverQuota(used_bytes) => {
+                let (namespace, quota_bytes) = (name.namespace, quota_bytes.unwrap_or(0));
+                return Err(ServiceError::Quota { namespace, used_bytes, quota_bytes, more_bytes: size });
+            }
         }
     }
     Err(ServiceError::Busy("other uploads of this name keep coming in between"))

@@ -100,6 +100,7 @@ pub(crate) async fn open(app: &Arc<App>, id: BuildId) -> Result<Opened, ServiceE
         kallsyms: app.sound_artefact(id, ArtefactKind::Kallsyms).await?,
         perf_map: app.sound_artefact(id, ArtefactKind::PerfMap).await?,
     };
+    inputs.all().into_iter().flatten().for_each(|input| app.uses.note(input));
     let Some(key) = inputs.key(DerivedKind::Symbols, FORMAT_VERSION) else {
         return Ok(Err(Unresolved::UnknownImage));
     };

@@ -28,13 +28,15 @@ use windlass_schema::http::{
 use crate::access::Identity;
 use crate::audit;
 use crate::blob::BlobError;
-use crate::catalog::{Appended, Part, Subject, UploadName};
+use crate::catalog::{Appended, Name, Part, Subject, UploadName};
 use crate::content::{Content, FileContent};
 use crate::content_hash::ContentHash;
 use crate::error::ServiceError;
+use crate::holding::hold;
 use crate::intake::{Received, drain, receive};
+use crate::quota;
 use crate::service::{App, now_s};
-use crate::storing::{Name, Origin, foreseen, store};
+use crate::storing::{Origin, foreseen, store};
 use crate::upload::{answer, declared_hash, file_name, named};
 
 /// Fewest decoded bytes of a part that is not the last: 1 MiB, so that an upload of the largest size has some thousand rows.
@@ -203,6 +205,8 @@ pub(crate) async fn append(
         if let Some(total) = parts.first().map(|part| part.total).filter(|total| *total != announced.length) {
             return Err(other_total(announced.length, total));
         }
+        // All that is still to come must fit, or nothing of it need be sent.
+        quota::admit(&app, &upload.name.namespace, announced.length, Some(durable)).await?;
         let _place = app.receiving.place(&headers).await?;
         let sink = app.blobs.scratch_file()?;
         let part = receive(&headers, &mut body, sink, MAX_PART_BYTES).await?;
@@ -232,11 +236,8 @@ fn other_total(stated: u64, before: u64) -> ServiceError {
 /// Stores and records a part.
 async fn keep(app: &App, upload: &Upload, announced: &Announced, part: Received<File>) -> Answer {
     let hash = part.hash;
-    let blob = match app.catalog(move |catalog| catalog.blob(hash)).await? {
-        Some(blob) => blob,
-        None => app.blobs.put(Arc::new(FileContent::new(part.sink, part.size)), hash).await?,
-    };
-    let key = upload.key();
+    let held = hold(app, Arc::new(FileContent::new(part.sink, part.size)), hash).await?;
+    let (blob, key) = (held.blob()?, upload.key());
     let row = Part { start: announced.offset, blob, total: announced.length, received_s: now_s() };
     match app.catalog(move |catalog| catalog.append_part(&key, &row)).await? {
         Appended::Yes => {

@@ -51,15 +51,14 @@ pub(crate) async fn table(
 }
 
 async fn deliver(app: &Arc<App>, source: Artefact, request: &Parts) -> Result<Response, ServiceError> {
+    app.uses.note(&source);
     let (modified_s, file_name) = (source.modified_s, source.file_name.clone());
     let inputs = Inputs { image: Some(source), ..Inputs::default() };
-    let table = u32::from(REVISION) << 16 | u32::from(VERSION);
-    let (kind, version, content_type) = if accepts_wire(&request.headers) {
-        (DerivedKind::UnwindWire, u32::from(WIRE_VERSION) << 24 | table, UNWIND_WIRE_TYPE)
-    } else {
-        (DerivedKind::Unwind, table, UNWIND_TYPE)
+    let (kind, content_type) = match accepts_wire(&request.headers) {
+        true => (DerivedKind::UnwindWire, UNWIND_WIRE_TYPE),
+        false => (DerivedKind::Unwind, UNWIND_TYPE),
     };
-    let key = inputs.key(kind, version).expect("there is an input");
+    let key = inputs.key(kind, version(kind)).expect("there is an input");
     let blob = match tokio::time::timeout(PATIENCE, derive(app, key, inputs)).await {
         Ok(outcome) => outcome?.map_err(|why| ServiceError::Compile(why.to_string()))?,
         Err(_) => {
@@ -72,6 +71,23 @@ async fn deliver(app: &Arc<App>, source: Artefact, request: &Parts) -> Result<Re
     let mut answer = delivery.answer(app, request).await?;
     answer.headers_mut().append(header::VARY, header::HeaderValue::from_static("accept"));
     Ok(answer)
+}
+
+/// Version of the table in a form: that of the compiler with those of the formats.
+pub(crate) fn version(kind: DerivedKind) -> u32 {
+    let table = u32::from(REVISION) << 16 | u32::from(VERSION);
+    match kind {
+        DerivedKind::UnwindWire => u32::from(WIRE_VERSION) << 24 | table,
+        DerivedKind::Unwind | DerivedKind::Symbols => table,
+    }
+}
+
+/// Makes the table of what is stored of `id`, if there is something to make it of.
+pub(crate) async fn make(app: &Arc<App>, id: BuildId, kind: DerivedKind) -> Result<(), ServiceError> {
+    let Some(source) = source(app, id).await? else { return Ok(()) };
+    let inputs = Inputs { image: Some(source), ..Inputs::default() };
+    let key = inputs.key(kind, version(kind)).expect("there is an input");
+    derive(app, key, inputs).await?.map(drop).map_err(|why| ServiceError::Compile(why.to_string()))
 }
 
 /// Whether `Accept` lists the wire form.

@@ -15,12 +15,14 @@ use windlass_schema::http::{ArtefactKind, FILE_NAME_HEADER, SHA256_HEADER, Store
 
 use crate::access::Identity;
 use crate::audit;
+use crate::catalog::Name;
 use crate::content_hash::ContentHash;
 use crate::error::ServiceError;
 use crate::intake::{drain, receive};
 use crate::namespace::Namespace;
+use crate::quota;
 use crate::service::{App, now_s};
-use crate::storing::{Name, Origin, Outcome, store};
+use crate::storing::{Origin, Outcome, foreseen, store};
 
 /// Longest source path in bytes: Linux's `PATH_MAX`.
 const MAX_PATH_BYTES: usize = 4096;
@@ -114,6 +116,11 @@ async fn upload(
         let name = name?;
         let declared = declared_hash(headers)?.ok_or(ServiceError::MissingHeader(SHA256_HEADER))?;
         subject.sha256 = Some(declared);
+        if let Err(refused) = quota::admit(app, &name.namespace, 1, Some(0)).await
+            && foreseen(app, &name, declared).await?.is_none()
+        {
+            return Err(refused);
+        }
         let _place = app.receiving.place(headers).await?;
         let sink = app.blobs.scratch_file()?;
         let received = receive(headers, &mut body, sink, app.max_upload_bytes).await?;

@@ -22,14 +22,14 @@ use futures_util::stream::FuturesUnordered;
 use windlass_schema::BuildId;
 use windlass_schema::http::ArtefactKind;
 
-use crate::catalog::{Provenance, Writer};
+use crate::catalog::{Name, Provenance, Writer};
 use crate::delivery::FILE_HEADER;
 use crate::error::ServiceError;
 use crate::flight::Flights;
 use crate::intake::{Received, receive};
 use crate::namespace::Namespace;
 use crate::service::{App, now_s};
-use crate::storing::{Name, Origin, store};
+use crate::storing::{Origin, store};
 use crate::upload::base_name;
 use negatives::Negatives;
 use server::{Outcome, Server};

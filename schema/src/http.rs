@@ -1,11 +1,18 @@
 //! Bodies of the service's JSON interfaces, and the names in its paths.
 
+mod inventory;
+
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::BuildId;
+pub use inventory::{
+    ArtefactDetails, Deleted, DerivedDetails, ImageDetails, ImageList, ImageSummary, LabelDetails,
+    LabelRequest, LabelResponse, MAX_CHANGED_LABELS, MAX_LABELLED_IMAGES, MAX_LISTED_ARTEFACTS,
+    MAX_LISTED_IMAGES, NamespaceUsage,
+};
 
 /// What can be stored for a build-ID, by the name in its path: `/buildid/ID/KIND`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

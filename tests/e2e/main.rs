@@ -3,6 +3,7 @@
 mod aarch64;
 mod agent_process;
 mod architecture;
+mod artefacts;
 mod audit;
 mod bpf;
 mod chunks;

@@ -3,7 +3,7 @@
 //! A reader gets a line for each file that went or failed, and what lacks once for all files that lack it; of a rerun,
 //! where everything is there, a line. A script gets everything.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 
 use serde::Serialize;
@@ -174,6 +174,14 @@ impl Report {
         let skipped = plan.skipped.into_iter();
         let skipped = skipped.map(|(reason, files)| Skipped { reason: reason.as_str(), files }).collect();
         Self { dry_run, files, unusable, skipped, findings, summary }
+    }
+
+    /// Images of which something is stored now.
+    pub(crate) fn stored(&self) -> Vec<BuildId> {
+        let files = self.files.iter();
+        let stored = files.filter(|file| matches!(file.status, Status::Uploaded | Status::Present));
+        let ids: BTreeSet<_> = stored.map(|file| file.build_id).collect();
+        ids.into_iter().collect()
     }
 
     /// 0: all is there; 1: something could not be uploaded, or lacks what is required; 2: nothing could.

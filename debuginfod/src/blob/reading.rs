@@ -55,7 +55,7 @@ impl BlobStore {
 
     async fn read_stored(&self, blob: Blob, range: Range<u64>) -> Result<Bytes, BlobError> {
         let expected = range.end - range.start;
-        match self.store.get_range(&self.path(blob.hash), range).await {
+        match self.store.get_range(&self.path(blob.hash, blob.write), range).await {
             Ok(bytes) if bytes.len() as u64 == expected => Ok(bytes),
             Ok(_) => Err(damaged(blob.hash, &"shorter than recorded")),
             Err(object_store::Error::NotFound { .. }) => {
@@ -63,7 +63,7 @@ impl BlobStore {
                 Err(damaged(blob.hash, &"the blob is gone"))
             }
             // A range beyond the end of the object, in words that differ by store.
-            Err(error) => match self.store.head(&self.path(blob.hash)).await {
+            Err(error) => match self.store.head(&self.path(blob.hash, blob.write)).await {
                 Ok(meta) if meta.size < blob.stored_size => Err(damaged(blob.hash, &"shorter than recorded")),
                 _ => Err(error.into()),
             },

@@ -25,6 +25,10 @@ pub struct Writer {
 pub enum Action {
     /// An artefact came.
     Upload,
+    /// Artefacts were taken off record.
+    Delete,
+    /// Labels of an image changed.
+    Label,
     /// A token was made.
     CreateToken,
     /// A token was ended.
@@ -32,12 +36,14 @@ pub enum Action {
 }
 
 impl Action {
-    const ALL: [Self; 3] = [Self::Upload, Self::CreateToken, Self::RevokeToken];
+    const ALL: [Self; 5] = [Self::Upload, Self::Delete, Self::Label, Self::CreateToken, Self::RevokeToken];
 
     /// Its name in the log.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Upload => "upload",
+            Self::Delete => "delete",
+            Self::Label => "label",
             Self::CreateToken => "create-token",
             Self::RevokeToken => "revoke-token",
         }
@@ -123,7 +129,7 @@ pub struct AuditEntry {
     /// To what.
     #[serde(flatten)]
     pub subject: Subject,
-    /// `stored`, `created`, `revoked`, or why it was refused.
+    /// `stored`, `created`, `revoked`, what was removed and why, which labels changed, or why it was refused.
     pub result: String,
 }
 

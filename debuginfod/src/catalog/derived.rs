@@ -1,5 +1,7 @@
 //! What was derived from which inputs.
 
+use std::str::FromStr;
+
 use windlass_schema::BuildId;
 
 use super::CatalogError;
@@ -42,10 +44,27 @@ impl DerivedKind {
     }
 }
 
+/// A row with a kind that this program does not know.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown derived kind {0:?}")]
+pub struct UnknownDerivedKind(String);
+
+impl FromStr for DerivedKind {
+    type Err = UnknownDerivedKind;
+
+    fn from_str(text: &str) -> Result<Self, UnknownDerivedKind> {
+        let mut all = [Self::Unwind, Self::UnwindWire, Self::Symbols].into_iter();
+        all.find(|kind| kind.as_str() == text).ok_or_else(|| UnknownDerivedKind(text.to_owned()))
+    }
+}
+
 /// The derived artefacts on record.
 pub trait DerivedArtefacts {
     /// The derived artefact of this key.
     fn derived(&self, key: DerivedKey) -> Result<Option<Blob>, CatalogError>;
+
+    /// Forgets the derived artefact of this image and kind, of whatever version.
+    fn forget_derived_of(&self, id: BuildId, kind: DerivedKind) -> Result<(), CatalogError>;
 
     /// Records a derived artefact, in place of any other for the same image and kind.
     fn put_derived(&self, key: DerivedKey, blob: Blob) -> Result<(), CatalogError>;

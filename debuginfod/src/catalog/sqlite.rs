@@ -16,9 +16,12 @@ use group_commit::Writer;
 mod artefact;
 mod audit;
 mod change;
+mod collection;
 mod content;
 mod derived;
 mod group_commit;
+mod inventory;
+mod label;
 mod profile;
 mod provenance;
 mod schema;
@@ -99,10 +102,15 @@ fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
     u64::try_from(value).map_err(|e| malformed(column, e))
 }
 
-/// Columns `at..at + 3`: sha256, size, stored_size.
+/// Columns `at..at + 4`: sha256, size, stored_size, write.
 fn blob_at(row: &Row<'_>, at: usize) -> rusqlite::Result<Blob> {
     let hash = ContentHash::new(row.get(at)?);
-    Ok(Blob { hash, size: unsigned(row, at + 1)?, stored_size: unsigned(row, at + 2)? })
+    Ok(Blob {
+        hash,
+        size: unsigned(row, at + 1)?,
+        stored_size: unsigned(row, at + 2)?,
+        write: unsigned(row, at + 3)?,
+    })
 }
 
 impl Catalog for SqliteCatalog {

@@ -66,6 +66,9 @@ pub trait UnfinishedUploads {
     /// Forgets the parts of an upload. Their blobs stay, for whoever collects what nothing names.
     fn forget_upload(&self, upload: &UploadName) -> Result<(), CatalogError>;
 
+    /// [`UnfinishedUploads::forget_upload`], unless a part of it came at `before_s` or later; whether it is forgotten.
+    fn forget_stale_upload(&self, upload: &UploadName, before_s: u64) -> Result<bool, CatalogError>;
+
     /// Uploads whose last part came before `before_s`, at most `limit`.
     fn stale_uploads(&self, before_s: u64, limit: usize) -> Result<Vec<UploadName>, CatalogError>;
 }

@@ -1,12 +1,12 @@
 //! What is served from checked copies: the same answers, without the storage.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, IF_RANGE, RANGE};
 use reqwest::{Client, StatusCode};
 use windlass_debuginfod::tls::TlsFiles;
 
-use crate::server::{Server, build, sha256};
+use crate::server::{Server, blob_path, build};
 use crate::tls::{certify, trusting};
 
 /// A source of this many bytes, half of which zstd can shrink.
@@ -17,11 +17,6 @@ fn content(size: usize) -> Vec<u8> {
         if at.is_multiple_of(2) { (state >> 24) as u8 } else { b'x' }
     };
     (0..size).map(next).collect()
-}
-
-fn blob_path(folder: &Path, content: &[u8]) -> PathBuf {
-    let name = sha256(content);
-    folder.join("blobs").join(&name[..2]).join(name)
 }
 
 struct Asked<'a> {

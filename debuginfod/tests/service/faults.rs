@@ -15,8 +15,7 @@ use windlass_schema::http::{ArtefactKind, ArtefactName, MissingRequest, MissingR
 use crate::server::{Server, build, config, sha256};
 
 fn blob_path(server: &Server, content: &[u8]) -> PathBuf {
-    let name = sha256(content);
-    server.folder.path().join("blobs").join(&name[..2]).join(name)
+    crate::server::blob_path(server.folder.path(), content)
 }
 
 /// What a client reads of the answer to GET `path`, and how the connection ends.
@@ -70,7 +69,7 @@ async fn damage_found_by_the_check_resets_and_heals_by_upload() {
     server.expect_put(&name, &build.full, StatusCode::CREATED).await;
     damage(&server, &build.full, |size| size / 2);
 
-    let report = check(&config(server.folder.path())).await.unwrap();
+    let report = check(&config(server.folder.path()), false).await.unwrap();
     assert_eq!(report.findings.len(), 1, "{:?}", report.findings);
     assert!(report.findings[0].contains(&sha256(&build.full)));
     assert_eq!(raw_get(&server, &path, "identity").await, (Vec::new(), Err(ErrorKind::ConnectionReset)));
@@ -87,7 +86,7 @@ async fn damage_found_by_the_check_resets_and_heals_by_upload() {
 
     server.expect_put(&name, &build.full, StatusCode::OK).await;
     assert_eq!(server.get(&path).await.bytes().await.unwrap(), build.full);
-    let report = check(&config(server.folder.path())).await.unwrap();
+    let report = check(&config(server.folder.path()), false).await.unwrap();
     assert!(report.findings.is_empty(), "{:?}", report.findings);
     assert_eq!((report.blobs, report.artefacts), (1, 1));
 }
@@ -170,8 +169,8 @@ async fn what_a_killed_upload_leaves_is_not_served() {
     stream.write_all(&build.full[..build.full.len() / 2]).unwrap();
     drop(stream);
     // Killed after the blob was written, before the catalog's commit; and halfway through the blob.
-    let file = blob_path(&server, &build.full);
-    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    let name = sha256(&build.full);
+    let file = server.folder.path().join("blobs").join(&name[..2]).join(&name);
     std::fs::write(&file, b"half of a blob").unwrap();
     std::fs::write(file.with_extension("tmp"), b"half of a blob").unwrap();
     std::fs::write(server.folder.path().join("tmp/left-behind"), &build.full).unwrap();
@@ -181,7 +180,7 @@ async fn what_a_killed_upload_leaves_is_not_served() {
     assert_eq!(server.get(&path).await.status(), 404);
     server.expect_put(&format!("{}/executable", build.id), &build.full, StatusCode::CREATED).await;
     assert_eq!(server.get(&path).await.bytes().await.unwrap(), build.full);
-    assert!(check(&config(server.folder.path())).await.unwrap().findings.is_empty());
+    assert!(check(&config(server.folder.path()), false).await.unwrap().findings.is_empty());
 }
 
 /// Stores a batch of profiles of the nanoseconds 1000 to 2000 and returns its bytes.
@@ -234,7 +233,7 @@ async fn storage_that_is_away_for_a_moment_costs_nothing() {
         let Err(error) = start(config(folder.path())).await else { panic!("started without its storage") };
         let text = error.to_string();
         assert!(text.contains("blobs") && text.contains("is away"), "{text}");
-        assert!(check(&config(folder.path())).await.is_err());
+        assert!(check(&config(folder.path()), false).await.is_err());
         assert!(std::error::Error::source(&error).is_none(), "said once");
         if empty {
             std::fs::remove_dir(&blobs).unwrap();
@@ -246,7 +245,7 @@ async fn storage_that_is_away_for_a_moment_costs_nothing() {
     let server = Server::start_in(folder, |_| {}).await;
     assert_eq!(merged(&server).await, (200, None));
     assert!(serves(&server, &name, b"int a;").await);
-    assert!(check(&config(server.folder.path())).await.unwrap().findings.is_empty());
+    assert!(check(&config(server.folder.path()), false).await.unwrap().findings.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -257,14 +256,14 @@ async fn a_damaged_batch_is_told_and_counts_again_once_it_is_sound() {
     for _ in 0..2 {
         assert_eq!(merged(&server).await, (200, Some("1".to_owned())));
     }
-    let report = check(&config(server.folder.path())).await.unwrap();
+    let report = check(&config(server.folder.path()), false).await.unwrap();
     assert!(report.findings[0].contains("profiles of 1000 to 2000"), "{:?}", report.findings);
 
     damage(&server, &batch, |size| size / 2); // undoes itself
-    let report = check(&config(server.folder.path())).await.unwrap();
+    let report = check(&config(server.folder.path()), false).await.unwrap();
     assert!(report.findings[0].contains("sound again"), "{:?}", report.findings);
     assert_eq!(merged(&server).await, (200, None));
-    assert!(check(&config(server.folder.path())).await.unwrap().findings.is_empty());
+    assert!(check(&config(server.folder.path()), false).await.unwrap().findings.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -277,12 +276,16 @@ async fn a_damaged_content_makes_room_for_another_hosts() {
         server.expect_put(&name, first, StatusCode::CREATED).await;
         server.expect_put(&name, second, StatusCode::OK).await;
         damage(&server, first, |size| size / 2);
-        assert_eq!(check(&config(server.folder.path())).await.unwrap().findings.len(), 1);
+        assert_eq!(check(&config(server.folder.path()), false).await.unwrap().findings.len(), 1);
         let text = server.expect_put(&name, second, StatusCode::CREATED).await;
         assert!(text.contains(&sha256(second)), "{text}");
         server.expect_put(&name, second, StatusCode::OK).await;
         damage(&server, first, |size| size / 2); // undoes itself
-        assert_eq!(check(&config(server.folder.path())).await.unwrap().findings.len(), 1, "sound again");
+        assert_eq!(
+            check(&config(server.folder.path()), false).await.unwrap().findings.len(),
+            1,
+            "sound again"
+        );
         assert_eq!(server.put(&name, first).await.text().await.unwrap(), text, "the new one stays");
     }
 }

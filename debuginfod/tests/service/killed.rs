@@ -11,6 +11,7 @@ use windlass_schema::http::{
     SHA256_HEADER, UPLOAD_COMPLETE_HEADER, UPLOAD_LENGTH_HEADER, UPLOAD_OFFSET_HEADER,
 };
 
+use crate::administered::administered;
 use crate::daemon::{Daemon, check};
 use crate::server::{build, client, sha256};
 
@@ -172,4 +173,8 @@ async fn nothing_acknowledged_is_lost_and_no_wrong_byte_served() {
     let (sound, text) = check(folder.path());
     println!("{count} kills: {acknowledged} acknowledged, {served} served whole after one; check: {text}");
     assert!(sound, "{text}");
+    // Nothing runs now, so nothing that is not on record can be on its way there.
+    administered(folder.path(), &["gc", "--grace-hours", "0"]);
+    let (sound, text) = check(folder.path());
+    assert!(sound && !text.contains("not on record"), "an orphan after the collection: {text}");
 }

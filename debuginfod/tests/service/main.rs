@@ -4,6 +4,7 @@
 
 mod access;
 mod administered;
+mod collected;
 mod copies;
 mod daemon;
 mod debuginfod;
@@ -11,15 +12,19 @@ mod decoders;
 mod faults;
 mod full_disk;
 mod hostile;
+mod inventory;
 mod kernel;
 mod killed;
 mod load;
 mod namespaces;
 mod naming;
+mod openapi;
 mod parts;
 mod perf_map;
+mod repaired;
 mod server;
 mod tables;
 mod tls;
 mod uploads;
 mod upstream;
+mod uses;

@@ -19,7 +19,7 @@ use reqwest::{Response, StatusCode};
 use windlass_schema::http::{ImageAddresses, Provenance, SymbolizeRequest, SymbolizeResponse, Unresolved};
 use windlass_schema::pprof::{self, Profile};
 
-use crate::server::{Server, TWICE_LINE, build, sha256, symbol};
+use crate::server::{Server, TWICE_LINE, blob_path, build, symbol};
 
 pub(crate) async fn symbolize(server: &Server, images: Vec<ImageAddresses>) -> SymbolizeResponse {
     let request = SymbolizeRequest { images };
@@ -282,8 +282,7 @@ async fn profiles_merge_and_get_names_when_read() {
     assert!(rows(&get("start=1&end=2").await).is_empty());
 
     // One damaged batch does not cost the others.
-    let name = sha256(&first.encode_to_vec());
-    std::fs::write(server.folder.path().join("blobs").join(&name[..2]).join(&name), b"gone").unwrap();
+    std::fs::write(blob_path(server.folder.path(), &first.encode_to_vec()), b"gone").unwrap();
     let values: Vec<i64> = rows(&get(&all).await).iter().map(|row| row.1).collect();
     assert_eq!(values, [10, 20]);
     assert_eq!(server.counter("windlass_profile_batches_total{result=\"damaged\"}").await, 1);

@@ -107,7 +107,7 @@ async fn any_replica_goes_on_where_another_was_cut_off() {
     assert!(served.bytes().await.expect("all of it") == content);
     // The answer to the last part was lost, too.
     expect(&upload.append(2 * PART, &content[2 * PART..]).await, StatusCode::OK);
-    let report = check(&config(server.folder.path())).await.expect("a check");
+    let report = check(&config(server.folder.path()), false).await.expect("a check");
     assert!(report.findings.is_empty(), "{:?}", report.findings);
 }
 

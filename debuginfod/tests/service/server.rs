@@ -93,6 +93,15 @@ pub(crate) fn client() -> Client {
     Client::builder().no_zstd().no_gzip().no_proxy().build().unwrap()
 }
 
+/// The object of a content in the store of the data folder, as the catalog names it.
+pub(crate) fn blob_path(folder: &Path, content: &[u8]) -> PathBuf {
+    let name = sha256(content);
+    let catalog = rusqlite::Connection::open(folder.join("catalog.sqlite")).unwrap();
+    let number = "SELECT write FROM blob WHERE lower(hex(sha256)) = ?";
+    let write: i64 = catalog.query_row(number, [&name], |row| row.get(0)).unwrap();
+    folder.join("blobs").join(&name[..2]).join(format!("{name}-{write:016x}"))
+}
+
 pub(crate) fn sha256(content: &[u8]) -> String {
     Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -21,8 +21,7 @@ async fn table(server: &Server) -> Response {
 }
 
 fn blob(server: &Server, content: &[u8]) -> std::path::PathBuf {
-    let name = sha256(content);
-    server.folder.path().join("blobs").join(&name[..2]).join(name)
+    crate::server::blob_path(server.folder.path(), content)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -102,7 +101,7 @@ async fn made_again_from_a_better_file_or_after_damage() {
     assert_eq!(server.counter(MADE).await, 1, "not trusted, made anew");
 
     // And while the service runs and trusts it already, without a copy of it.
-    std::fs::write(&file, b"gone").unwrap();
+    std::fs::write(blob(&server, &first), b"gone").unwrap();
     assert_eq!(table(&server).await.bytes().await.unwrap(), first);
     assert_eq!(server.counter(MADE).await, 2);
 }

@@ -56,7 +56,7 @@ async fn the_richer_content_replaces_the_poorer_and_is_not_shadowed() {
     assert!(text.contains("brings debug_info, the upload dynamic symbols"), "{text}");
     assert!(text.contains(&sha256(&build.full)) && text.contains(&sha256(&build.stripped)), "{text}");
     assert_eq!(server.get(&format!("/buildid/{name}")).await.bytes().await.expect("all of it"), build.full);
-    let report = check(&config(server.folder.path())).await.expect("a check");
+    let report = check(&config(server.folder.path()), false).await.expect("a check");
     assert!(report.findings.is_empty(), "{:?}", report.findings);
 }
 

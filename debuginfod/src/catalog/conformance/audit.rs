@@ -15,9 +15,9 @@ fn times(open: Open<'_>, before: Option<u64>, limit: usize) -> Vec<u64> {
 pub(crate) fn what_is_stored_is_in_the_log_and_nothing_else(open: Open<'_>) {
     let catalog = open();
     let artefact = artefact_in("main", debuginfo(1, "content"));
-    catalog.put_artefact(&artefact, &writer()).unwrap();
-    catalog.put_artefact(&artefact, &writer()).unwrap();
-    catalog.put_artefact(&artefact_in("main", debuginfo(1, "other")), &writer()).unwrap();
+    catalog.put_artefact(&artefact, &writer(), None).unwrap();
+    catalog.put_artefact(&artefact, &writer(), None).unwrap();
+    catalog.put_artefact(&artefact_in("main", debuginfo(1, "other")), &writer(), None).unwrap();
     let log = open().audit(None, 10).unwrap();
     let expect = AuditEntry {
         at_s: artefact.stored_s,

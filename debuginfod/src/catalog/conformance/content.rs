@@ -6,7 +6,7 @@ pub(crate) fn damage_lasts_until_the_content_is_stored_again(open: Open<'_>) {
     let catalog = open();
     let artefact = debuginfo(1, "content");
     let content = artefact.blob;
-    catalog.put_artefact(&artefact, &writer()).unwrap();
+    catalog.put_artefact(&artefact, &writer(), None).unwrap();
     assert_eq!(catalog.blob(content.hash).unwrap(), Some(content));
     catalog.mark_damaged(content.hash).unwrap();
     assert_eq!(catalog.blob(content.hash).unwrap(), None);
@@ -14,7 +14,7 @@ pub(crate) fn damage_lasts_until_the_content_is_stored_again(open: Open<'_>) {
     catalog.restore_blob(content).unwrap();
     assert_eq!(catalog.blob(content.hash).unwrap(), Some(content));
     catalog.mark_damaged(content.hash).unwrap();
-    catalog.put_artefact(&artefact, &writer()).unwrap();
+    catalog.put_artefact(&artefact, &writer(), None).unwrap();
     assert_eq!(catalog.blob(content.hash).unwrap(), Some(content));
     assert_eq!(catalog.integrity().unwrap(), Vec::<String>::new());
 }
@@ -22,7 +22,7 @@ pub(crate) fn damage_lasts_until_the_content_is_stored_again(open: Open<'_>) {
 pub(crate) fn contents_come_in_pages(open: Open<'_>) {
     let catalog = open();
     for number in 0..7 {
-        catalog.put_artefact(&debuginfo(number, &number.to_string()), &writer()).unwrap();
+        catalog.put_artefact(&debuginfo(number, &number.to_string()), &writer(), None).unwrap();
     }
     let (mut found, mut last) = (Vec::new(), None);
     loop {

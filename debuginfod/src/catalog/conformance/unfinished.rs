@@ -60,3 +60,15 @@ pub(crate) fn uploads_age_by_their_last_part(open: Open<'_>) {
     assert_eq!(catalog.stale_uploads(31, 5).unwrap(), [old.clone(), young]);
     assert_eq!(catalog.stale_uploads(31, 1).unwrap(), [old]);
 }
+
+pub(crate) fn only_a_stale_upload_is_forgotten(open: Open<'_>) {
+    let catalog = open();
+    let upload = upload(1, "whole");
+    for part in [part(0, "first", 10), part(5, "next", 30)] {
+        assert_eq!(catalog.append_part(&upload, &part).unwrap(), Appended::Yes);
+    }
+    assert!(!catalog.forget_stale_upload(&upload, 30).unwrap(), "somebody goes on with it");
+    assert_eq!(open().parts(&upload).unwrap().len(), 2);
+    assert!(catalog.forget_stale_upload(&upload, 31).unwrap());
+    assert_eq!(open().parts(&upload).unwrap(), []);
+}

@@ -7,26 +7,35 @@ use super::{SqliteCatalog, integer, malformed, unsigned};
 use crate::catalog::{CatalogError, ChangeList, Changed, Changes};
 
 /// The latest 1,024 to 1,151 entries are kept: at a thousand uploads a second, what a replica misses in one. The greatest number is
-/// never deleted, so none is given twice.
+/// never deleted, so none is given twice. That an artefact was used is no change of it: nobody is to ask again for that.
+///
+/// Some databases of version 2 have the table, and triggers that know no uses.
 pub(super) const TABLES: &str = "
-CREATE TABLE change (
+CREATE TABLE IF NOT EXISTS change (
     id INTEGER PRIMARY KEY,
     build_id BLOB NOT NULL
 ) STRICT;
+DROP TRIGGER IF EXISTS change_ends;
+DROP TRIGGER IF EXISTS artefact_comes;
+DROP TRIGGER IF EXISTS artefact_changes;
+DROP TRIGGER IF EXISTS artefact_goes;
+DROP TRIGGER IF EXISTS content_changes;
 CREATE TRIGGER change_ends AFTER INSERT ON change WHEN NEW.id % 128 = 0 BEGIN
     DELETE FROM change WHERE id <= NEW.id - 1024;
 END;
 CREATE TRIGGER artefact_comes AFTER INSERT ON artefact BEGIN
     INSERT INTO change (build_id) VALUES (NEW.build_id);
 END;
-CREATE TRIGGER artefact_changes AFTER UPDATE ON artefact BEGIN
+CREATE TRIGGER artefact_changes AFTER UPDATE OF
+    build_id, kind, path, canonical_path, sha256, file_name, modified_s, facts, namespace, stored_s
+ON artefact BEGIN
     INSERT INTO change (build_id) VALUES (NEW.build_id);
 END;
 CREATE TRIGGER artefact_goes AFTER DELETE ON artefact BEGIN
     INSERT INTO change (build_id) VALUES (OLD.build_id);
 END;
 CREATE TRIGGER content_changes AFTER UPDATE ON blob
-WHEN OLD.damaged <> NEW.damaged OR OLD.stored_size <> NEW.stored_size BEGIN
+WHEN OLD.damaged <> NEW.damaged OR OLD.stored_size <> NEW.stored_size OR OLD.write <> NEW.write BEGIN
     INSERT INTO change (build_id) SELECT DISTINCT build_id FROM artefact WHERE sha256 = NEW.sha256;
 END;
 ";

@@ -9,15 +9,15 @@ use super::{SqliteCatalog, blob_at, integer, unsigned};
 use crate::catalog::{CatalogError, ProfileBatch, ProfileBatches};
 use crate::content_hash::ContentHash;
 
-const PROFILE_COLUMNS: &str = "b.sha256, b.size, b.stored_size, p.start_ns, p.end_ns, b.damaged \
+const PROFILE_COLUMNS: &str = "b.sha256, b.size, b.stored_size, b.write, p.start_ns, p.end_ns, b.damaged \
      FROM profiles p JOIN blob b USING (sha256)";
 
 fn profiles_row(row: &Row<'_>) -> rusqlite::Result<ProfileBatch> {
     Ok(ProfileBatch {
         blob: blob_at(row, 0)?,
-        start_ns: unsigned(row, 3)?,
-        end_ns: unsigned(row, 4)?,
-        damaged: row.get(5)?,
+        start_ns: unsigned(row, 4)?,
+        end_ns: unsigned(row, 5)?,
+        damaged: row.get(6)?,
     })
 }
 

@@ -7,9 +7,9 @@ use super::{SqliteCatalog, integer, malformed, unsigned};
 use crate::catalog::{CatalogError, Provenance, Provenances};
 use crate::content_hash::ContentHash;
 
-/// It has no foreign keys: like the log, it tells of what is gone, too.
+/// It has no foreign keys: like the log, it tells of what is gone, too. Some databases of version 2 have it.
 pub(super) const TABLES: &str = "
-CREATE TABLE provenance (
+CREATE TABLE IF NOT EXISTS provenance (
     build_id BLOB NOT NULL,
     kind TEXT NOT NULL,
     sha256 BLOB NOT NULL,

@@ -13,13 +13,15 @@ pub(super) const SCHEMA_VERSION: i64 = STEPS.len() as i64;
 /// Statements that lead to version 1, from there to version 2, and so on. Each keeps what is stored.
 const STEPS: &[&[&str]] = &[
     &[TABLES],
+    &[NAMESPACES, TOKENS, AUDIT_LOG, super::unfinished::TABLES],
     &[
-        NAMESPACES,
-        TOKENS,
-        AUDIT_LOG,
-        super::unfinished::TABLES,
+        super::collection::COLUMNS,
         super::change::TABLES,
         super::provenance::TABLES,
+        super::artefact::COLUMNS,
+        super::label::TABLES,
+        super::inventory::TABLES,
+        super::inventory::ADD_UP,
     ],
 ];
 
@@ -148,15 +150,66 @@ mod tests {
         connection.execute_batch(rows).unwrap();
         migrate(&mut connection).unwrap();
         migrate(&mut connection).unwrap();
-        let found: (String, String, String, i64, i64) = connection
+        let found: (String, String, String, i64, i64, bool) = connection
             .query_row(
-                "SELECT a.path, a.canonical_path, a.namespace, a.stored_s, p.end_ns
+                "SELECT a.path, a.canonical_path, a.namespace, a.stored_s, p.end_ns,
+                 a.used_s > unixepoch() - 1000
                  FROM artefact a JOIN blob USING (sha256) JOIN profiles p USING (sha256)",
                 [],
-                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?)),
+                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(5)?)),
             )
             .unwrap();
-        assert_eq!(found, ("/a/../b".to_owned(), "/b".to_owned(), "release".to_owned(), 5, 2));
+        assert_eq!(found, ("/a/../b".to_owned(), "/b".to_owned(), "release".to_owned(), 5, 2, true));
+    }
+
+    /// Before there was a list of changes and after, when its triggers took a use for a change.
+    #[test]
+    fn a_database_of_version_2_gets_what_it_lacks() {
+        const FIRST_LIST: &str = "
+            CREATE TABLE change (id INTEGER PRIMARY KEY, build_id BLOB NOT NULL) STRICT;
+            CREATE TRIGGER artefact_changes AFTER UPDATE ON artefact BEGIN
+                INSERT INTO change (build_id) VALUES (NEW.build_id);
+            END;
+            INSERT INTO change VALUES (7, x'aabb');";
+        for has_list in [false, true] {
+            let mut connection = Connection::open_in_memory().unwrap();
+            STEPS[..2].iter().copied().flatten().for_each(|step| connection.execute_batch(step).unwrap());
+            if has_list {
+                connection.execute_batch(FIRST_LIST).unwrap();
+                connection.execute_batch(super::super::provenance::TABLES).unwrap();
+            }
+            let rows = "
+                INSERT INTO blob VALUES (x'00', 10, 2, 0);
+                INSERT INTO artefact VALUES (x'aabb', 'source', '/b', '/b', x'00', 'b', 5, '{}', 'try', 6);
+                PRAGMA user_version = 2;";
+            connection.execute_batch(rows).unwrap();
+            migrate(&mut connection).unwrap();
+            let found: (bool, i64, Option<i64>, i64, i64) = connection
+                .query_row(
+                    "SELECT a.used_s > unixepoch() - 1000, b.write, b.withdrawn_s, u.artefacts, u.bytes
+                     FROM artefact a JOIN blob b USING (sha256) JOIN usage u USING (namespace)",
+                    [],
+                    |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?)),
+                )
+                .unwrap();
+            assert_eq!(found, (true, 0, None, 1, 10));
+            connection.execute_batch("UPDATE artefact SET used_s = 8").unwrap();
+            let listed = || -> (i64, i64) {
+                let list = "SELECT count(*), coalesce(max(id), 0) FROM change";
+                connection.query_row(list, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap()
+            };
+            let before = listed();
+            assert_eq!(
+                before,
+                if has_list { (1, 7) } else { (0, 0) },
+                "neither migration nor use is a change"
+            );
+            connection.execute_batch("UPDATE artefact SET facts = '{}'; DELETE FROM artefact").unwrap();
+            assert_eq!(listed(), (before.0 + 2, before.1 + 2));
+            connection
+                .execute_batch("INSERT INTO provenance VALUES (x'aa', 'source', x'00', 'u', 1)")
+                .unwrap();
+        }
     }
 
     #[test]

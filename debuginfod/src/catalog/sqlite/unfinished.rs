@@ -25,19 +25,19 @@ CREATE INDEX upload_part_content ON upload_part (sha256);
 ";
 
 const OF_UPLOAD: &str = "p.build_id = ?1 AND p.kind = ?2 AND p.whole_sha256 = ?3 AND p.namespace = ?4";
-const PART_COLUMNS: &str = "b.sha256, b.size, b.stored_size, p.start, p.total, p.received_s \
+const PART_COLUMNS: &str = "b.sha256, b.size, b.stored_size, b.write, p.start, p.total, p.received_s \
      FROM upload_part p JOIN blob b USING (sha256)";
 
 fn part_row(row: &Row<'_>) -> rusqlite::Result<Part> {
     Ok(Part {
         blob: blob_at(row, 0)?,
-        start: unsigned(row, 3)?,
-        total: unsigned(row, 4)?,
-        received_s: unsigned(row, 5)?,
+        start: unsigned(row, 4)?,
+        total: unsigned(row, 5)?,
+        received_s: unsigned(row, 6)?,
     })
 }
 
-fn name_row(row: &Row<'_>) -> rusqlite::Result<UploadName> {
+pub(super) fn upload_name_row(row: &Row<'_>) -> rusqlite::Result<UploadName> {
     Ok(UploadName {
         build_id: BuildId::new(row.get_ref(0)?.as_blob()?).map_err(|e| malformed(0, e))?,
         kind: row.get_ref(1)?.as_str()?.parse().map_err(|e| malformed(1, e))?,
@@ -63,6 +63,13 @@ fn last_part(connection: &Connection, upload: &UploadName) -> rusqlite::Result<O
         .prepare_cached(&format!("SELECT {PART_COLUMNS} WHERE {OF_UPLOAD} ORDER BY p.start DESC LIMIT 1"))?
         .query_row(of_upload!(upload), part_row)
         .optional()
+}
+
+fn forget(connection: &Connection, upload: &UploadName) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(&format!("DELETE FROM upload_part AS p WHERE {OF_UPLOAD}"))?
+        .execute(of_upload!(upload))?;
+    Ok(())
 }
 
 impl UnfinishedUploads for SqliteCatalog {
@@ -103,16 +110,29 @@ impl UnfinishedUploads for SqliteCatalog {
     }
 
     fn forget_upload(&self, upload: &UploadName) -> Result<(), CatalogError> {
+        self.write(|connection| forget(connection, upload))
+    }
+
+    fn forget_stale_upload(&self, upload: &UploadName, before_s: u64) -> Result<bool, CatalogError> {
         self.write(|connection| {
-            connection.prepare_cached(&format!("DELETE FROM upload_part AS p WHERE {OF_UPLOAD}"))?.execute(
-                params![
-                    upload.build_id.as_bytes(),
-                    upload.kind.as_str(),
-                    upload.sha256.as_bytes(),
-                    upload.namespace.as_str()
-                ],
-            )?;
-            Ok(())
+            let young: bool = connection
+                .prepare_cached(&format!(
+                    "SELECT EXISTS (SELECT 1 FROM upload_part p WHERE {OF_UPLOAD} AND p.received_s >= ?5)"
+                ))?
+                .query_row(
+                    params![
+                        upload.build_id.as_bytes(),
+                        upload.kind.as_str(),
+                        upload.sha256.as_bytes(),
+                        upload.namespace.as_str(),
+                        integer(before_s)
+                    ],
+                    |row| row.get(0),
+                )?;
+            if !young {
+                forget(connection, upload)?;
+            }
+            Ok(!young)
         })
     }
 
@@ -124,7 +144,7 @@ impl UnfinishedUploads for SqliteCatalog {
                      GROUP BY build_id, kind, whole_sha256, namespace HAVING max(received_s) < ?1
                      ORDER BY max(received_s) LIMIT ?2",
                 )?
-                .query_map(params![integer(before_s), integer(limit as u64)], name_row)?
+                .query_map(params![integer(before_s), integer(limit as u64)], upload_name_row)?
                 .collect()
         })
     }
