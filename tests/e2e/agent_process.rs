@@ -100,7 +100,10 @@ impl AgentProcess {
     pub(crate) async fn eventually(&mut self, what: &str, mut holds: impl AsyncFnMut(&Self) -> bool) {
         let start = Instant::now();
         while !holds(self).await {
-            assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}\n{}", self.log());
+            if start.elapsed() >= PATIENCE {
+                let metrics = self.metrics().await;
+                panic!("{what}: not within {PATIENCE:?}\n{}\n{metrics}", self.log());
+            }
             let ended = self.child.try_wait().expect("a child can be waited for");
             assert_eq!(ended, None, "{what}: the agent ended\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(5)).await;
