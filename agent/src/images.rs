@@ -208,6 +208,11 @@ impl Images {
         }
     }
 
+    /// Where the image of this build-ID was to be read, it is not any more.
+    pub(crate) fn forget_source(&mut self, id: BuildId) {
+        self.by_build_id.remove(&id);
+    }
+
     /// The image of this build-ID and where to read it, if a process mapped it before and no other image has the same.
     pub(crate) fn known(&self, id: BuildId) -> Option<(Arc<Image>, ImageSource)> {
         let (image, source) = self.by_build_id.get(&id)?.as_ref()?;

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use windlass_schema::StopReason;
+use windlass_schema::{BuildId, StopReason};
 
 use super::Processes;
 use crate::backend::{Backend, PlaceError, Sample};
@@ -78,7 +78,10 @@ impl Processes {
         }
         let (state, placement) = match &result.outcome {
             TableOutcome::Newer(file) => return self.replace_table(result.id, &file.table(), backend, now),
-            TableOutcome::ImageGone(_) => (None, Placement::Postponed),
+            TableOutcome::ImageGone(_) => {
+                self.look_elsewhere(result.id, now);
+                (None, Placement::Postponed)
+            }
             TableOutcome::Unavailable(reason) => unavailable(reason.clone()),
             TableOutcome::Table(file) => match self.place_with_room(result.id, &file.table(), backend, now) {
                 Ok(location) => (Some(TableState::Placed(location)), Placement::Placed),
@@ -96,6 +99,18 @@ impl Processes {
             self.images.note_rows(result.id, &file.table());
         }
         placement
+    }
+
+    /// An image is not to be read any more where it was known to be. Those that were announced took that on trust: each has a file of
+    /// its own, which reading it finds.
+    fn look_elsewhere(&mut self, id: BuildId, now: Instant) {
+        self.images.forget_source(id);
+        let maps_it = |mapping: &ExecutableMapping| matches!(&mapping.content, Content::Image { image, .. } if image.id.build_id() == id);
+        for (tgid, process) in &self.known {
+            if process.mappings.iter().any(maps_it) {
+                self.schedule.want(*tgid, now);
+            }
+        }
     }
 }
 
