@@ -8,27 +8,27 @@ use super::*;
 /// lines, with the offset of a part.
 async fn scripted(answers: Vec<String>) -> (Server, Arc<Mutex<Vec<String>>>) {
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("http://{}", listener.local_addr().expect("it is bound"));
     let requests = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&requests);
     tokio::spawn(async move {
         for answer in answers {
-            let (mut connection, _) = listener.accept().await.unwrap();
+            let (mut connection, _) = listener.accept().await.expect("a connection");
             let mut request = Vec::new();
             while !is_whole(&request) {
-                if connection.read_buf(&mut request).await.unwrap() == 0 {
+                if connection.read_buf(&mut request).await.expect("a request") == 0 {
                     break;
                 }
             }
             let head = String::from_utf8_lossy(&request).into_owned();
             let line = head.split(' ').next().unwrap_or_default();
             let offset = head.lines().find_map(|line| line.strip_prefix("upload-offset: "));
-            seen.lock().unwrap().push(format!("{line} {}", offset.unwrap_or("-")));
-            connection.write_all(answer.as_bytes()).await.unwrap();
+            seen.lock().expect("nobody panics with it").push(format!("{line} {}", offset.unwrap_or("-")));
+            connection.write_all(answer.as_bytes()).await.expect("the client listens");
         }
     });
-    (Server::new(&url, None).unwrap(), requests)
+    (Server::new(&url, None).expect("an address"), requests)
 }
 
 /// Whether a request is there with its body, chunked or counted.
@@ -39,7 +39,7 @@ fn is_whole(request: &[u8]) -> bool {
         return request.ends_with(b"\r\n0\r\n\r\n");
     }
     let length = text.lines().find_map(|line| line.strip_prefix("content-length: "));
-    let length: usize = length.map_or(0, |length| length.trim().parse().unwrap());
+    let length: usize = length.map_or(0, |length| length.trim().parse().expect("a number"));
     request.len() - head - 4 >= length
 }
 
